@@ -1,0 +1,1 @@
+"""The inference server: engine, models, HTTP API and command line."""

@@ -1,0 +1,60 @@
+"""What every route needs: the engine, the options, and when this server began."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from server.api.config import ApiConfig
+from server.api.errors import ModelNotFoundError
+from server.engine.async_engine import AsyncEngine
+from server.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class ApiContext:
+    """The application's parts.
+
+    Attributes:
+        created_s: Unix time of the application's start, which OpenAI calls a model's creation.
+    """
+
+    engine: AsyncEngine
+    config: ApiConfig
+    created_s: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def model_name(self) -> str:
+        """The only name that requests may give as `model`."""
+        return self.config.served_model_name or self.engine.engine.model_name
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self.engine.engine.tokenizer
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt plus output."""
+        return self.engine.engine.max_model_len
+
+    def check_model(self, name: str) -> None:
+        """Refuse another model's name.
+
+        Raises:
+            ModelNotFoundError: If this server does not serve it.
+        """
+        if name != self.model_name:
+            raise ModelNotFoundError(
+                f"the model {name[:200]!r} does not exist; this server has {self.model_name!r}"
+            )
+
+
+def _context(request: Request) -> ApiContext:
+    context = request.app.state.context
+    assert isinstance(context, ApiContext)
+    return context
+
+
+Context = Annotated[ApiContext, Depends(_context)]

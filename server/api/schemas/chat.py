@@ -1,0 +1,207 @@
+"""Bodies of `/v1/chat/completions`."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer
+
+from server.api.schemas.base import (
+    RequestBody,
+    ResponseBody,
+    invalid_value,
+    unsupported_value,
+)
+from server.api.schemas.generation import FinishReasonName, GenerationRequest
+from server.api.schemas.usage import Usage
+from server.config import MAX_LOGPROBS
+from server.errors import InvalidRequestError
+
+_ROLES = ("system", "developer", "user", "assistant")
+
+
+class TextPart(RequestBody):
+    """A part of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(RequestBody):
+    """A turn of the conversation; text parts are joined as they stand."""
+
+    unsupported: ClassVar[Mapping[str, tuple[object, ...]]] = {
+        "audio": (),
+        "function_call": (),
+        "reasoning_content": ("",),
+        "refusal": ("",),
+        "tool_call_id": (),
+        "tool_calls": ([],),
+    }
+    harmless: ClassVar[frozenset[str]] = frozenset({"annotations"})
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str
+    name: str | None = None
+
+    @field_validator("role", mode="before")
+    @classmethod
+    def _is_no_tool(cls, value: Any) -> Any:
+        if value in ("tool", "function"):
+            raise unsupported_value(f"tools are not supported; give one of {_ROLES} as role")
+        return value
+
+    @field_validator("content", mode="before", json_schema_input_type=str | list[TextPart])
+    @classmethod
+    def _join_text_parts(cls, value: Any) -> Any:
+        if not isinstance(value, list):
+            return value
+        return "".join(_text(part) for part in value)
+
+    def for_template(self) -> dict[str, str]:
+        """The message as chat templates expect it; they know `developer` as `system`."""
+        role = "system" if self.role == "developer" else self.role
+        message = {"role": role, "content": self.content}
+        return message if self.name is None else {**message, "name": self.name}
+
+
+def _text(part: object) -> str:
+    match part:
+        case {"type": "text", "text": str(text), **rest} if not rest:
+            return text
+        case {"type": str(kind)} if kind != "text":
+            raise unsupported_value(f"parts of type {kind!r} are not supported; give text parts")
+        case _:
+            raise invalid_value('give a string or a list of parts {"type": "text", "text": "..."}')
+
+
+class ChatRequest(GenerationRequest):
+    """Ask for the next turn of a conversation."""
+
+    unsupported: ClassVar[Mapping[str, tuple[object, ...]]] = {
+        **GenerationRequest.unsupported,
+        "add_generation_prompt": (True,),
+        "audio": (),
+        "best_of": (1,),
+        "chat_template": (),
+        "chat_template_kwargs": ({},),
+        "continue_final_message": (False,),
+        "documents": ([],),
+        "echo": (False,),
+        "function_call": ("none",),
+        "functions": ([],),
+        "mm_processor_kwargs": ({},),
+        "modalities": (["text"],),
+        "moderation": (),
+        "prediction": (),
+        "reasoning_effort": ("none",),
+        "tool_choice": ("none",),
+        "tools": ([],),
+        "verbosity": ("medium",),
+        "web_search_options": (),
+    }
+    # Without tools, which are refused, this one decides nothing.
+    harmless: ClassVar[frozenset[str]] = GenerationRequest.harmless | {"parallel_tool_calls"}
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Number of most probable tokens to report, or None for no log-probabilities.
+
+        Raises:
+            InvalidRequestError: If top_logprobs is given without logprobs.
+        """
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequestError(
+                f"top_logprobs is {self.top_logprobs}; give logprobs: true with it",
+                param="top_logprobs",
+            )
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class TokenAlternative(ResponseBody):
+    """A token that could stand at a position.
+
+    Attributes:
+        token: Its text.
+        logprob: Its log-probability.
+        bytes: UTF-8 of the text; None if the token holds only part of a character.
+    """
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ChatTokenLogprob(TokenAlternative):
+    """An emitted token and the most probable ones at its position."""
+
+    top_logprobs: list[TokenAlternative]
+
+
+class ChatLogprobs(ResponseBody):
+    """Log-probabilities in the form of the chat API."""
+
+    content: list[ChatTokenLogprob]
+    refusal: None = None
+
+
+class ChatAnswer(ResponseBody):
+    """The assistant's turn."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(ResponseBody):
+    """One answer."""
+
+    index: int
+    message: ChatAnswer
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReasonName
+
+
+class ChatCompletion(ResponseBody):
+    """The response when it does not stream."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ChatDelta(ResponseBody):
+    """What a chunk adds to an answer."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _leave_out_nulls(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in serialize(self).items() if value is not None}
+
+
+class ChatChunkChoice(ResponseBody):
+    """A piece of one answer."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReasonName | None = None
+
+
+class ChatCompletionChunk(ResponseBody):
+    """One event of a stream."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None

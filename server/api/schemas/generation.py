@@ -1,0 +1,155 @@
+"""The options that completions and chat completions share."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from server.api.schemas.base import RequestBody, invalid_value
+from server.config import AcceptanceName, Method, SamplingParams, SpeculationParams
+from server.errors import InvalidRequestError
+
+MAX_CHOICES = 128
+
+# NOTE: Options of OpenAI's API and of other servers' extensions that a client could rely on. Each
+# is refused by name unless its value is among those listed, which change nothing.
+_UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
+    "allowed_token_ids": ([],),
+    "bad_words": ([],),
+    "guided_choice": (),
+    "guided_decoding_backend": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_whitespace_pattern": (),
+    "include_stop_str_in_output": (False,),
+    "json_schema": (),
+    "length_penalty": (1.0,),
+    "min_tokens": (0,),
+    "priority": (0,),
+    "prompt_logprobs": (),
+    "regex": (),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "skip_special_tokens": (True,),
+    "stop_token_ids": ([],),
+    "store": (False,),
+    "structured_outputs": (),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+}
+_HARMLESS = frozenset(
+    {"metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "user"}
+)
+
+
+class StreamOptions(RequestBody):
+    """What a stream carries beside the text."""
+
+    unsupported: ClassVar[Mapping[str, tuple[object, ...]]] = {
+        "continuous_usage_stats": (False,),
+        "include_obfuscation": (False,),
+    }
+
+    include_usage: bool = False
+
+
+class SpeculationOptions(RequestBody):
+    """Euryale's extension: how this request is speculated on."""
+
+    method: Method = "auto"
+    acceptance: AcceptanceName = "auto"
+    epsilon: float = 0.09
+    delta: float = 0.3
+    max_nodes: int | None = None
+
+    def params(self) -> SpeculationParams:
+        """Check the ranges.
+
+        Raises:
+            InvalidRequestError: If a value is out of range.
+        """
+        return SpeculationParams(**self.model_dump())
+
+
+class GenerationRequest(RequestBody):
+    """Base of the bodies of `/v1/completions` and `/v1/chat/completions`."""
+
+    unsupported: ClassVar[Mapping[str, tuple[object, ...]]] = _UNSUPPORTED
+    harmless: ClassVar[frozenset[str]] = _HARMLESS
+
+    model: str
+    stream: bool = False
+    stream_options: StreamOptions = Field(default_factory=StreamOptions)
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[str, float] = Field(default_factory=dict)
+    seed: int | None = None
+    stop: list[str] = Field(default_factory=list)
+    n: int = Field(default=1, ge=1, le=MAX_CHOICES)
+    ignore_eos: bool = False
+    speculation: SpeculationOptions = Field(default_factory=SpeculationOptions)
+
+    @field_validator("stop", mode="before", json_schema_input_type=str | list[str])
+    @classmethod
+    def _one_stop_is_a_list(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return [value]
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise invalid_value("give a string or a list of strings")
+        return value
+
+    @property
+    def token_limit(self) -> int | None:
+        """The longest output asked for, by whichever of its two names.
+
+        Raises:
+            InvalidRequestError: If both names are used.
+        """
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise InvalidRequestError(
+                f"max_tokens is {self.max_tokens} and max_completion_tokens is "
+                f"{self.max_completion_tokens}; give only one of them",
+                param="max_tokens",
+            )
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def sampling(self, max_tokens: int, logprobs: int | None, seed: int | None) -> SamplingParams:
+        """Check the ranges.
+
+        Raises:
+            InvalidRequestError: If a value is out of range.
+        """
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            logit_bias={_token_id(key): bias for key, bias in self.logit_bias.items()},
+            seed=seed,
+            stop=tuple(self.stop),
+            logprobs=logprobs,
+            ignore_eos=self.ignore_eos,
+        )
+
+
+def _token_id(key: str) -> int:
+    if not (key.isascii() and key.isdigit() and len(key) < 20):
+        raise InvalidRequestError(
+            f"logit_bias has the key {key[:80]!r}; give token ids", param="logit_bias"
+        )
+    return int(key)
+
+
+FinishReasonName = Literal["stop", "length"]

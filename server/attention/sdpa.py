@@ -1,0 +1,123 @@
+"""Paged tree attention on `scaled_dot_product_attention`: CPU, and the reference for others.
+
+Each sequence is attended on its own. Where its blocks are neighbours the KV is read in place;
+otherwise it is gathered first. Masks are additive and built once per step, not per layer.
+
+Shapes: T flat tokens, H attention heads, C channels per head, S slots of one sequence.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from server.attention.backend import AttentionBatch, AttentionSpan
+from server.kv.kv_cache import KVCache
+
+
+@dataclass(slots=True)
+class _SequencePlan:
+    """How to attend one sequence; masks are filled in per window size on first use."""
+
+    span: AttentionSpan
+    slots: slice | Tensor
+    masks: dict[int | None, Tensor | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SDPAMetadata:
+    """Shared by all layers of one step."""
+
+    plans: tuple[_SequencePlan, ...]
+    slots_T: Tensor
+    num_tokens: int
+
+
+class SDPABackend:
+    """Attention over the paged cache, one call of SDPA per sequence."""
+
+    def __init__(self, kv_cache: KVCache) -> None:
+        self._kv = kv_cache
+        self._layout = kv_cache.layout
+
+    def prepare(self, batch: AttentionBatch) -> SDPAMetadata:
+        """Find each sequence's slots; see `AttentionBackend.prepare`."""
+        plans = tuple(_SequencePlan(span, self._find_slots(span)) for span in batch.spans)
+        return SDPAMetadata(plans, batch.slots_T, batch.slots_T.shape[0])
+
+    def forward(
+        self,
+        queries_HTC: Tensor,
+        keys_HTC: Tensor,
+        values_HTC: Tensor,
+        layer: int,
+        scaling: float,
+        sliding_window: int | None,
+        metadata: SDPAMetadata,
+    ) -> Tensor:
+        """See `AttentionBackend.forward`."""
+        keys_THC, values_THC = keys_HTC.transpose(0, 1), values_HTC.transpose(0, 1)
+        self._kv.write(layer, metadata.slots_T, keys_THC, values_THC)
+        outputs = [
+            self._attend(plan, queries_HTC, layer, scaling, sliding_window)
+            for plan in metadata.plans
+        ]
+        output_HTC = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        return output_HTC.transpose(0, 1).contiguous()
+
+    def _attend(
+        self,
+        plan: _SequencePlan,
+        queries_HTC: Tensor,
+        layer: int,
+        scaling: float,
+        sliding_window: int | None,
+    ) -> Tensor:
+        span = plan.span
+        if sliding_window not in plan.masks:
+            plan.masks[sliding_window] = self._build_mask(span, sliding_window)
+        queries = queries_HTC[:, span.start : span.start + span.num_queries]
+        keys_SHC, values_SHC = self._kv.keys[layer][plan.slots], self._kv.values[layer][plan.slots]
+        output = F.scaled_dot_product_attention(
+            queries.unsqueeze(0),
+            keys_SHC.transpose(0, 1).unsqueeze(0),
+            values_SHC.transpose(0, 1).unsqueeze(0),
+            attn_mask=plan.masks[sliding_window],
+            scale=scaling,
+            enable_gqa=True,
+        )
+        return output.squeeze(0)
+
+    def _find_slots(self, span: AttentionSpan) -> slice | Tensor:
+        block_size = self._layout.block_size
+        num_slots = span.context_len + span.num_queries
+        table = span.block_table[: -(-num_slots // block_size)]
+        first = table[0]
+        if table[-1] - first == len(table) - 1 and table == list(range(first, table[-1] + 1)):
+            return slice(first * block_size, first * block_size + num_slots)
+        blocks = torch.tensor(table, device=self._layout.device)
+        offsets = torch.arange(block_size, device=self._layout.device)
+        return (blocks[:, None] * block_size + offsets).flatten()[:num_slots]
+
+    def _build_mask(self, span: AttentionSpan, sliding_window: int | None) -> Tensor | None:
+        num_queries, context_len = span.num_queries, span.context_len
+        num_slots = context_len + num_queries
+        if num_queries == 1 and (sliding_window is None or num_slots <= sliding_window):
+            return None
+        device = self._layout.device
+        visible = torch.ones(num_queries, num_slots, dtype=torch.bool, device=device)
+        if span.ancestor_mask_NN is None:
+            visible[:, context_len:].tril_()
+        else:
+            visible[:, context_len:] = span.ancestor_mask_NN
+        if sliding_window is not None:
+            depths = span.depths_N
+            if depths is None:
+                depths = torch.arange(num_queries, device=device)
+            depths = depths.to(device)
+            query_positions = context_len + depths
+            slot_positions = torch.cat([torch.arange(context_len, device=device), query_positions])
+            visible &= query_positions[:, None] - slot_positions < sliding_window
+        mask = torch.zeros(num_queries, num_slots, dtype=self._layout.dtype, device=device)
+        return mask.masked_fill_(~visible, float("-inf"))

@@ -1,0 +1,235 @@
+"""Validated options: what the server was started with and what a request asks for.
+
+Knows nothing of models, tensors or HTTP. Every value is checked on construction, and the message
+of the error carries the value and the remedy.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from server.errors import ConfigError, InvalidRequestError
+
+DeviceName = Literal["auto", "cpu", "cuda"]
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+Method = Literal["auto", "none", "medusa"]
+AcceptanceName = Literal["auto", "exact", "typical"]
+
+METHODS: tuple[Method, ...] = ("auto", "none", "medusa")
+ACCEPTANCES: tuple[AcceptanceName, ...] = ("auto", "exact", "typical")
+MAX_TREE_NODES = 64
+MAX_STOP_STRINGS = 4
+MAX_LOGPROBS = 20
+MAX_LOGIT_BIAS = 300
+
+
+def _require(ok: bool, param: str, value: object, remedy: str) -> None:
+    if not ok:
+        raise InvalidRequestError(f"{param} is {value!r}; {remedy}", param=param)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How a request's tokens are drawn from the target distribution.
+
+    Attributes:
+        max_tokens: Number of tokens after which generation ends with reason `length`.
+        temperature: 0 means greedy; otherwise logits are divided by it.
+        top_p: Nucleus mass in (0, 1]; 1 is off.
+        top_k: Number of most probable tokens kept; 0 is off.
+        min_p: Floor on a token's probability relative to the most probable one; 0 is off.
+        presence_penalty: Subtracted from the logit of every token generated before.
+        frequency_penalty: Subtracted once per earlier occurrence in the generated text.
+        repetition_penalty: Divides positive (multiplies negative) logits of tokens in prompt or
+            generated text; 1 is off.
+        logit_bias: Token id to a number added to its logit.
+        seed: With a seed the text is reproducible, whatever the speculation or the batch.
+        stop: Strings that end generation; they are not part of the text.
+        logprobs: Number of most probable tokens to report at each position; None reports nothing.
+        ignore_eos: Generate on after an end-of-sequence token.
+
+    Raises:
+        InvalidRequestError: If a value is out of range.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "give at least 1")
+        _require(0.0 <= self.temperature <= 2.0, "temperature", self.temperature, "give 0 to 2")
+        _require(0.0 < self.top_p <= 1.0, "top_p", self.top_p, "give more than 0 and at most 1")
+        _require(self.top_k >= 0, "top_k", self.top_k, "give 0 (off) or a positive number")
+        _require(0.0 <= self.min_p <= 1.0, "min_p", self.min_p, "give 0 to 1")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            _require(-2.0 <= value <= 2.0, name, value, "give -2 to 2")
+        _require(
+            0.0 < self.repetition_penalty <= 10.0,
+            "repetition_penalty",
+            self.repetition_penalty,
+            "give more than 0 and at most 10 (1 is off)",
+        )
+        _require(
+            len(self.logit_bias) <= MAX_LOGIT_BIAS,
+            "logit_bias",
+            f"{len(self.logit_bias)} entries",
+            f"give at most {MAX_LOGIT_BIAS}",
+        )
+        for token_id, bias in self.logit_bias.items():
+            _require(token_id >= 0, "logit_bias", token_id, "give token ids of 0 or more")
+            _require(-100.0 <= bias <= 100.0, "logit_bias", bias, "give -100 to 100")
+        if self.seed is not None:
+            _require(-(2**63) <= self.seed < 2**63, "seed", self.seed, "give a 64-bit integer")
+        _require(
+            len(self.stop) <= MAX_STOP_STRINGS and all(self.stop),
+            "stop",
+            self.stop,
+            f"give at most {MAX_STOP_STRINGS} strings, none of them empty",
+        )
+        if self.logprobs is not None:
+            _require(
+                0 <= self.logprobs <= MAX_LOGPROBS,
+                "logprobs",
+                self.logprobs,
+                f"give 0 to {MAX_LOGPROBS}",
+            )
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most probable token is taken at every position."""
+        return self.temperature == 0.0
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether a token's logit depends on the tokens before it."""
+        return (
+            self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+            or self.repetition_penalty != 1.0
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculationParams:
+    """How a request is speculated on.
+
+    Attributes:
+        method: Draft source; `auto` takes what the server has loaded, `none` decodes plainly.
+        acceptance: `exact` keeps the output distribution; `typical` is Medusa's lossy rule;
+            `auto` takes typical for unseeded sampling without log-probs and exact otherwise.
+        epsilon: Hard probability floor of typical acceptance, in [0, 1].
+        delta: Entropy-scaled floor factor of typical acceptance, in [0, 1].
+        max_nodes: Largest tree, root included; None takes the server's limit.
+
+    Raises:
+        InvalidRequestError: If a value is unknown or out of range.
+    """
+
+    method: Method = "auto"
+    acceptance: AcceptanceName = "auto"
+    epsilon: float = 0.09
+    delta: float = 0.3
+    max_nodes: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(
+            self.method in METHODS, "speculation.method", self.method, f"give one of {METHODS}"
+        )
+        _require(
+            self.acceptance in ACCEPTANCES,
+            "speculation.acceptance",
+            self.acceptance,
+            f"give one of {ACCEPTANCES}",
+        )
+        _require(0.0 <= self.epsilon <= 1.0, "speculation.epsilon", self.epsilon, "give 0 to 1")
+        _require(0.0 <= self.delta <= 1.0, "speculation.delta", self.delta, "give 0 to 1")
+        if self.max_nodes is not None:
+            _require(
+                1 <= self.max_nodes <= MAX_TREE_NODES,
+                "speculation.max_nodes",
+                self.max_nodes,
+                f"give 1 to {MAX_TREE_NODES}",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What the engine is built from.
+
+    Attributes:
+        model: Hub id, local directory, `.gguf` file or the built-in `smollm2`.
+        heads: Directory of a heads checkpoint; `auto` takes the heads that ship for the model if
+            there are any; `none` serves without heads.
+        device: Where the model runs; `auto` takes CUDA if there is a device.
+        dtype: Weight and activation type; `auto` is float32 on CPU and bfloat16 on CUDA.
+        block_size: Tokens per KV block.
+        num_blocks: KV blocks in all; None derives them from `kv_cache_bytes`.
+        kv_cache_bytes: Memory of the KV cache; None takes a share of what is free.
+        max_num_seqs: Sequences that run at once.
+        max_tokens_per_step: Tokens of one forward pass, prompt chunks and tree nodes together.
+        max_model_len: Longest prompt plus output; None takes the model's own limit.
+        max_nodes: Largest tree of a sequence, root included.
+        tree: `auto` chooses the tree size from the measured step cost; a number fixes it.
+        acceptance: Rule for requests that ask for `auto`.
+        prefix_caching: Reuse KV blocks of earlier prompts with the same beginning.
+        num_threads: CPU threads of the model; None leaves torch's choice.
+
+    Raises:
+        ConfigError: If a value is out of range.
+    """
+
+    model: str = "smollm2"
+    heads: str = "auto"
+    device: DeviceName = "auto"
+    dtype: DtypeName = "auto"
+    block_size: int = 16
+    num_blocks: int | None = None
+    kv_cache_bytes: int | None = None
+    max_num_seqs: int = 64
+    max_tokens_per_step: int = 512
+    max_model_len: int | None = None
+    max_nodes: int = 32
+    tree: Literal["auto"] | int = "auto"
+    acceptance: AcceptanceName = "auto"
+    prefix_caching: bool = True
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        positive = {
+            "block_size": self.block_size,
+            "num_blocks": self.num_blocks,
+            "kv_cache_bytes": self.kv_cache_bytes,
+            "max_num_seqs": self.max_num_seqs,
+            "max_model_len": self.max_model_len,
+            "num_threads": self.num_threads,
+        }
+        for name, value in positive.items():
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; give at least 1")
+        if not 1 <= self.max_nodes <= MAX_TREE_NODES:
+            raise ConfigError(f"max_nodes is {self.max_nodes}; give 1 to {MAX_TREE_NODES}")
+        if self.tree != "auto" and not 1 <= self.tree <= self.max_nodes:
+            raise ConfigError(
+                f"tree is {self.tree}; give auto or 1 to max_nodes ({self.max_nodes})"
+            )
+        if self.acceptance not in ACCEPTANCES:
+            raise ConfigError(f"acceptance is {self.acceptance!r}; give one of {ACCEPTANCES}")
+        # A step must have room for one full tree of every running sequence's root at least.
+        floor = max(self.max_num_seqs, self.max_nodes)
+        if self.max_tokens_per_step < floor:
+            raise ConfigError(
+                f"max_tokens_per_step is {self.max_tokens_per_step}; give at least {floor}, the "
+                "larger of max_num_seqs and max_nodes"
+            )

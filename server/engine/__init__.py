@@ -1,0 +1,1 @@
+"""The decoding engine: schedule, run the model, verify, emit, draft."""

@@ -1,0 +1,299 @@
+"""The engine: each step verifies a draft tree of every running sequence in one forward pass.
+
+Plain decoding is the one-node tree, and the last chunk of a prompt ends in one, so no step asks
+whether it speculates. Single-threaded; `AsyncEngine` runs it off the event loop.
+"""
+
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+
+import torch
+
+from server.config import EngineConfig
+from server.engine.batch import build_batch
+from server.engine.logits import make_adjuster
+from server.engine.model_runner import TargetOutput
+from server.engine.output import Emission, emit, request_output, token_logprobs
+from server.engine.parts import EngineParts, build_parts
+from server.engine.request import (
+    FinishReason,
+    Request,
+    RequestOutput,
+    SpecDecodeStats,
+    TokenLogprob,
+)
+from server.engine.scheduler import ScheduledSequence, Scheduler
+from server.engine.sequence import Sequence, acceptance_rule, request_seed
+from server.engine.text import TextStream
+from server.engine.verify import Verdict, verify
+
+
+@dataclass(slots=True)
+class EngineCounters:
+    """Totals since the engine was built."""
+
+    num_steps: int = 0
+    num_verify_steps: int = 0
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_preemptions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A whole generation, as `Engine.generate` returns it."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    logprobs: tuple[TokenLogprob, ...] | None
+    stats: SpecDecodeStats
+
+
+def _silent(message: str) -> None:
+    """Report nothing."""
+
+
+class Engine:
+    """Continuous batching over draft trees.
+
+    Attributes:
+        counters: Totals for metrics and benches.
+    """
+
+    def __init__(self, parts: EngineParts) -> None:
+        self.config = parts.config
+        self.loaded = parts.loaded
+        self.tokenizer = parts.loaded.tokenizer
+        self.limits = parts.limits
+        self.heads_name = parts.heads_name
+        self.speculator = parts.speculator
+        self.blocks = parts.blocks
+        self.counters = EngineCounters()
+        self._runner = parts.runner
+        self._scheduler = Scheduler(parts.config, parts.blocks, parts.speculator)
+        self._sequences: dict[str, Sequence] = {}
+
+    @classmethod
+    def from_config(cls, config: EngineConfig, report: Callable[[str], None] = _silent) -> "Engine":
+        """Load the model and its heads, size the KV cache and measure the step cost.
+
+        Args:
+            config: Validated options.
+            report: Called with a short line at the beginning of each stage.
+
+        Raises:
+            ConfigError: If the KV cache does not fit, or a path is wrong.
+            ModelError: If the model cannot be loaded or is not supported.
+            HeadsMismatchError: If the heads belong to another base model.
+        """
+        return cls(build_parts(config, report))
+
+    @property
+    def model_name(self) -> str:
+        """The base model as the configuration names it."""
+        return self.loaded.name
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt plus output."""
+        return self.limits.max_model_len
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether any request runs or waits."""
+        return bool(self._sequences)
+
+    def totals(self) -> dict[str, int]:
+        """Current totals and gauges by name; safe to call from any thread."""
+        return {
+            **asdict(self.counters),
+            "num_running": self.num_running,
+            "num_waiting": self.num_waiting,
+            "num_blocks_in_use": self.blocks.num_in_use,
+            "num_blocks": self.blocks.num_blocks,
+        }
+
+    @property
+    def num_running(self) -> int:
+        """Requests that hold KV blocks."""
+        return len(self._scheduler.running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for admission, preempted ones included."""
+        return len(self._scheduler.waiting)
+
+    def add_request(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            InvalidRequestError: If it can never run on this server.
+        """
+        self.limits.check(request)
+        if request.request_id in self._sequences:
+            raise ValueError(f"request id {request.request_id!r} is already in flight")
+        speculation = request.speculation
+        max_nodes = speculation.max_nodes or self.config.max_nodes
+        has_drafts = self.speculator.heads is not None and speculation.method != "none"
+        sequence = Sequence(
+            request=request,
+            text=TextStream(self.tokenizer.detokenizer(), request.sampling.stop),
+            seed=request_seed(request),
+            acceptance=acceptance_rule(request, self.config.acceptance),
+            drafts_allowed=min(max_nodes, self.config.max_nodes) if has_drafts else 1,
+            adjuster=make_adjuster(
+                request.sampling,
+                request.prompt_token_ids,
+                self.loaded.vocab_size,
+                self.loaded.device,
+            ),
+            seen_rows=self.speculator.seen_rows(request.prompt_token_ids) if has_drafts else None,
+            token_ids=list(request.prompt_token_ids),
+        )
+        self._sequences[request.request_id] = sequence
+        self._scheduler.add(sequence)
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request and free its blocks at once; unknown ids are ended requests."""
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is not None:
+            self._scheduler.finish(sequence)
+
+    @torch.inference_mode()
+    def step(self) -> list[RequestOutput]:
+        """Run one forward pass; one output for each request that got tokens."""
+        plan = self._scheduler.schedule()
+        if not plan:
+            return []
+        batch = build_batch(plan, self.config.block_size, self.loaded.device)
+        target = self._runner.run(batch)
+        verified = [item for item in plan if item.is_verified]
+        verdicts = verify(target.logits_SV, verified) if verified else []
+        self._compact(verified, verdicts)
+        emissions = [
+            emit(item, verdict, self.loaded.eos_token_ids, self.limits.max_model_len)
+            for item, verdict in zip(verified, verdicts, strict=True)
+        ]
+        self._advance(plan, verdicts)
+        self._propose(verified, verdicts, emissions, target)
+        self._count(plan, emissions)
+        return self._outputs(verified, verdicts, emissions, target)
+
+    def generate(self, requests: Seq[Request]) -> list[Completion]:
+        """Run requests to their end, together; in the order given."""
+        for request in requests:
+            self.add_request(request)
+        pieces: dict[str, list[RequestOutput]] = {r.request_id: [] for r in requests}
+        while self.has_unfinished:
+            for output in self.step():
+                pieces[output.request_id].append(output)
+        return [_join(pieces[request.request_id]) for request in requests]
+
+    def _compact(self, items: Seq[ScheduledSequence], verdicts: Seq[Verdict]) -> None:
+        """Move the KV of accepted nodes that do not already lie at their positions."""
+        size = self.config.block_size
+        sources: list[int] = []
+        targets: list[int] = []
+        for item, verdict in zip(items, verdicts, strict=True):
+            table = item.sequence.block_table
+            root = item.sequence.num_computed_tokens + item.num_committed - 1
+            for index, node in enumerate(verdict.path):
+                if node != index:
+                    source, target = root + node, root + index
+                    sources.append(table[source // size] * size + source % size)
+                    targets.append(table[target // size] * size + target % size)
+        self._runner.compact(sources, targets)
+
+    def _advance(self, plan: Seq[ScheduledSequence], verdicts: Seq[Verdict]) -> None:
+        """Count what is computed now; all committed tokens but the bonus token have KV."""
+        accepted = iter(verdicts)
+        for item in plan:
+            sequence = item.sequence
+            sequence.num_computed_tokens += item.num_committed
+            if item.is_verified:
+                sequence.num_computed_tokens += len(next(accepted).path) - 1
+            # A stop may have cut accepted tokens off.
+            limit = len(sequence.token_ids) - item.is_verified
+            sequence.num_computed_tokens = min(sequence.num_computed_tokens, limit)
+            self._scheduler.note_computed(sequence)
+
+    def _propose(
+        self,
+        items: Seq[ScheduledSequence],
+        verdicts: Seq[Verdict],
+        emissions: Seq[Emission],
+        target: TargetOutput,
+    ) -> None:
+        """Run the heads for the sequences that go on and may be drafted for."""
+        rows: list[int] = []
+        drafted: list[Sequence] = []
+        first_row = 0
+        for item, verdict, emission in zip(items, verdicts, emissions, strict=True):
+            item.sequence.candidate_ids = None
+            if emission.finish_reason is None and item.sequence.drafts_allowed > 1:
+                rows.append(first_row + verdict.path[-1])
+                drafted.append(item.sequence)
+            first_row += item.drafts.tree.num_nodes
+        if drafted and self.speculator.tree_size(len(items)) > 1:
+            self.speculator.propose(drafted, target.hidden_SD[rows])
+
+    def _count(self, plan: Seq[ScheduledSequence], emissions: Seq[Emission]) -> None:
+        counters = self.counters
+        counters.num_steps += 1
+        counters.num_preemptions = self._scheduler.num_preemptions
+        for item in plan:
+            if item.is_decoding:
+                counters.num_verify_steps += 1
+                counters.num_draft_tokens += item.drafts.tree.num_nodes - 1
+        for emission in emissions:
+            counters.num_generated_tokens += len(emission.token_ids)
+            counters.num_accepted_tokens += sum(depth > 0 for depth in emission.depths)
+
+    def _outputs(
+        self,
+        items: Seq[ScheduledSequence],
+        verdicts: Seq[Verdict],
+        emissions: Seq[Emission],
+        target: TargetOutput,
+    ) -> list[RequestOutput]:
+        outputs = []
+        sizes = [item.drafts.tree.num_nodes for item in items]
+        for item, verdict, emission, end in zip(
+            items, verdicts, emissions, accumulate(sizes), strict=True
+        ):
+            sequence = item.sequence
+            logprobs = None
+            num_top = sequence.request.sampling.logprobs
+            if num_top is not None:
+                logits_NV = target.logits_SV[end - item.drafts.tree.num_nodes : end]
+                logprobs = token_logprobs(logits_NV, verdict, emission, num_top)
+            if sequence.num_output_tokens == len(emission.token_ids):
+                self.counters.num_prompt_tokens += sequence.num_prompt_tokens
+                self.counters.num_cached_tokens += sequence.num_cached_tokens
+            outputs.append(request_output(sequence, emission, logprobs))
+            if emission.finish_reason is not None:
+                self._scheduler.finish(sequence)
+                del self._sequences[sequence.request.request_id]
+        return outputs
+
+
+def _join(outputs: Seq[RequestOutput]) -> Completion:
+    last = outputs[-1]
+    if last.finish_reason is None:
+        raise AssertionError(f"request {last.request_id!r} ended without a reason")
+    logprobs = None
+    if last.logprobs is not None:
+        logprobs = tuple(entry for output in outputs for entry in output.logprobs or ())
+    return Completion(
+        token_ids=tuple(token for output in outputs for token in output.token_ids),
+        text="".join(output.text for output in outputs),
+        finish_reason=last.finish_reason,
+        logprobs=logprobs,
+        stats=last.stats,
+    )

@@ -1,0 +1,67 @@
+"""Runs the base model on a step's batch over the paged KV cache.
+
+Shapes: T flat tokens, S rows of logits, D model width, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from server.attention.sdpa import SDPABackend
+from server.engine.batch import StepBatch
+from server.kv.kv_cache import KVCache
+from server.model.attention_hook import AttentionContext, install_attention
+from server.model.loading import LoadedModel
+
+
+@dataclass(frozen=True, slots=True)
+class TargetOutput:
+    """What the base model says about the rows that were asked for.
+
+    Attributes:
+        logits_SV: In the model's dtype.
+        hidden_SD: What the unembedding saw: the last hidden states after the final norm.
+    """
+
+    logits_SV: Tensor
+    hidden_SD: Tensor
+
+
+class ModelRunner:
+    """The base model with our attention; one call is one forward pass."""
+
+    def __init__(self, loaded: LoadedModel, kv_cache: KVCache) -> None:
+        self._model = loaded.model
+        self._kv_cache = kv_cache
+        self._backend = SDPABackend(kv_cache)
+        self._hidden: Tensor | None = None
+        install_attention(loaded.model)
+        unembedding = loaded.model.get_output_embeddings()
+        # The unembedding's input is the hidden state of just the rows asked for, whatever the
+        # model does to its logits afterwards.
+        unembedding.register_forward_pre_hook(self._capture_hidden)
+
+    @torch.inference_mode()
+    def run(self, batch: StepBatch) -> TargetOutput:
+        """Compute the batch's KV and the logits and hidden states of its `logits_rows_S`."""
+        context = AttentionContext(self._backend, self._backend.prepare(batch.attention))
+        output = self._model(
+            input_ids=batch.input_ids_T.unsqueeze(0),
+            position_ids=batch.positions_T.unsqueeze(0),
+            use_cache=False,
+            logits_to_keep=batch.logits_rows_S,
+            attention_context=context,
+        )
+        hidden_1SD, self._hidden = self._hidden, None
+        if hidden_1SD is None:
+            raise AssertionError("the model did not call its unembedding")
+        return TargetOutput(output.logits[0], hidden_1SD[0])
+
+    def compact(self, source_slots: list[int], target_slots: list[int]) -> None:
+        """Move accepted tree nodes' KV to the slots of their positions."""
+        self._kv_cache.compact(source_slots, target_slots)
+
+    def _capture_hidden(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._hidden = args[0]

@@ -1,0 +1,182 @@
+"""Builds what an engine is made of: model, KV cache, heads, limits and the measured step cost."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from heads.checkpoint import LoadedHeads, load_heads
+from heads.errors import HeadsCheckpointError
+from heads.errors import HeadsMismatchError as CheckpointMismatchError
+
+import heads as heads_package
+from server.attention.backend import AttentionBatch, AttentionSpan
+from server.config import EngineConfig
+from server.engine.batch import StepBatch
+from server.engine.cost_model import CostModel, measure
+from server.engine.model_runner import ModelRunner
+from server.engine.speculator import Speculator
+from server.engine.validate import RequestLimits
+from server.errors import ConfigError, HeadsMismatchError
+from server.kv.block_manager import BlockManager
+from server.kv.kv_cache import KVCache, KVLayout
+from server.model.loading import LoadedModel, load_model
+
+_MAX_CPU_CACHE_BYTES = 4 << 30
+_CPU_MEMORY_SHARE = 0.25
+_CUDA_MEMORY_SHARE = 0.85
+_CALIBRATION_CONTEXT = 256
+
+
+@dataclass(frozen=True, slots=True)
+class EngineParts:
+    """What an engine is assembled from."""
+
+    config: EngineConfig
+    loaded: LoadedModel
+    runner: ModelRunner
+    blocks: BlockManager
+    speculator: Speculator
+    limits: RequestLimits
+    heads_name: str | None
+
+
+def build_parts(config: EngineConfig, report: Callable[[str], None]) -> EngineParts:
+    """Load and measure everything; see `Engine.from_config`."""
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    report(f"loading model {config.model}")
+    loaded = load_model(config.model, config.device, config.dtype)
+    heads_dir = _heads_directory(config)
+    loaded_heads = None
+    if heads_dir is not None:
+        report(f"loading heads {heads_dir.name}")
+        loaded_heads = _load_heads(heads_dir, loaded)
+    layout = KVLayout(
+        num_layers=loaded.num_layers,
+        num_kv_heads=loaded.num_kv_heads,
+        head_dim=loaded.head_dim,
+        block_size=config.block_size,
+        dtype=loaded.dtype,
+        device=loaded.device,
+    )
+    num_blocks = _num_blocks(config, layout)
+    max_len = min(loaded.max_model_len, num_blocks * config.block_size)
+    if config.max_model_len is not None:
+        max_len = _checked_max_len(config.max_model_len, max_len)
+    runner = ModelRunner(loaded, KVCache(layout, num_blocks))
+    speculator = Speculator(
+        heads=loaded_heads.heads if loaded_heads else None,
+        profile=loaded_heads.profile if loaded_heads else None,
+        max_nodes=config.max_nodes,
+        fixed_size=None if config.tree == "auto" else config.tree,
+    )
+    if speculator.heads is not None and config.tree == "auto":
+        report("measuring the step cost")
+        num_slots = num_blocks * config.block_size
+        speculator.cost_model = _measure_cost(runner, loaded, speculator, layout, num_slots)
+    return EngineParts(
+        config=config,
+        loaded=loaded,
+        runner=runner,
+        blocks=BlockManager(num_blocks, config.block_size, config.prefix_caching),
+        speculator=speculator,
+        limits=RequestLimits(max_len, loaded.vocab_size, speculator.heads is not None),
+        heads_name=heads_dir.name if heads_dir else None,
+    )
+
+
+def _heads_directory(config: EngineConfig) -> Path | None:
+    if config.heads == "none":
+        return None
+    if config.heads == "auto":
+        shipped = Path(heads_package.__path__[0]) / "pretrained" / f"{config.model}-medusa"
+        return shipped if config.model.isidentifier() and shipped.is_dir() else None
+    path = Path(config.heads)
+    if not path.is_dir():
+        raise ConfigError(
+            f"heads is {config.heads!r}, which is no directory; give a heads checkpoint, 'auto' "
+            "or 'none'"
+        )
+    return path
+
+
+def _load_heads(directory: Path, loaded: LoadedModel) -> LoadedHeads:
+    try:
+        return load_heads(
+            directory,
+            loaded.unembedding(),
+            loaded.input_embedding(),
+            loaded.fingerprint,
+            loaded.device,
+            loaded.dtype,
+        )
+    except CheckpointMismatchError as error:
+        raise HeadsMismatchError(str(error)) from error
+    except HeadsCheckpointError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _num_blocks(config: EngineConfig, layout: KVLayout) -> int:
+    if config.num_blocks is not None:
+        return config.num_blocks
+    num_bytes = config.kv_cache_bytes
+    if num_bytes is None and layout.device.type == "cuda":
+        num_bytes = int(torch.cuda.mem_get_info(layout.device)[0] * _CUDA_MEMORY_SHARE)
+    elif num_bytes is None:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        num_bytes = min(int(free * _CPU_MEMORY_SHARE), _MAX_CPU_CACHE_BYTES)
+    num_blocks = num_bytes // layout.block_bytes
+    if num_blocks < 1:
+        raise ConfigError(
+            f"the KV cache has {num_bytes} bytes, but one block takes {layout.block_bytes}; give "
+            "a larger kv_cache_bytes"
+        )
+    return num_blocks
+
+
+def _checked_max_len(asked: int, possible: int) -> int:
+    if asked > possible:
+        raise ConfigError(
+            f"max_model_len is {asked}, but the model and the KV cache allow {possible}; lower it "
+            "or enlarge kv_cache_bytes"
+        )
+    return asked
+
+
+def _measure_cost(
+    runner: ModelRunner,
+    loaded: LoadedModel,
+    speculator: Speculator,
+    layout: KVLayout,
+    num_slots: int,
+) -> CostModel:
+    """Time steps of one sequence with a context of ordinary length, on blocks nobody owns yet."""
+    context_len = min(_CALIBRATION_CONTEXT, num_slots // 2)
+    max_tokens = min(num_slots, loaded.max_model_len) - context_len
+    table = list(range(num_slots // layout.block_size))
+
+    def synchronize() -> None:
+        if loaded.device.type == "cuda":
+            torch.cuda.synchronize(loaded.device)
+
+    def run_step(num_tokens: int) -> None:
+        positions = torch.arange(context_len, context_len + num_tokens, device=loaded.device)
+        span = AttentionSpan(0, num_tokens, context_len, table, None, None)
+        runner.run(
+            StepBatch(
+                input_ids_T=torch.zeros_like(positions),
+                positions_T=positions,
+                logits_rows_S=positions - context_len,
+                attention=AttentionBatch((span,), positions),
+            )
+        )
+        synchronize()
+
+    def run_draft() -> None:
+        hidden_1D = torch.zeros(1, loaded.hidden_size, dtype=loaded.dtype, device=loaded.device)
+        speculator.propose_once(hidden_1D)
+        synchronize()
+
+    return measure(run_step, run_draft, max_tokens)

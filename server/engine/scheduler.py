@@ -1,0 +1,193 @@
+"""Which sequences take part in the next step, with how many tokens and which blocks.
+
+Older sequences come first. When blocks run out, drafts shrink to the root, then the newest
+sequence is preempted: its blocks are freed and its tokens recomputed later. The oldest sequence can
+always take all blocks and `add` refuses what would not fit alone, so every request ends.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+from heads.candidates import DraftTokens
+from heads.tree import DraftTree
+
+from server.config import EngineConfig
+from server.engine.sequence import Sequence
+from server.engine.speculator import Speculator
+from server.kv.block_manager import BlockManager, OutOfBlocksError, block_digest
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledSequence:
+    """A sequence's share of a step: committed tokens, then the draft tree's nodes.
+
+    Attributes:
+        num_committed: Committed tokens computed in this step; the last one is the tree's root if
+            `is_verified`.
+        drafts: The tree below the root; root only for prompts.
+        is_verified: Whether the step reaches the last committed token, so that tokens are drawn.
+        is_decoding: Whether this is a verify step rather than the end of a prompt.
+    """
+
+    sequence: Sequence
+    num_committed: int
+    drafts: DraftTokens
+    is_verified: bool
+    is_decoding: bool
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the sequence puts into the step."""
+        return self.num_committed + self.drafts.tree.num_nodes - 1
+
+
+class Scheduler:
+    """Owns the queue of waiting and the list of running sequences, both oldest first."""
+
+    def __init__(self, config: EngineConfig, blocks: BlockManager, speculator: Speculator) -> None:
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+        self._config = config
+        self._blocks = blocks
+        self._speculator = speculator
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence."""
+        self.waiting.append(sequence)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Forget a sequence, running or waiting, and free its blocks at once."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
+        self._release(sequence)
+
+    def schedule(self) -> list[ScheduledSequence]:
+        """Choose the next step's tokens and reserve their blocks.
+
+        Returns:
+            At most `max_tokens_per_step` tokens; empty only if there is no sequence at all.
+        """
+        num_decoding = sum(sequence.is_decoding for sequence in self.running)
+        budget = self._config.max_tokens_per_step
+        max_nodes = 1
+        if num_decoding:
+            # Trees leave a quarter of the step to prompts, lest these starve.
+            room = max(1, budget * 3 // 4 // num_decoding)
+            max_nodes = min(self._speculator.tree_size(num_decoding), room)
+        plan: list[ScheduledSequence] = []
+        decode_tokens = num_decoding * max_nodes
+        prefill_budget = max(budget - decode_tokens, self._config.block_size)
+        for sequence in list(self.running):
+            if sequence not in self.running:
+                continue  # preempted in favour of an older one
+            item = self._plan_running(sequence, max_nodes, prefill_budget)
+            if item is not None:
+                plan.append(item)
+                if not item.is_decoding:
+                    prefill_budget -= item.num_tokens
+        self._admit(plan, prefill_budget)
+        return plan
+
+    def note_computed(self, sequence: Sequence) -> None:
+        """Make blocks that became full of computed tokens available for prefix reuse."""
+        size = self._config.block_size
+        digests = sequence.block_digests
+        while (len(digests) + 1) * size <= sequence.num_computed_tokens:
+            start = len(digests) * size
+            parent = digests[-1] if digests else b""
+            digests.append(block_digest(parent, sequence.token_ids[start : start + size]))
+            self._blocks.register(sequence.block_table[len(digests) - 1], digests[-1])
+
+    def _plan_running(
+        self, sequence: Sequence, max_nodes: int, prefill_budget: int
+    ) -> ScheduledSequence | None:
+        if sequence.is_decoding:
+            drafts = self._drafts(sequence, max_nodes)
+            if not self._try_reserve(sequence, drafts.tree.num_nodes):
+                drafts = root_only(sequence)
+                if not self._reserve_or_preempt(sequence, 1):
+                    return None
+            return ScheduledSequence(sequence, 1, drafts, is_verified=True, is_decoding=True)
+        num_tokens = min(sequence.num_uncomputed_tokens, prefill_budget)
+        if num_tokens < 1 or not self._reserve_or_preempt(sequence, num_tokens):
+            return None
+        return self._prefill(sequence, num_tokens)
+
+    def _drafts(self, sequence: Sequence, max_nodes: int) -> DraftTokens:
+        # The bonus token ends a request that lacks one token; drafts would be thrown away.
+        lacking = sequence.request.sampling.max_tokens - sequence.num_output_tokens
+        size = 1 if lacking == 1 else min(max_nodes, sequence.drafts_allowed)
+        if size == 1 or sequence.candidate_ids is None:
+            return root_only(sequence)
+        return self._speculator.draft(sequence.token_ids[-1], sequence.candidate_ids, size)
+
+    def _admit(self, plan: list[ScheduledSequence], prefill_budget: int) -> None:
+        while self.waiting and prefill_budget > 0 and len(self.running) < self._config.max_num_seqs:
+            sequence = self.waiting[0]
+            table, digests = self._blocks.acquire_prefix(sequence.token_ids)
+            num_needed = self._num_blocks(len(sequence.token_ids)) - len(table)
+            # A spare block for each running sequence keeps a newcomer from being preempted soon.
+            if num_needed + len(self.running) > self._blocks.num_available and self.running:
+                self._blocks.free(table)
+                return
+            self.waiting.popleft()
+            self.running.append(sequence)
+            sequence.block_table, sequence.block_digests = table, digests
+            sequence.num_computed_tokens = len(table) * self._config.block_size
+            if sequence.num_output_tokens == 0:
+                sequence.num_cached_tokens = sequence.num_computed_tokens
+            num_tokens = min(sequence.num_uncomputed_tokens, prefill_budget)
+            if not self._try_reserve(sequence, num_tokens):
+                raise AssertionError("an admitted sequence has no room for its first chunk")
+            plan.append(self._prefill(sequence, num_tokens))
+            prefill_budget -= num_tokens
+
+    @staticmethod
+    def _prefill(sequence: Sequence, num_tokens: int) -> ScheduledSequence:
+        return ScheduledSequence(
+            sequence,
+            num_tokens,
+            root_only(sequence),
+            is_verified=num_tokens == sequence.num_uncomputed_tokens,
+            is_decoding=False,
+        )
+
+    def _reserve_or_preempt(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Reserve slots, preempting the newest sequences; False if that was `sequence` itself."""
+        while not self._try_reserve(sequence, num_tokens):
+            victim = self.running.pop()
+            self._release(victim)
+            self.waiting.appendleft(victim)
+            self.num_preemptions += 1
+            if victim is sequence:
+                return False
+        return True
+
+    def _try_reserve(self, sequence: Sequence, num_tokens: int) -> bool:
+        table = sequence.block_table
+        num_missing = self._num_blocks(sequence.num_computed_tokens + num_tokens) - len(table)
+        if num_missing <= 0:
+            return True
+        try:
+            table += self._blocks.allocate(num_missing, after=table[-1] if table else None)
+        except OutOfBlocksError:
+            return False
+        return True
+
+    def _release(self, sequence: Sequence) -> None:
+        self._blocks.free(sequence.block_table)
+        sequence.block_table = []
+        sequence.block_digests = []
+        sequence.candidate_ids = None
+        sequence.num_computed_tokens = 0
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._config.block_size)
+
+
+def root_only(sequence: Sequence) -> DraftTokens:
+    """The one-node tree of a sequence: plain decoding."""
+    return DraftTokens(DraftTree.root_only(), (sequence.token_ids[-1],))

@@ -1,0 +1,121 @@
+"""The mutable state of one request while it is in the engine.
+
+Index ranges of a decoding sequence (invariant: KV slot i holds token i for i < num_computed):
+
+    token_ids   0 ....... num_prompt ....... num_computed = len - 1
+                prompt    generated          root: the last token, its KV comes with the next step
+"""
+
+import secrets
+from dataclasses import dataclass, field
+from typing import Literal
+
+from heads.medusa import SeenRows
+
+from server.engine.logits import LogitAdjuster
+from server.engine.request import Request, SpecDecodeStats
+from server.engine.text import TextStream
+
+AcceptanceRule = Literal["exact", "typical"]
+
+
+@dataclass(slots=True)
+class SpecDecodeCounters:
+    """Running counts behind `SpecDecodeStats`."""
+
+    num_steps: int = 0
+    num_draft_tokens: int = 0
+    num_emitted_tokens: int = 0
+    accepted_per_depth: list[int] = field(default_factory=list)
+
+    def count_step(self, num_draft_tokens: int, depths: tuple[int, ...]) -> None:
+        """Count a verify step and the depths of the tokens that it emitted (0: the bonus)."""
+        self.num_steps += 1
+        self.num_draft_tokens += num_draft_tokens
+        self.num_emitted_tokens += len(depths)
+        for depth in depths:
+            if depth > len(self.accepted_per_depth):
+                self.accepted_per_depth.append(0)
+            if depth:
+                self.accepted_per_depth[depth - 1] += 1
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request's tokens, KV blocks, drafts and counters.
+
+    Attributes:
+        seed: Key of the request's uniform numbers; random if the request gave none.
+        acceptance: Rule that verifies this sequence's drafts.
+        drafts_allowed: Largest tree that the request and the server allow; 1 is plain decoding.
+        adjuster: Penalties and bias, if the request has any.
+        seen_rows: Unembedding rows of prompt tokens that the draft vocabulary lacks.
+        block_digests: Digests of the full computed blocks at the head of `block_table`.
+        candidate_ids: Per draft head the candidate tokens that follow the root; None before the
+            heads ran.
+    """
+
+    request: Request
+    text: TextStream
+    seed: int
+    acceptance: AcceptanceRule
+    drafts_allowed: int
+    adjuster: LogitAdjuster | None = None
+    seen_rows: SeenRows | None = None
+    token_ids: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0
+    block_table: list[int] = field(default_factory=list)
+    block_digests: list[bytes] = field(default_factory=list)
+    candidate_ids: list[list[int]] | None = None
+    counters: SpecDecodeCounters = field(default_factory=SpecDecodeCounters)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens that the request brought."""
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Committed tokens without KV, the root included."""
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether only the root lacks KV, and it is a generated token."""
+        return self.num_uncomputed_tokens == 1 and self.num_output_tokens > 0
+
+    def stats(self) -> SpecDecodeStats:
+        """A snapshot of what speculation did so far."""
+        counters = self.counters
+        return SpecDecodeStats(
+            method="none" if self.drafts_allowed == 1 else "medusa",
+            acceptance=self.acceptance,
+            num_steps=counters.num_steps,
+            num_draft_tokens=counters.num_draft_tokens,
+            num_accepted_tokens=sum(counters.accepted_per_depth),
+            num_emitted_tokens=counters.num_emitted_tokens,
+            accepted_per_depth=tuple(counters.accepted_per_depth),
+        )
+
+
+def acceptance_rule(request: Request, server_default: str) -> AcceptanceRule:
+    """Decide how a request's drafts are verified (design: lossless unless plainly sampled)."""
+    sampling = request.sampling
+    asked = request.speculation.acceptance
+    rule = server_default if asked == "auto" else asked
+    if sampling.is_greedy or rule == "exact":
+        return "exact"
+    if rule == "auto" and (sampling.seed is not None or sampling.logprobs is not None):
+        return "exact"
+    return "typical"
+
+
+def request_seed(request: Request) -> int:
+    """The seed that keys the request's uniform numbers."""
+    return secrets.randbits(64) if request.sampling.seed is None else request.sampling.seed

@@ -1,0 +1,149 @@
+"""Accepts draft tokens: ties a step's logits to the acceptance rules of `heads.acceptance`.
+
+Shapes: B sequences, N nodes, S rows of logits of the step, X some of these rows, V vocabulary.
+"""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from heads.acceptance import AcceptedPaths, accept_exact, accept_typical, typical_log_threshold
+from heads.candidates import TreeBatch
+from torch import Tensor
+
+from server.engine.logits import draw_tokens, filter_logits
+from server.engine.scheduler import ScheduledSequence
+from server.engine.uniform import uniform
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the base model made of one sequence's drafts.
+
+    Attributes:
+        path: Accepted node ids, root first, increasing.
+        bonus_token: The target's own token after the last accepted node.
+    """
+
+    path: tuple[int, ...]
+    bonus_token: int
+
+
+class TargetSampler:
+    """Draws the target's next token at tree nodes, from the fully processed distribution."""
+
+    def __init__(
+        self, logits_SV: Tensor, items: Seq[ScheduledSequence], first_rows: Seq[int]
+    ) -> None:
+        self._logits_SV = logits_SV
+        self._items = items
+        self._first_rows = first_rows
+        self._first_rows_B = torch.tensor(first_rows, device=logits_SV.device)
+        self._is_plain_greedy = all(
+            item.sequence.request.sampling.is_greedy and item.sequence.adjuster is None
+            for item in items
+        )
+
+    def draw_next(self, node_B: Tensor) -> Tensor:
+        """The target's token after one node of every sequence."""
+        if self._is_plain_greedy:
+            return self._logits_SV[self._first_rows_B + node_B].argmax(-1)
+        nodes = node_B.tolist()
+        indices = range(len(self._items))
+        logits_XV = self.target_logits(indices, nodes)
+        next_X = logits_XV.argmax(-1)
+        drawn = [i for i in indices if not self._items[i].sequence.request.sampling.is_greedy]
+        if drawn:
+            uniforms = [self._uniform(i, nodes[i]) for i in drawn]
+            next_X[drawn] = draw_tokens(logits_XV[drawn], uniforms)
+        return next_X
+
+    def target_logits(self, indices: Seq[int], nodes: Seq[int]) -> Tensor:
+        """Logits [X, V] whose softmax is the target distribution after the given nodes."""
+        rows = [self._first_rows[i] + node for i, node in zip(indices, nodes, strict=True)]
+        logits_XV = self._logits_SV[rows].float()
+        for row, (i, node) in enumerate(zip(indices, nodes, strict=True)):
+            adjuster = self._items[i].sequence.adjuster
+            if adjuster is not None:
+                path = _path_tokens(self._items[i], node)
+                logits_XV[row] = adjuster.apply(logits_XV[row], path)
+        return filter_logits(logits_XV, [self._items[i].sequence.request.sampling for i in indices])
+
+    def _uniform(self, index: int, node: int) -> float:
+        item = self._items[index]
+        depth = item.drafts.tree.depths[node]
+        return uniform(item.sequence.seed, len(item.sequence.token_ids) + depth)
+
+
+def verify(logits_SV: Tensor, items: Seq[ScheduledSequence]) -> list[Verdict]:
+    """Verify the drafts of every sequence by its own rule.
+
+    Args:
+        logits_SV: Logits at all nodes of all sequences, in order.
+        items: The verified part of the step's plan, in the same order.
+    """
+    sizes = [item.drafts.tree.num_nodes for item in items]
+    first_rows = list(accumulate(sizes, initial=0))[:-1]
+    verdicts: dict[int, Verdict] = {}
+    for rule in ("exact", "typical"):
+        group = [i for i, item in enumerate(items) if item.sequence.acceptance == rule]
+        if not group:
+            continue
+        members = [items[i] for i in group]
+        sampler = TargetSampler(logits_SV, members, [first_rows[i] for i in group])
+        trees = TreeBatch.from_drafts([item.drafts for item in members], logits_SV.device)
+        if rule == "exact":
+            accepted = accept_exact(trees, sampler.draw_next)
+        else:
+            accepted = _accept_typical(trees, sampler, members)
+        verdicts.update(zip(group, _verdicts(accepted), strict=True))
+    return [verdicts[i] for i in range(len(items))]
+
+
+def _accept_typical(
+    trees: TreeBatch, sampler: TargetSampler, items: Seq[ScheduledSequence]
+) -> AcceptedPaths:
+    """Evaluate the rule at every node that has children, then walk."""
+    log_probs_BN = torch.full(trees.token_ids_BN.shape, float("-inf"))
+    threshold_BN = torch.zeros_like(log_probs_BN)
+    for index, item in enumerate(items):
+        parents = item.drafts.tree.parents[1:]
+        inner = sorted(set(parents))
+        if not inner:
+            continue
+        log_probs_XV = sampler.target_logits([index] * len(inner), inner).log_softmax(-1)
+        params = item.sequence.request.speculation
+        threshold_X = typical_log_threshold(log_probs_XV, params.epsilon, params.delta)
+        row_of = {node: row for row, node in enumerate(inner)}
+        rows = [row_of[parent] for parent in parents]
+        num_nodes = len(parents) + 1
+        drafted = list(item.drafts.token_ids[1:])
+        log_probs_BN[index, 1:num_nodes] = log_probs_XV[rows, drafted].cpu()
+        threshold_BN[index, 1:num_nodes] = threshold_X[rows].cpu()
+    device = trees.token_ids_BN.device
+    return accept_typical(
+        trees, log_probs_BN.to(device), threshold_BN.to(device), sampler.draw_next
+    )
+
+
+def _verdicts(accepted: AcceptedPaths) -> list[Verdict]:
+    return [
+        Verdict(tuple(path[:length]), bonus)
+        for path, length, bonus in zip(
+            accepted.node_ids_BD.tolist(),
+            accepted.num_nodes_B.tolist(),
+            accepted.bonus_B.tolist(),
+            strict=True,
+        )
+    ]
+
+
+def _path_tokens(item: ScheduledSequence, node: int) -> list[int]:
+    """Draft tokens from below the root down to `node`."""
+    parents, token_ids = item.drafts.tree.parents, item.drafts.token_ids
+    path = []
+    while node:
+        path.append(token_ids[node])
+        node = parents[node]
+    return path[::-1]

@@ -1,0 +1,56 @@
+"""Every error that Euryale raises on purpose.
+
+EuryaleError
+├── ConfigError            a server option or a file it names is wrong
+├── ModelError             the base model cannot be loaded or is not supported
+├── HeadsMismatchError     draft heads belong to another base model
+├── InvalidRequestError    a request's parameter is wrong (HTTP 400)
+├── QueueFullError         the waiting queue is full (HTTP 429)
+└── EngineStoppedError     the engine drains, has stopped or has failed (HTTP 503)
+"""
+
+
+class EuryaleError(Exception):
+    """Base of all errors that Euryale raises on purpose."""
+
+
+class ConfigError(EuryaleError):
+    """A server option, or a file that it names, is wrong."""
+
+
+class ModelError(EuryaleError):
+    """The base model cannot be loaded or is of an unsupported kind."""
+
+
+class HeadsMismatchError(EuryaleError):
+    """The draft heads were trained for another base model."""
+
+
+class InvalidRequestError(EuryaleError):
+    """A request's parameter is wrong.
+
+    Attributes:
+        param: Name of the offending parameter as the client wrote it, or None.
+        code: Machine-readable reason, as OpenAI's API has them, or None.
+    """
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+class QueueFullError(EuryaleError):
+    """The waiting queue is full.
+
+    Attributes:
+        retry_after_s: Seconds after which a retry is likely to be admitted.
+    """
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class EngineStoppedError(EuryaleError):
+    """The engine takes no more requests: it drains, has stopped or has failed."""

@@ -1,0 +1,71 @@
+"""The tensors of the paged KV cache.
+
+One tensor `[layers, 2, blocks, block_size, kv_heads, C]`, allocated once. A *slot* is a token's
+place, `block_id * block_size + offset`. Knows nothing of who owns a block.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    """Sizes of a KV cache that do not depend on its length."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block over all layers, keys and values."""
+        per_token = 2 * self.num_layers * self.num_kv_heads * self.head_dim
+        return per_token * self.block_size * self.dtype.itemsize
+
+
+class KVCache:
+    """Keys and values of every slot, written by the attention, moved by `compact`.
+
+    Attributes:
+        keys: Per layer a view `[slots, kv_heads, C]`.
+        values: Likewise.
+    """
+
+    def __init__(self, layout: KVLayout, num_blocks: int) -> None:
+        self.layout = layout
+        # Zeros, so that memory which nobody wrote can never hold a NaN.
+        self._data = torch.zeros(
+            layout.num_layers,
+            2,
+            num_blocks,
+            layout.block_size,
+            layout.num_kv_heads,
+            layout.head_dim,
+            dtype=layout.dtype,
+            device=layout.device,
+        )
+        self._slots = self._data.flatten(2, 3)
+        self.keys = [self._slots[i, 0] for i in range(layout.num_layers)]
+        self.values = [self._slots[i, 1] for i in range(layout.num_layers)]
+
+    def write(self, layer: int, slots_T: Tensor, keys_THC: Tensor, values_THC: Tensor) -> None:
+        """Store the keys and values of T tokens of one layer."""
+        self.keys[layer].index_copy_(0, slots_T, keys_THC)
+        self.values[layer].index_copy_(0, slots_T, values_THC)
+
+    def compact(self, source_slots: list[int], target_slots: list[int]) -> None:
+        """Move accepted tree nodes to the slots of their positions, in all layers.
+
+        The sources are read before any target is written, so the two may overlap.
+        """
+        if not source_slots:
+            return
+        device = self.layout.device
+        source = torch.tensor(source_slots, device=device)
+        target = torch.tensor(target_slots, device=device)
+        self._slots[:, :, target] = self._slots[:, :, source]
