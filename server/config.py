@@ -76,10 +76,10 @@ class SamplingParams:
             value = getattr(self, name)
             _require(-2.0 <= value <= 2.0, name, value, "give -2 to 2")
         _require(
-            0.0 < self.repetition_penalty <= 10.0,
+            0.01 <= self.repetition_penalty <= 10.0,
             "repetition_penalty",
             self.repetition_penalty,
-            "give more than 0 and at most 10 (1 is off)",
+            "give 0.01 to 10 (1 is off)",
         )
         _require(
             len(self.logit_bias) <= MAX_LOGIT_BIAS,

@@ -32,9 +32,7 @@ class ApiConfig:
         if self.api_key == "":
             raise ConfigError("api_key is empty; give a key or leave it out")
         if self.max_request_bytes < 1:
-            raise ConfigError(
-                f"max_request_bytes is {self.max_request_bytes}; give at least 1"
-            )
+            raise ConfigError(f"max_request_bytes is {self.max_request_bytes}; give at least 1")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,13 +1,14 @@
 """What every route needs: the engine, the options, and when this server began."""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Request
 
 from server.api.config import ApiConfig
 from server.api.errors import ModelNotFoundError
+from server.api.token_texts import TokenTexts
 from server.engine.async_engine import AsyncEngine
 from server.tokenizer import Tokenizer
 
@@ -17,12 +18,21 @@ class ApiContext:
     """The application's parts.
 
     Attributes:
+        engine: Its `engine` may only be read.
+        config: The options.
+        token_texts: How single tokens are written in log-probabilities.
         created_s: Unix time of the application's start, which OpenAI calls a model's creation.
     """
 
     engine: AsyncEngine
     config: ApiConfig
-    created_s: int = field(default_factory=lambda: int(time.time()))
+    token_texts: TokenTexts
+    created_s: int
+
+    @classmethod
+    def of(cls, engine: AsyncEngine, config: ApiConfig) -> "ApiContext":
+        """Put the parts of an application that begins now together."""
+        return cls(engine, config, TokenTexts(engine.engine.tokenizer), int(time.time()))
 
     @property
     def model_name(self) -> str:

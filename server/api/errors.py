@@ -73,15 +73,11 @@ def failure_of(error: Exception) -> Failure:
         case QueueFullError():
             wait_s = max(1, math.ceil(error.retry_after_s))
             headers = {"Retry-After": str(wait_s)}
-            return Failure(
-                429, str(error), "rate_limit_error", code="queue_full", headers=headers
-            )
+            return Failure(429, str(error), "rate_limit_error", code="queue_full", headers=headers)
         case EngineStoppedError():
             return Failure(503, str(error), "server_error", code="engine_stopped")
         case _:
-            return Failure(
-                500, "the server failed on this request; see its log", "server_error"
-            )
+            return Failure(500, "the server failed on this request; see its log", "server_error")
 
 
 def install_error_handlers(app: FastAPI) -> None:

@@ -1,4 +1,4 @@
-"""Runs the choices of one HTTP request: submits, merges, collects and counts them.
+"""Runs the choices of one HTTP request: submits, merges and collects them.
 
 A choice is one completion of one prompt; the choices of prompt p have the indices p * n to
 p * n + n - 1, as OpenAI numbers them. Knows nothing of chat or completions, which plug in as
@@ -17,10 +17,11 @@ from typing import Protocol
 from server.api.context import ApiContext
 from server.api.schemas.base import ResponseBody
 from server.api.schemas.generation import MAX_CHOICES, FinishReasonName, GenerationRequest
-from server.api.schemas.usage import PromptTokensDetails, SpeculationUsage, Usage
+from server.api.schemas.usage import Usage
 from server.api.sse import DONE, event
+from server.api.usage import usage_of
 from server.engine.async_engine import AsyncEngine
-from server.engine.request import Request, RequestOutput, SpecDecodeStats, TokenLogprob
+from server.engine.request import Request, RequestOutput, TokenLogprob
 from server.errors import EngineStoppedError, InvalidRequestError
 
 
@@ -121,7 +122,7 @@ def prepare_job(
     """
     job_id = f"{id_prefix}-{uuid.uuid4().hex}"
     speculation = body.speculation.params()
-    requests = []
+    requests: list[Request] = []
     for prompt in prompts:
         room = max(1, context.max_model_len - len(prompt))
         max_tokens = body.token_limit or min(default_max_tokens or room, room)
@@ -188,10 +189,10 @@ async def run_choices(
     """
     merged: asyncio.Queue[ChoiceOutput | asyncio.Task[None]] = asyncio.Queue()
 
+    # NOTE: It awaits only inside the engine's generator, so cancelling it ends that generator too.
     async def pump(index: int, request: Request) -> None:
-        async with aclosing(engine.generate(request)) as outputs:
-            async for output in outputs:
-                merged.put_nowait(ChoiceOutput(index, output))
+        async for output in engine.generate(request):
+            merged.put_nowait(ChoiceOutput(index, output))
 
     tasks = [asyncio.create_task(pump(index, request)) for index, request in enumerate(requests)]
     for task in tasks:
@@ -235,50 +236,3 @@ async def stream_events(
         usage = usage_of([latest[index] for index in sorted(latest)], job.num_choices)
         yield event(chunk_format.usage_chunk(usage).model_dump_json().encode())
     yield DONE
-
-
-def usage_of(last_outputs: Sequence[RequestOutput], num_choices: int) -> Usage:
-    """Count a response's tokens.
-
-    Args:
-        last_outputs: The last output of each choice, in order of index.
-        num_choices: Choices per prompt; they share its tokens, and the first one tells how many
-            of them were cached.
-    """
-    per_prompt = last_outputs[::num_choices]
-    prompt_tokens = sum(output.num_prompt_tokens for output in per_prompt)
-    completion_tokens = sum(output.num_output_tokens for output in last_outputs)
-    return Usage(
-        prompt_tokens=prompt_tokens,
-        completion_tokens=completion_tokens,
-        total_tokens=prompt_tokens + completion_tokens,
-        prompt_tokens_details=PromptTokensDetails(
-            cached_tokens=sum(output.num_cached_tokens for output in per_prompt)
-        ),
-        speculation=_speculation_usage([output.stats for output in last_outputs]),
-    )
-
-
-def _speculation_usage(stats: Sequence[SpecDecodeStats]) -> SpeculationUsage:
-    num_depths = max(len(entry.accepted_per_depth) for entry in stats)
-    accepted_per_depth = [0] * num_depths
-    for entry in stats:
-        for depth, count in enumerate(entry.accepted_per_depth):
-            accepted_per_depth[depth] += count
-    total = SpecDecodeStats(
-        method=stats[0].method,
-        acceptance=stats[0].acceptance,
-        num_steps=sum(entry.num_steps for entry in stats),
-        num_draft_tokens=sum(entry.num_draft_tokens for entry in stats),
-        num_accepted_tokens=sum(entry.num_accepted_tokens for entry in stats),
-        num_emitted_tokens=sum(entry.num_emitted_tokens for entry in stats),
-    )
-    return SpeculationUsage(
-        method=total.method,
-        acceptance=total.acceptance,
-        num_steps=total.num_steps,
-        num_draft_tokens=total.num_draft_tokens,
-        num_accepted_tokens=total.num_accepted_tokens,
-        mean_acceptance_length=total.mean_acceptance_length,
-        accepted_per_depth=accepted_per_depth,
-    )

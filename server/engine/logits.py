@@ -15,6 +15,8 @@ from server.config import SamplingParams
 
 # A nucleus mostly lies within this many tokens; only other rows are sorted in full.
 _NUCLEUS_GUESS = 256
+# Division by less could overflow float32; long before, only the most probable token is left.
+_MIN_TEMPERATURE = 1e-30
 
 
 class LogitAdjuster:
@@ -88,7 +90,7 @@ def filter_logits(logits_XV: Tensor, params: Sequence[SamplingParams]) -> Tensor
     Returns:
         Logits whose softmax is the target distribution; removed tokens have -inf.
     """
-    temperatures = [1.0 if p.is_greedy else p.temperature for p in params]
+    temperatures = [1.0 if p.is_greedy else max(p.temperature, _MIN_TEMPERATURE) for p in params]
     scaled_XV = logits_XV / torch.tensor(temperatures, device=logits_XV.device)[:, None]
     for row, row_params in enumerate(params):
         if not row_params.is_greedy:
@@ -139,4 +141,6 @@ def draw_tokens(logits_XV: Tensor, uniforms: Sequence[float]) -> Tensor:
     drawn_X1 = torch.searchsorted(cdf_XV, uniforms_X1 * total_X1, right=True)
     # Rounding may carry the product up to the total: then take the last possible token.
     last_X1 = torch.searchsorted(cdf_XV, total_X1)
-    return torch.minimum(drawn_X1, last_X1).squeeze(1)
+    drawn_X = torch.minimum(drawn_X1, last_X1).squeeze(1)
+    # NOTE: a row of NaN sorts nothing; an id beyond the vocabulary would stop the whole engine.
+    return drawn_X.clamp(max=logits_XV.shape[1] - 1)

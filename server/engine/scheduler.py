@@ -8,9 +8,8 @@ always take all blocks and `add` refuses what would not fit alone, so every requ
 from collections import deque
 from dataclasses import dataclass
 
-from heads.candidates import DraftTokens
+from heads.candidates import PAD_TOKEN, DraftTokens
 from heads.tree import DraftTree
-
 from server.config import EngineConfig
 from server.engine.sequence import Sequence
 from server.engine.speculator import Speculator
@@ -78,8 +77,8 @@ class Scheduler:
             room = max(1, budget * 3 // 4 // num_decoding)
             max_nodes = min(self._speculator.tree_size(num_decoding), room)
         plan: list[ScheduledSequence] = []
-        decode_tokens = num_decoding * max_nodes
-        prefill_budget = max(budget - decode_tokens, self._config.block_size)
+        # At least one token is left while a sequence prefills: the budget covers all sequences.
+        prefill_budget = budget - num_decoding * max_nodes
         for sequence in list(self.running):
             if sequence not in self.running:
                 continue  # preempted in favour of an older one
@@ -117,12 +116,17 @@ class Scheduler:
         return self._prefill(sequence, num_tokens)
 
     def _drafts(self, sequence: Sequence, max_nodes: int) -> DraftTokens:
-        # The bonus token ends a request that lacks one token; drafts would be thrown away.
-        lacking = sequence.request.sampling.max_tokens - sequence.num_output_tokens
-        size = 1 if lacking == 1 else min(max_nodes, sequence.drafts_allowed)
-        if size == 1 or sequence.candidate_ids is None:
+        # The bonus token takes one of the lacking places. Deeper drafts would be thrown away, and
+        # their positions could lie beyond those that the model knows.
+        depth = sequence.request.sampling.max_tokens - sequence.num_output_tokens - 1
+        size = 1 if depth == 0 else min(max_nodes, sequence.drafts_allowed)
+        candidate_ids = sequence.candidate_ids
+        if size == 1 or candidate_ids is None:
             return root_only(sequence)
-        return self._speculator.draft(sequence.token_ids[-1], sequence.candidate_ids, size)
+        if depth < len(candidate_ids):
+            padding = [[PAD_TOKEN] * len(ids) for ids in candidate_ids[depth:]]
+            candidate_ids = candidate_ids[:depth] + padding
+        return self._speculator.draft(sequence.token_ids[-1], candidate_ids, size)
 
     def _admit(self, plan: list[ScheduledSequence], prefill_budget: int) -> None:
         while self.waiting and prefill_budget > 0 and len(self.running) < self._config.max_num_seqs:

@@ -7,12 +7,12 @@ from collections.abc import Sequence as Seq
 from functools import cached_property
 
 import torch
+from torch import Tensor
+
 from heads.candidates import DraftTokens, draft_tokens
 from heads.medusa import MedusaHeads, SeenRows
 from heads.tree import DraftTree
 from heads.tree_search import AcceptanceProfile, best_tree, node_values
-from torch import Tensor
-
 from server.engine.cost_model import CostModel
 from server.engine.sequence import Sequence
 
@@ -33,8 +33,13 @@ class Speculator:
     ) -> None:
         self.heads = heads
         self.cost_model: CostModel | None = None
-        self._profile = profile or _CAUTIOUS_PROFILE
-        self._max_nodes = max_nodes if heads is not None else 1
+        rates_KR = (profile or _CAUTIOUS_PROFILE).accept_rates_KR
+        if heads is not None:
+            rates_KR = rates_KR[: heads.config.num_heads]
+        self._profile = AcceptanceProfile(rates_KR)
+        # Heads that were measured to be useless make no tree.
+        is_useful = heads is not None and any(rates_KR[0])
+        self._max_nodes = max_nodes if is_useful else 1
         self._fixed_size = fixed_size
         self._size_by_load: dict[int, int] = {}
 
@@ -99,4 +104,4 @@ class Speculator:
 
     @cached_property
     def _num_ranks(self) -> int:
-        return max(self._best_tree.ranks) + 1
+        return max(1, max(self._best_tree.ranks) + 1)

@@ -100,6 +100,8 @@ class BlockManager:
             else:
                 self._free.add(block_id)
                 heapq.heappush(self._free_heap, block_id)
+        if len(self._free_heap) > 2 * self.num_blocks:
+            self._free_heap = sorted(self._free)
 
     def register(self, block_id: int, digest: bytes) -> None:
         """Make a full, computed block findable; a second block of the same content stays anonymous.
@@ -144,6 +146,8 @@ class BlockManager:
         states = [self._free, set(self._cached), set(in_use)]
         assert sum(map(len, states)) == self.num_blocks, "a block was lost or is in two states"
         assert set().union(*states) == set(range(self.num_blocks)), "an unknown block id"
+        assert self._free <= set(self._free_heap), "a free block cannot be found"
+        assert len(self._free_heap) <= 2 * self.num_blocks, "the heap of free blocks grows"
         assert all(n > 0 for n in self._num_owners.values()), "a block in use has no owner"
         assert not self._free & self._digest_of.keys(), "a free block has known content"
         assert set(self._cached) <= self._digest_of.keys(), "a cached block has no digest"

@@ -8,9 +8,9 @@ An explicit null counts as left out.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
 
 _MAX_SHOWN = 80
@@ -97,7 +97,7 @@ def describe_validation_error(error: Mapping[str, Any]) -> Problem:
         return Problem(message, param, _UNSUPPORTED)
     if kind == _UNSUPPORTED_VALUE:
         return Problem(f"{param}: {error['msg']}", param, _UNSUPPORTED)
-    if not param:
+    if kind in ("model_type", "model_attributes_type") and not param:
         return Problem(
             "the request body is not a JSON object; send one with the header "
             "Content-Type: application/json",
@@ -109,7 +109,22 @@ def describe_validation_error(error: Mapping[str, Any]) -> Problem:
     if kind == "missing":
         return Problem(f"{param} is missing; give it", param, "missing_required_parameter")
     remedy = error["msg"][0].lower() + error["msg"][1:]
-    return Problem(f"{param} is {_shown(error['input'])}; {remedy}", param, "invalid_value")
+    place = param or "the request body"
+    return Problem(f"{place} is {_shown(error['input'])}; {remedy}", param or None, "invalid_value")
+
+
+def _without_surrogates(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise invalid_value(
+            f"character {error.start} is a lone surrogate, give valid Unicode"
+        ) from error
+    return text
+
+
+# JSON can escape half a surrogate pair, which is no text and would break tokenizers.
+UnicodeText = Annotated[str, AfterValidator(_without_surrogates)]
 
 
 def _path(loc: tuple[str | int, ...]) -> str:

@@ -8,6 +8,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, field_validator, mode
 from server.api.schemas.base import (
     RequestBody,
     ResponseBody,
+    UnicodeText,
     invalid_value,
     unsupported_value,
 )
@@ -40,8 +41,8 @@ class ChatMessage(RequestBody):
     harmless: ClassVar[frozenset[str]] = frozenset({"annotations"})
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str
-    name: str | None = None
+    content: UnicodeText
+    name: UnicodeText | None = None
 
     @field_validator("role", mode="before")
     @classmethod

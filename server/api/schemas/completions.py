@@ -5,7 +5,12 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import field_validator, model_validator
 
-from server.api.schemas.base import ResponseBody, invalid_value, unsupported_option
+from server.api.schemas.base import (
+    ResponseBody,
+    UnicodeText,
+    invalid_value,
+    unsupported_option,
+)
 from server.api.schemas.generation import FinishReasonName, GenerationRequest
 from server.api.schemas.usage import Usage
 
@@ -21,7 +26,7 @@ class CompletionRequest(GenerationRequest):
         "suffix": ("",),
     }
 
-    prompt: list[str] | list[list[int]]
+    prompt: list[UnicodeText] | list[list[int]]
     logprobs: int | None = None
     best_of: int | None = None
 
@@ -30,9 +35,10 @@ class CompletionRequest(GenerationRequest):
     def _several_prompts(cls, value: Any) -> Any:
         if isinstance(value, str) or _is_token_ids(value):
             return [value]
-        if not (_is_list_of(value, str) or _is_list_of(value, list)) or not value:
+        if not isinstance(value, list) or not (_are_texts(value) or _are_prompts(value)):
             raise invalid_value(
-                "give a string, a list of strings, a list of token ids or a list of such lists"
+                "give a string, a list of strings, a list of token ids or a list of such lists, "
+                "none of the lists empty"
             )
         return value
 
@@ -43,12 +49,17 @@ class CompletionRequest(GenerationRequest):
         return self
 
 
-def _is_list_of(value: object, kind: type) -> bool:
-    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
+def _are_texts(value: list[object]) -> bool:
+    return bool(value) and all(isinstance(item, str) for item in value)
+
+
+def _are_prompts(value: list[object]) -> bool:
+    return bool(value) and all(_is_token_ids(item) for item in value)
 
 
 def _is_token_ids(value: object) -> bool:
-    return _is_list_of(value, int) and bool(value)
+    # NOTE: bool is an int in Python, but true is no token id.
+    return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
 
 
 class CompletionLogprobs(ResponseBody):

@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from server.api.schemas.base import RequestBody, invalid_value
+from server.api.schemas.base import RequestBody, UnicodeText, invalid_value
 from server.config import AcceptanceName, Method, SamplingParams, SpeculationParams
 from server.errors import InvalidRequestError
 
@@ -92,7 +92,7 @@ class GenerationRequest(RequestBody):
     repetition_penalty: float = 1.0
     logit_bias: dict[str, float] = Field(default_factory=dict)
     seed: int | None = None
-    stop: list[str] = Field(default_factory=list)
+    stop: list[UnicodeText] = Field(default_factory=list)
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
     ignore_eos: bool = False
     speculation: SpeculationOptions = Field(default_factory=SpeculationOptions)

@@ -1,0 +1,152 @@
+"""Plays conversations turn by turn: the model's own answer stands in the next turn's context."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from bench.conversations import Conversation
+from bench.tracing import Trace, run_requests
+from server.config import SamplingParams, SpeculationParams
+from server.engine.engine import Engine
+from server.engine.request import Request
+from server.errors import InvalidRequestError
+from server.tokenizer import Tokenizer
+
+_TOO_LONG = "context_length_exceeded"
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A user turn with everything before it, ready to be answered."""
+
+    conversation: Conversation
+    index: int
+    prompt_token_ids: tuple[int, ...]
+
+    @property
+    def key(self) -> str:
+        """Identifies the turn among all turns of a file."""
+        return f"{self.conversation.line}.{self.index + 1}"
+
+    def request(self, sampling: SamplingParams, speculation: SpeculationParams) -> Request:
+        """Ask the engine for an answer; the turn's key is the request's id."""
+        return Request(self.key, self.prompt_token_ids, sampling, speculation)
+
+
+@dataclass(frozen=True, slots=True)
+class SkippedTurn:
+    """A turn that does not fit the context; it and the conversation's later turns are left out."""
+
+    line: int
+    turn: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class AnsweredTurns:
+    """Outcome of `answer_turns`; `turns` and `traces` go together, in file order."""
+
+    turns: tuple[Turn, ...]
+    traces: tuple[Trace, ...]
+    skipped: tuple[SkippedTurn, ...]
+
+
+def make_turn(tokenizer: Tokenizer, conversation: Conversation, answers: Sequence[str]) -> Turn:
+    """Render the turn that follows the given answers.
+
+    Args:
+        tokenizer: Its chat template renders the dialogue.
+        conversation: Has more turns than there are answers.
+        answers: The model's answers to the turns before.
+
+    Raises:
+        InvalidRequestError: If the tokenizer has no chat template or it refuses the dialogue.
+    """
+    messages: list[dict[str, str]] = []
+    if conversation.system is not None:
+        messages.append({"role": "system", "content": conversation.system})
+    for question, answer in zip(conversation.turns, answers, strict=False):
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": answer})
+    messages.append({"role": "user", "content": conversation.turns[len(answers)]})
+    token_ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    return Turn(conversation, len(answers), tuple(token_ids))
+
+
+def too_long(turn: Turn, engine: Engine, max_new_tokens: int) -> SkippedTurn | None:
+    """Why a turn must be skipped, or None if the engine can answer it in full.
+
+    Raises:
+        InvalidRequestError: If the engine refuses the turn for any other reason than its length.
+    """
+    params = SamplingParams(max_tokens=max_new_tokens, temperature=0.0)
+    try:
+        engine.limits.check(turn.request(params, SpeculationParams()))
+    except InvalidRequestError as error:
+        if error.code != _TOO_LONG:
+            raise
+        return SkippedTurn(turn.conversation.line, turn.index + 1, str(error))
+    return None
+
+
+def answer_turns(
+    engine: Engine,
+    conversations: Sequence[Conversation],
+    sampling: SamplingParams,
+    speculation: SpeculationParams,
+    on_done: Callable[[], None],
+) -> AnsweredTurns:
+    """Answer every turn of every conversation, many conversations in flight.
+
+    Args:
+        engine: Idle before and after.
+        conversations: With distinct lines.
+        sampling: Of every answer.
+        speculation: Of every answer.
+        on_done: Called once a conversation is through.
+    """
+    turns: dict[str, Turn] = {}
+    answers: dict[int, list[str]] = {c.line: [] for c in conversations}
+    skipped: list[SkippedTurn] = []
+
+    def next_request(conversation: Conversation) -> Request | None:
+        given = answers[conversation.line]
+        if len(given) < len(conversation.turns):
+            turn = make_turn(engine.tokenizer, conversation, given)
+            obstacle = too_long(turn, engine, sampling.max_tokens)
+            if obstacle is None:
+                turns[turn.key] = turn
+                return turn.request(sampling, speculation)
+            skipped.append(obstacle)
+        on_done()
+        return None
+
+    def follow_up(key: str, trace: Trace) -> Request | None:
+        conversation = turns[key].conversation
+        answers[conversation.line].append(trace.text)
+        return next_request(conversation)
+
+    first = [next_request(conversation) for conversation in conversations]
+    traces = run_requests(engine, [r for r in first if r is not None], follow_up)
+    ordered = sorted(turns.values(), key=lambda t: (t.conversation.line, t.index))
+    return AnsweredTurns(
+        tuple(ordered), tuple(traces[turn.key] for turn in ordered), tuple(skipped)
+    )
+
+
+def answer_again(
+    engine: Engine,
+    turns: Sequence[Turn],
+    sampling: Sequence[SamplingParams],
+    speculation: SpeculationParams,
+    on_done: Callable[[], None],
+) -> list[Trace]:
+    """Answer given turns in another way; `sampling` has one entry per turn."""
+    requests = [
+        turn.request(params, speculation) for turn, params in zip(turns, sampling, strict=True)
+    ]
+
+    def follow_up(key: str, trace: Trace) -> None:
+        on_done()
+
+    traces = run_requests(engine, requests, follow_up)
+    return [traces[turn.key] for turn in turns]

@@ -1,0 +1,261 @@
+"""`latency`: tokens per second of one request at a time, against two slower ways to run it.
+
+Three contenders answer the same greedy prompts in one process, prompt by prompt and in rotating
+order, so that drifts of the machine hit all of them alike: *speculation* and *plain* are the same
+engine with drafts on and off, *transformers* is a separate plain model's `generate`. A request is
+timed as a whole; figures without its prefill stand under `decode`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from bench.conversations import Conversation
+from bench.dialogues import SkippedTurn, Turn, make_turn, too_long
+from bench.errors import BenchError
+from bench.limits import WeightTraffic, read_speed, weight_bytes
+from bench.options import BenchOptions
+from bench.outcome import Outcome
+from bench.progress import progress
+from bench.reference import ReferenceModel
+from bench.timing import Speed, Speedup, Timing, speed, speedup, time_request
+from bench.workload import (
+    build_engine,
+    describe_engine,
+    engine_config,
+    load_workload,
+    speculation_off,
+    speculation_on,
+)
+from server.config import SamplingParams, SpeculationParams
+from server.engine.engine import Engine
+
+Name = Literal["speculation", "plain", "transformers"]
+NAMES: tuple[Name, ...] = ("speculation", "plain", "transformers")
+_WARMUP_TOKENS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One contender's answer to one turn.
+
+    Attributes:
+        num_steps: Decode steps behind the prefill.
+        text: The answer, which is the next turn's context; '' where it is not needed.
+    """
+
+    timing: Timing
+    token_ids: tuple[int, ...]
+    num_steps: int
+    text: str = ""
+
+
+Contender = Callable[[Turn, int], Run]
+
+
+@dataclass(frozen=True, slots=True)
+class Race:
+    """All contenders' answers to one turn."""
+
+    category: str
+    runs: dict[Name, Run]
+
+
+@dataclass(frozen=True, slots=True)
+class CategorySpeed:
+    """Whole-request speed of speculation in one category, totals over its outputs."""
+
+    num_outputs: int
+    tokens_per_s: float
+    speedup_vs_plain: float
+    speedup_vs_transformers: float
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyResult:
+    """What the bench reports.
+
+    Attributes:
+        tokens_per_s: Of whole requests with speculation: all tokens by all seconds.
+        speedup_vs_plain: Ratio of the two totals; medians and decode-only stand in `speedups`.
+        speedup_vs_transformers: Likewise.
+        mean_acceptance_length: Tokens per verify step with speculation.
+        step_ms: Mean measured milliseconds of a decode step, the engine's own work included.
+        num_outputs: Turns that were raced.
+        num_different_outputs: Turns where the contenders' tokens are not all the same; see
+            the exactness bench for why.
+    """
+
+    tokens_per_s: float
+    speedup_vs_plain: float
+    speedup_vs_transformers: float
+    speeds: dict[Name, Speed]
+    speedups: dict[Name, Speedup]
+    by_category: dict[str, CategorySpeed]
+    mean_acceptance_length: float
+    step_ms: dict[Name, float]
+    num_outputs: int
+    num_different_outputs: int
+
+
+def summarise(races: Sequence[Race]) -> LatencyResult:
+    """Pool the races, of which there is at least one."""
+    runs: dict[Name, list[Run]] = {name: [race.runs[name] for race in races] for name in NAMES}
+    timings = {name: [run.timing for run in runs[name]] for name in NAMES}
+    speedups: dict[Name, Speedup] = {
+        name: speedup(timings["speculation"], timings[name]) for name in NAMES[1:]
+    }
+    by_category: dict[str, list[Race]] = {}
+    for race in races:
+        by_category.setdefault(race.category, []).append(race)
+    num_steps = sum(run.num_steps for run in runs["speculation"])
+    num_decoded = sum(timing.num_decode_tokens for timing in timings["speculation"])
+    speeds = {name: speed(timings[name]) for name in NAMES}
+    return LatencyResult(
+        tokens_per_s=speeds["speculation"].tokens_per_s,
+        speedup_vs_plain=speedups["plain"].total,
+        speedup_vs_transformers=speedups["transformers"].total,
+        speeds=speeds,
+        speedups=speedups,
+        by_category={name: _category(group) for name, group in by_category.items()},
+        mean_acceptance_length=num_decoded / max(num_steps, 1),
+        step_ms={name: _step_ms(runs[name]) for name in NAMES},
+        num_outputs=len(races),
+        num_different_outputs=sum(
+            len({run.token_ids for run in race.runs.values()}) > 1 for race in races
+        ),
+    )
+
+
+def _category(races: Sequence[Race]) -> CategorySpeed:
+    fast, plain, slow = ([race.runs[name].timing for race in races] for name in NAMES)
+    return CategorySpeed(
+        num_outputs=len(races),
+        tokens_per_s=speed(fast).tokens_per_s,
+        speedup_vs_plain=speedup(fast, plain).total,
+        speedup_vs_transformers=speedup(fast, slow).total,
+    )
+
+
+def _step_ms(runs: Sequence[Run]) -> float:
+    num_steps = sum(run.num_steps for run in runs)
+    return sum(run.timing.decode_s for run in runs) / max(num_steps, 1) * 1e3
+
+
+def engine_contender(engine: Engine, speculation: SpeculationParams) -> Contender:
+    """The engine, one request at a time."""
+
+    def answer(turn: Turn, max_new_tokens: int) -> Run:
+        sampling = SamplingParams(max_tokens=max_new_tokens, temperature=0.0)
+        timing, trace = time_request(engine, turn.request(sampling, speculation))
+        return Run(timing, trace.token_ids, len(trace.steps), trace.text)
+
+    return answer
+
+
+def reference_contender(reference: ReferenceModel) -> Contender:
+    """Transformers' generate: every token after the first is one step."""
+
+    def answer(turn: Turn, max_new_tokens: int) -> Run:
+        timing, token_ids = reference.generate(turn.prompt_token_ids, max_new_tokens)
+        return Run(timing, token_ids, timing.num_decode_tokens)
+
+    return answer
+
+
+def race_turn(
+    contenders: dict[Name, Contender], turn: Turn, max_new_tokens: int, first: int
+) -> Race:
+    """Let all contenders answer, beginning with the one at index `first`."""
+    order = [NAMES[(first + i) % len(NAMES)] for i in range(len(NAMES))]
+    runs = {name: contenders[name](turn, max_new_tokens) for name in order}
+    return Race(turn.conversation.category, {name: runs[name] for name in NAMES})
+
+
+def race_conversations(
+    engine: Engine,
+    contenders: dict[Name, Contender],
+    conversations: Sequence[Conversation],
+    max_new_tokens: int,
+    on_done: Callable[[], None],
+) -> tuple[list[Race], list[SkippedTurn]]:
+    """Race every turn; the answer with speculation is the context of the next."""
+    races: list[Race] = []
+    skipped: list[SkippedTurn] = []
+    for conversation in conversations:
+        answers: list[str] = []
+        while len(answers) < len(conversation.turns):
+            turn = make_turn(engine.tokenizer, conversation, answers)
+            obstacle = too_long(turn, engine, max_new_tokens)
+            if obstacle is not None:
+                skipped.append(obstacle)
+                break
+            if not races:
+                race_turn(contenders, turn, min(_WARMUP_TOKENS, max_new_tokens), first=0)
+            race = race_turn(contenders, turn, max_new_tokens, first=len(races))
+            races.append(race)
+            answers.append(race.runs["speculation"].text)
+        on_done()
+    return races, skipped
+
+
+def run(options: BenchOptions) -> Outcome:
+    """Race speculation, plain decoding and transformers.
+
+    Raises:
+        BenchError: If the prompts are wrong or none of them fits the context.
+        EuryaleError: If the engine cannot be built or refuses a request.
+    """
+    workload = load_workload(options)
+    engine = build_engine(engine_config(options, tree="auto"))
+    reference = ReferenceModel(engine.loaded)
+    memory_gb_per_s = read_speed(engine.loaded.device)
+    contenders: dict[Name, Contender] = {
+        "speculation": engine_contender(engine, speculation_on(options)),
+        "plain": engine_contender(engine, speculation_off()),
+        "transformers": reference_contender(reference),
+    }
+    with progress("latency", len(workload.conversations)) as advance:
+        races, skipped = race_conversations(
+            engine, contenders, workload.conversations, options.max_new_tokens, advance
+        )
+    if not races:
+        raise BenchError("no prompt fits the model's context; give shorter ones")
+    result = summarise(races)
+    num_bytes = weight_bytes(reference.model)
+    traffic = WeightTraffic(
+        weight_bytes=num_bytes,
+        memory_gb_per_s=memory_gb_per_s,
+        plain_gb_per_s=_gb_per_s(num_bytes, result.step_ms["plain"]),
+        speculation_gb_per_s=_gb_per_s(num_bytes, result.step_ms["speculation"]),
+    )
+    return Outcome(
+        result=result,
+        device=engine.loaded.device,
+        dtype=engine.loaded.dtype,
+        extra={
+            "limit": traffic.describe(),
+            **describe_cost(engine),
+            **describe_engine(engine),
+            **workload.describe(tuple(skipped)),
+        },
+    )
+
+
+def describe_cost(engine: Engine) -> dict[str, object]:
+    """Fields of the report: the measured step cost and the tree size that was chosen from it."""
+    cost = engine.speculator.cost_model
+    return {
+        "tree_nodes": engine.speculator.tree_size(1),
+        "draft_ms": None if cost is None else cost.draft_s * 1e3,
+        "cost_model": None
+        if cost is None
+        else {
+            "num_tokens": list(cost.num_tokens),
+            "forward_ms": [step_s * 1e3 for step_s in cost.step_s],
+        },
+    }
+
+
+def _gb_per_s(num_bytes: int, step_ms: float) -> float:
+    return num_bytes / (step_ms * 1e6) if step_ms > 0.0 else 0.0

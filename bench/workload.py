@@ -1,0 +1,91 @@
+"""What every bench starts from: the sampled conversations and an engine."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from bench.conversations import SAMPLE_PATH, Conversation, PromptSet, read_prompts, sample_evenly
+from bench.dialogues import SkippedTurn
+from bench.options import BenchOptions
+from bench.progress import note
+from server.config import DtypeName, EngineConfig, SpeculationParams
+from server.engine.engine import Engine
+
+_DEFAULT_STEP_TOKENS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """A prompt file and the part of it that the bench runs."""
+
+    prompts: PromptSet
+    conversations: tuple[Conversation, ...]
+
+    def describe(self, skipped: tuple[SkippedTurn, ...]) -> dict[str, Any]:
+        """Fields of the report: rows of the file, prompts sampled, turns left out."""
+        return {
+            "data": self.prompts.file_name,
+            "data_sha256": self.prompts.sha256,
+            "num_rows": len(self.prompts.conversations),
+            "num_prompts": len(self.conversations),
+            "skipped": [asdict(turn) for turn in skipped],
+        }
+
+
+def load_workload(options: BenchOptions) -> Workload:
+    """Read and sample the prompts.
+
+    Raises:
+        BenchError: If the file is wrong.
+    """
+    prompts = read_prompts(options.data or SAMPLE_PATH)
+    return Workload(prompts, tuple(sample_evenly(prompts.conversations, options.limit)))
+
+
+def engine_config(
+    options: BenchOptions, tree: Literal["auto"] | int, dtype: DtypeName | None = None
+) -> EngineConfig:
+    """Options of the engine under test.
+
+    Prefix caching is off, so that no run starts with what an earlier one computed. The step is
+    large enough for a full tree of every request in flight: the scheduler keeps a quarter of it
+    for prompts and would shrink the trees otherwise.
+    """
+    tree_tokens = options.concurrency * options.max_nodes
+    return EngineConfig(
+        model=options.model,
+        heads=options.heads,
+        device=options.device,
+        dtype=dtype or options.dtype,
+        max_num_seqs=options.concurrency,
+        max_tokens_per_step=max(_DEFAULT_STEP_TOKENS, -(-tree_tokens * 4 // 3)),
+        max_nodes=options.max_nodes,
+        tree=tree,
+        prefix_caching=False,
+        num_threads=options.num_threads,
+    )
+
+
+def build_engine(config: EngineConfig) -> Engine:
+    """Load an engine; its stages are told on stderr."""
+    return Engine.from_config(config, note)
+
+
+def speculation_on(options: BenchOptions) -> SpeculationParams:
+    """Speculation as the options ask for it."""
+    return SpeculationParams(method=options.method, max_nodes=options.max_nodes)
+
+
+def speculation_off() -> SpeculationParams:
+    """Plain decoding."""
+    return SpeculationParams(method="none")
+
+
+def describe_engine(engine: Engine) -> dict[str, Any]:
+    """Fields of the report that say what ran."""
+    config = engine.config
+    return {
+        "model": engine.model_name,
+        "heads": engine.heads_name,
+        "max_nodes": config.max_nodes,
+        "tree": config.tree,
+    }

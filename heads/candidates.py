@@ -1,0 +1,125 @@
+"""What draft heads propose, and how it fills the nodes of trees.
+
+Owns the step from candidates (ids and log-probs per head) to tokens on tree nodes, and the packing
+of the trees of a step into tensors. Padding is -1, never a real token id.
+
+Shape suffixes: B sequences, K draft heads, R top-k ranks, N nodes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from heads.tree import NO_PARENT, DraftTree
+
+PAD_TOKEN = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """The most probable tokens of every draft head.
+
+    Attributes:
+        token_ids_BKR: Int64; entry (b, k, r) is sequence b's token of rank r at depth k + 1, by
+            falling probability, without repetition. -1 where a head has fewer than R candidates.
+        log_probs_BKR: Float32 log-probability of each under its head; -inf for padding.
+    """
+
+    token_ids_BKR: Tensor
+    log_probs_BKR: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class DraftTokens:
+    """A tree with a token on every node.
+
+    Attributes:
+        token_ids: Token of each node; entry 0 is the root's. Never -1.
+    """
+
+    tree: DraftTree
+    token_ids: tuple[int, ...]
+
+
+def draft_tokens(
+    tree: DraftTree, root_token: int, candidate_ids_KR: Sequence[Sequence[int]]
+) -> DraftTokens:
+    """Fill a tree with one sequence's candidates.
+
+    Nodes whose candidate is padding are dropped together with their descendants.
+
+    Args:
+        tree: Shape to fill; shared with the result unless nodes are dropped.
+        root_token: The token that is known already.
+        candidate_ids_KR: Row k holds the candidates at depth k + 1, by rank.
+
+    Raises:
+        ValueError: If the tree is deeper, or has a larger rank, than there are candidates.
+    """
+    token_ids = [root_token]
+    depths, ranks = tree.depths, tree.ranks
+    try:
+        for node in range(1, len(ranks)):
+            token_ids.append(candidate_ids_KR[depths[node] - 1][ranks[node]])
+    except IndexError as error:
+        raise ValueError(
+            f"the tree has depth {tree.max_depth} and rank {max(ranks)}, but the candidates have "
+            f"the shape {len(candidate_ids_KR)} x {min(map(len, candidate_ids_KR), default=0)}; "
+            "propose more ranks or draft a smaller tree"
+        ) from error
+    if PAD_TOKEN in token_ids:
+        return _drop_padding(tree, token_ids)
+    return DraftTokens(tree, tuple(token_ids))
+
+
+def _drop_padding(tree: DraftTree, token_ids: list[int]) -> DraftTokens:
+    kept_as = {NO_PARENT: NO_PARENT}
+    parents: list[int] = []
+    kept: list[int] = []
+    for node, parent in enumerate(tree.parents):
+        if parent in kept_as and token_ids[node] != PAD_TOKEN:
+            kept_as[node] = len(kept)
+            kept.append(node)
+            parents.append(kept_as[parent])
+    ranks = tuple(tree.ranks[node] for node in kept)
+    return DraftTokens(DraftTree(tuple(parents), ranks), tuple(token_ids[node] for node in kept))
+
+
+@dataclass(frozen=True, slots=True)
+class TreeBatch:
+    """The drafted trees of one step, padded to the largest.
+
+    Attributes:
+        token_ids_BN: Int64 token of each node.
+        parents_BN: Int64 parent of each node; -1 for roots as for padding.
+        depths_BN: Int64 depth of each node.
+        max_depth: Depth of the deepest node of all trees.
+    """
+
+    token_ids_BN: Tensor
+    parents_BN: Tensor
+    depths_BN: Tensor
+    max_depth: int
+
+    @classmethod
+    def from_drafts(cls, drafts: Sequence[DraftTokens], device: torch.device) -> Self:
+        """Pack drafts with a single copy to the device; padding is -1 in every field.
+
+        Raises:
+            ValueError: If there is no draft.
+        """
+        if not drafts:
+            raise ValueError("no drafts; give at least one, with a root-only tree for plain steps")
+        num_nodes = max(len(draft.token_ids) for draft in drafts)
+        token_ids, parents, depths = [], [], []
+        for draft in drafts:
+            padding = (-1,) * (num_nodes - len(draft.token_ids))
+            token_ids.append(draft.token_ids + padding)
+            parents.append(draft.tree.parents + padding)
+            depths.append(draft.tree.depths + padding)
+        packed = torch.tensor((token_ids, parents, depths), dtype=torch.int64, device=device)
+        token_ids_BN, parents_BN, depths_BN = packed.unbind(0)
+        return cls(token_ids_BN, parents_BN, depths_BN, max(map(max, depths)))

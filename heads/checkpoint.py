@@ -1,0 +1,299 @@
+"""Heads on disk: a directory that says for which base model it was trained, and is checked for it.
+
+    config.json               format, type, sizes, the base's name and fingerprint, file digests
+    heads.safetensors         the weights, and the draft vocabulary as int32
+    acceptance_profile.json   measured accept rates; only if there are any
+
+Nothing is unpickled. config.json is written last and holds the digests of the other two, so that
+an interrupted save is never taken for a whole one. Loading is strict: whatever is missing, unknown
+or damaged is an error, and so are heads of another base model, which would only never be accepted.
+
+Shape suffixes: V vocabulary, D model width.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from heads.errors import HeadsCheckpointError, HeadsMismatchError
+from heads.medusa import MedusaConfig, MedusaHeads
+from heads.tree_search import AcceptanceProfile
+
+FORMAT = "euryale-heads"
+FORMAT_VERSION = 1
+MEDUSA_TYPE = "medusa"
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "heads.safetensors"
+PROFILE_FILE = "acceptance_profile.json"
+
+_CONFIG_KEYS = {"format", "format_version", "type", "heads", "base", "sha256"}
+_MAX_SAMPLED_PARAMETERS = 64
+_SAMPLES_PER_PARAMETER = 4
+# A weight that went through bfloat16 or float16 is still taken for the same.
+_RELATIVE_TOLERANCE = 2.0**-7
+_ABSOLUTE_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class BaseFingerprint:
+    """What tells one base model from another: its layout and a few of its weights.
+
+    Attributes:
+        samples: Weights at fixed places of the model, at most 256.
+    """
+
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    samples: tuple[float, ...]
+
+    @classmethod
+    def of(
+        cls,
+        model_type: str,
+        num_layers: int,
+        hidden_size: int,
+        vocab_size: int,
+        parameters: Iterable[tuple[str, Tensor]],
+    ) -> Self:
+        """Take the fingerprint of a base model; synchronises with its device.
+
+        Args:
+            model_type: Architecture, as transformers names it.
+            num_layers: Decoder blocks.
+            hidden_size: Model width.
+            vocab_size: Rows of the unembedding.
+            parameters: Names and weights in any order, as `named_parameters` gives them, before
+                any packing or quantisation.
+        """
+        by_name = sorted((name, weight) for name, weight in parameters if weight.numel() > 0)
+        samples: list[float] = []
+        for index in _evenly_spaced(len(by_name), _MAX_SAMPLED_PARAMETERS):
+            flat = by_name[index][1].detach().reshape(-1)
+            positions = _evenly_spaced(flat.numel(), _SAMPLES_PER_PARAMETER)
+            samples += flat[positions].float().tolist()
+        return cls(model_type, num_layers, hidden_size, vocab_size, tuple(samples))
+
+    def difference(self, other: "BaseFingerprint") -> str | None:
+        """Return None if both are of the same base, up to 16-bit rounding, else what differs."""
+        for name in ("model_type", "num_layers", "hidden_size", "vocab_size"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                return f"{name} is {mine} against {theirs}"
+        if len(self.samples) != len(other.samples):
+            return f"{len(self.samples)} weights were sampled against {len(other.samples)}"
+        pairs = list(zip(self.samples, other.samples, strict=True))
+        unequal = [pair for pair in pairs if not _is_same_weight(*pair)]
+        if unequal:
+            mine, theirs = unequal[0]
+            return (
+                f"{len(unequal)} of {len(pairs)} sampled weights differ, "
+                f"the first is {mine:.6g} against {theirs:.6g}"
+            )
+        return None
+
+    def describe(self) -> str:
+        """Return the layout in words."""
+        return (
+            f"{self.model_type}, {self.num_layers} layers, width {self.hidden_size}, "
+            f"vocabulary {self.vocab_size}"
+        )
+
+
+def _evenly_spaced(length: int, count: int) -> list[int]:
+    if length <= count:
+        return list(range(length))
+    return [(2 * index + 1) * length // (2 * count) for index in range(count)]
+
+
+def _is_same_weight(mine: float, theirs: float) -> bool:
+    tolerance = _ABSOLUTE_TOLERANCE + _RELATIVE_TOLERANCE * max(abs(mine), abs(theirs))
+    return abs(mine - theirs) <= tolerance
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedHeads:
+    """Heads from a checkpoint, in eval mode.
+
+    Attributes:
+        profile: Measured accept rates, if the checkpoint has them.
+        base_name: Name of the base model that the heads were trained for.
+        config: The whole of config.json.
+    """
+
+    heads: MedusaHeads
+    profile: AcceptanceProfile | None
+    base_name: str
+    config: Mapping[str, Any]
+
+
+def save_heads(
+    directory: Path,
+    heads: MedusaHeads,
+    base: BaseFingerprint,
+    base_name: str,
+    profile: AcceptanceProfile | None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Write a checkpoint, replacing one that is there; other files of the directory stay.
+
+    Args:
+        directory: Created if needed.
+        heads: Heads on any device.
+        base: Fingerprint of the base model that they were trained for.
+        base_name: How to call that base in messages.
+        profile: Accept rates measured for these heads, if any.
+        dtype: Type of the weights on disk.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    contents = {WEIGHTS_FILE: safetensors.torch.save(_tensors_to_store(heads, dtype))}
+    if profile is not None:
+        contents[PROFILE_FILE] = _to_json_bytes(profile.to_json())
+    config = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "type": MEDUSA_TYPE,
+        "heads": asdict(heads.config),
+        "base": {"name": base_name, "fingerprint": asdict(base)},
+        "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
+    }
+    for name, data in (contents | {CONFIG_FILE: _to_json_bytes(config)}).items():
+        _replace_file(directory / name, data)
+    if profile is None:
+        (directory / PROFILE_FILE).unlink(missing_ok=True)
+
+
+def _tensors_to_store(heads: MedusaHeads, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {
+        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else torch.int32)
+        for name, tensor in heads.state_dict().items()
+    }
+
+
+def _to_json_bytes(data: Mapping[str, Any]) -> bytes:
+    return (json.dumps(data, indent=2) + "\n").encode()
+
+
+def _replace_file(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_heads(
+    directory: Path,
+    unembedding_VD: Tensor,
+    input_embedding_VD: Tensor,
+    base: BaseFingerprint,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> LoadedHeads:
+    """Load heads for a base model and check that they belong to it.
+
+    Args:
+        directory: What `save_heads` wrote.
+        unembedding_VD: The base's unembedding; used by reference if device and dtype fit.
+        input_embedding_VD: The base's input embedding; likewise.
+        base: Fingerprint of the loaded base model.
+        device: Where the heads run.
+        dtype: Type of their weights.
+
+    Raises:
+        HeadsCheckpointError: If the checkpoint is missing, incomplete, damaged or unknown.
+        HeadsMismatchError: If the heads were trained for another base model.
+    """
+    config = _read_config(directory)
+    base_name, trained_for = _read_base(config, directory)
+    difference = trained_for.difference(base)
+    if difference is not None:
+        raise HeadsMismatchError(
+            f"the heads in {directory} were trained for {base_name} ({trained_for.describe()}), "
+            f"but the loaded base model is another one ({base.describe()}): {difference}; "
+            "serve the model they were trained for, or train heads for this one"
+        )
+    matrices = (unembedding_VD.to(device, dtype), input_embedding_VD.to(device, dtype))
+    try:
+        tensors = safetensors.torch.load(_read_verified(directory, WEIGHTS_FILE, config))
+        heads = MedusaHeads(_medusa_config(config), *matrices, tensors.get("draft_vocab_ids"))
+        heads.load_state_dict(tensors, strict=True)
+        profile = None
+        if PROFILE_FILE in config["sha256"]:
+            data = json.loads(_read_verified(directory, PROFILE_FILE, config))
+            profile = AcceptanceProfile.from_json(data)
+    except HeadsCheckpointError:
+        raise
+    except (RuntimeError, TypeError, ValueError, SafetensorError) as error:
+        raise HeadsCheckpointError(f"the heads in {directory} cannot be loaded: {error}") from error
+    return LoadedHeads(heads.eval(), profile, base_name, config)
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / CONFIG_FILE
+    try:
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise HeadsCheckpointError(
+            f"{path} cannot be read ({error}); give the directory of a heads checkpoint"
+        ) from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise HeadsCheckpointError(f"{path} is not a heads checkpoint: its format is not {FORMAT}")
+    version, kind = config.get("format_version"), config.get("type")
+    if version != FORMAT_VERSION or kind != MEDUSA_TYPE:
+        raise HeadsCheckpointError(
+            f"{path} has format_version {version!r} and type {kind!r}; this release reads "
+            f"version {FORMAT_VERSION} and type {MEDUSA_TYPE!r}"
+        )
+    if set(config) != _CONFIG_KEYS or not isinstance(config["sha256"], dict):
+        raise HeadsCheckpointError(
+            f"{path} has the keys {sorted(config)}; exactly {sorted(_CONFIG_KEYS)} are known"
+        )
+    return config
+
+
+def _read_base(config: Mapping[str, Any], directory: Path) -> tuple[str, BaseFingerprint]:
+    try:
+        base = config["base"]
+        values = base["fingerprint"] | {"samples": tuple(base["fingerprint"]["samples"])}
+        return str(base["name"]), BaseFingerprint(**values)
+    except (KeyError, TypeError) as error:
+        raise HeadsCheckpointError(
+            f"the base in {directory / CONFIG_FILE} is malformed ({error!r}); save the heads again"
+        ) from error
+
+
+def _medusa_config(config: Mapping[str, Any]) -> MedusaConfig:
+    sizes = config["heads"]
+    known = {field.name for field in fields(MedusaConfig)}
+    if not isinstance(sizes, dict) or set(sizes) != known:
+        raise ValueError(f"the heads' config is {sizes!r}; exactly {sorted(known)} are known")
+    return MedusaConfig(**sizes)
+
+
+def _read_verified(directory: Path, name: str, config: Mapping[str, Any]) -> bytes:
+    path = directory / name
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise HeadsCheckpointError(
+            f"{path} cannot be read ({error}); copy or save the whole checkpoint again"
+        ) from error
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != config["sha256"].get(name):
+        raise HeadsCheckpointError(
+            f"{path} is damaged or incomplete: it has {len(data)} bytes with sha256 {digest}, "
+            f"not {config['sha256'].get(name)}; copy or save the whole checkpoint again"
+        )
+    return data

@@ -1,0 +1,279 @@
+"""Medusa heads: every head drafts one further token from the same last hidden state.
+
+Head k (from 0) drafts the token at depth k + 1, the one after the root token. Its input is the
+base model's last hidden state, optionally plus a linear map of the root token's embedding; then
+come residual blocks x + SiLU(W x), and the base model's frozen unembedding. The unembedding can be
+restricted to a draft vocabulary, to which the tokens of a request's own prompt are added.
+
+Owns the heads' weights. The base model's matrices are used by reference: they are no parameters,
+are in no state dict, and stay on their device when the module moves.
+
+Shape suffixes: B sequences, T flat tokens, D model width, K draft heads, R top-k ranks,
+V vocabulary, U draft vocabulary, E tokens seen in a prompt outside the draft vocabulary.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from heads.candidates import PAD_TOKEN, Candidates
+from heads.frozen_linear import FrozenLinear
+
+MAX_SEEN_ROWS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class MedusaConfig:
+    """Shape of a set of Medusa heads.
+
+    Attributes:
+        hidden_size: Width of the base model.
+        vocab_size: Rows of the base model's unembedding.
+        num_heads: Draft heads, hence the largest depth.
+        num_blocks: Residual blocks of each head.
+        root_conditioned: Whether the heads see the root token's embedding.
+        draft_vocab_size: Tokens that the heads can draft; None for the whole vocabulary.
+
+    Raises:
+        ValueError: If a size is less than 1, or the draft vocabulary exceeds the vocabulary.
+    """
+
+    hidden_size: int
+    vocab_size: int
+    num_heads: int = 4
+    num_blocks: int = 1
+    root_conditioned: bool = True
+    draft_vocab_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "vocab_size", "num_heads", "num_blocks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give at least 1")
+        if self.draft_vocab_size is not None and not 1 <= self.draft_vocab_size <= self.vocab_size:
+            raise ValueError(
+                f"draft_vocab_size is {self.draft_vocab_size}; give 1 to vocab_size "
+                f"({self.vocab_size}), or None for the whole vocabulary"
+            )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SeenRows:
+    """Unembedding rows of a prompt's tokens that are outside the draft vocabulary.
+
+    Attributes:
+        token_ids_E: Int64, without repetition.
+        rows_ED: Their rows, in the draft rows' dtype.
+    """
+
+    token_ids_E: Tensor
+    rows_ED: Tensor
+
+
+class MedusaHeads(nn.Module):
+    """K draft heads over one hidden state.
+
+    Built in the unembedding's dtype and on its device. Fresh heads pass the hidden state through
+    unchanged: all their weights are zero.
+
+    Args:
+        unembedding_VD: The base model's unembedding.
+        input_embedding_VD: The base model's input embedding.
+        draft_vocab_ids: Distinct ids of the draft vocabulary; None exactly if the config's
+            `draft_vocab_size` is None.
+
+    Attributes:
+        draft_vocab_ids: Int64 [U]; in the state dict unless the whole vocabulary is drafted.
+
+    Raises:
+        ValueError: If a matrix or the draft vocabulary does not fit the config.
+    """
+
+    draft_vocab_ids: Tensor
+    draft_rows_UD: Tensor
+
+    def __init__(
+        self,
+        config: MedusaConfig,
+        unembedding_VD: Tensor,
+        input_embedding_VD: Tensor,
+        draft_vocab_ids: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        _check_matrix("unembedding_VD", unembedding_VD, config)
+        _check_matrix("input_embedding_VD", input_embedding_VD, config)
+        self.config = config
+        # Detached, because a parameter would register itself with this module.
+        self._unembedding_VD = unembedding_VD.detach()
+        self._input_embedding_VD = input_embedding_VD.detach()
+        width, like = config.hidden_size, self._unembedding_VD
+        blocks = (config.num_blocks, config.num_heads, width)
+        self.block_weights = nn.Parameter(like.new_zeros(*blocks, width))
+        self.block_biases = nn.Parameter(like.new_zeros(blocks))
+        self.root_weight: nn.Parameter | None = None
+        if config.root_conditioned:
+            self.root_weight = nn.Parameter(like.new_zeros(width, width))
+        ids_U = _checked_draft_vocab(draft_vocab_ids, config).to(like.device)
+        is_restricted = config.draft_vocab_size is not None
+        self.register_buffer("draft_vocab_ids", ids_U, persistent=is_restricted)
+        self._gather_draft_rows()
+        # A state dict may bring other draft vocabulary ids.
+        self.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
+            lambda heads, _: heads._gather_draft_rows()
+        )
+
+    def _gather_draft_rows(self) -> None:
+        rows_UD = self._unembedding_VD.to(self.block_weights.dtype)
+        if self.config.draft_vocab_size is not None:
+            rows_UD = rows_UD.index_select(0, self.draft_vocab_ids)
+        self.register_buffer("draft_rows_UD", rows_UD, persistent=False)
+        self._draft_vocab = frozenset(self.draft_vocab_ids.tolist())
+        self._unembed: FrozenLinear | None = None
+
+    def forward(self, hidden_TD: Tensor, root_tokens_T: Tensor) -> Tensor:
+        """Return the hidden state of every head, KTD, in the weights' dtype.
+
+        Args:
+            hidden_TD: The base model's last hidden states, after its final norm.
+            root_tokens_T: Int64 token that follows each position.
+        """
+        x_TD = hidden_TD.to(self.block_weights.dtype)
+        if self.root_weight is not None:
+            root_TD = F.embedding(root_tokens_T, self._input_embedding_VD)
+            x_TD = x_TD + F.linear(root_TD.to(x_TD.dtype), self.root_weight)
+        # The first blocks share their input, so all of them are one product, X = K * D wide.
+        weight_XD, bias_X = self.block_weights[0].flatten(0, 1), self.block_biases[0].flatten()
+        inner_TKD = F.linear(x_TD, weight_XD, bias_X).view(-1, *self.block_biases.shape[1:])
+        x_KTD = x_TD + F.silu(inner_TKD.transpose(0, 1))
+        for block in range(1, self.config.num_blocks):
+            weight_KDD, bias_KD = self.block_weights[block], self.block_biases[block]
+            inner_KTD = torch.baddbmm(bias_KD.unsqueeze(1), x_KTD, weight_KDD.transpose(1, 2))
+            x_KTD = x_KTD + F.silu(inner_KTD)
+        return x_KTD
+
+    def draft_logits(self, head_hidden_KTD: Tensor) -> Tensor:
+        """Return logits over the draft vocabulary, KTU, in the order of `draft_vocab_ids`."""
+        return F.linear(head_hidden_KTD, self.draft_rows_UD)
+
+    def _frozen_unembedding(self) -> FrozenLinear:
+        # Built on first use, and again when the module has moved to another device or dtype.
+        if self._unembed is None or self._unembed.weight is not self.draft_rows_UD:
+            self._unembed = FrozenLinear(self.draft_rows_UD)
+        return self._unembed
+
+    @torch.inference_mode()
+    def seen_rows(self, prompt_token_ids: Sequence[int]) -> SeenRows | None:
+        """Gather the rows of a prompt's tokens that the heads cannot draft otherwise.
+
+        Call it once per request: it copies rows.
+
+        Returns:
+            At most `MAX_SEEN_ROWS` tokens, the most recent ones of the prompt; None if the whole
+            prompt is in the draft vocabulary.
+        """
+        recent_first = dict.fromkeys(reversed(prompt_token_ids))
+        token_ids = [token for token in recent_first if token not in self._draft_vocab]
+        if not token_ids:
+            return None
+        token_ids_E = self.draft_vocab_ids.new_tensor(token_ids[:MAX_SEEN_ROWS])
+        rows_ED = self._unembedding_VD.index_select(0, token_ids_E)
+        return SeenRows(token_ids_E, rows_ED.to(self.draft_rows_UD.dtype))
+
+    @torch.inference_mode()
+    def propose(
+        self,
+        hidden_BD: Tensor,
+        root_tokens_B: Tensor,
+        num_ranks: int,
+        seen: Sequence[SeenRows | None],
+    ) -> Candidates:
+        """Propose each head's most probable tokens for a batch of sequences.
+
+        Log-probs are over the draft vocabulary and the sequence's seen tokens together.
+
+        Args:
+            hidden_BD: Last hidden state of each sequence, after the base model's final norm.
+            root_tokens_B: Int64 token that follows it.
+            num_ranks: Candidates per head; padded where there are fewer tokens to draft.
+            seen: For each sequence what `seen_rows` returned for its prompt.
+
+        Raises:
+            ValueError: If num_ranks is less than 1, or `seen` has not one entry per sequence.
+        """
+        if num_ranks < 1:
+            raise ValueError(f"num_ranks is {num_ranks}; give at least 1")
+        if len(seen) != len(hidden_BD):
+            raise ValueError(f"seen has {len(seen)} entries; give {len(hidden_BD)}, one a sequence")
+        head_hidden_BKD = self(hidden_BD, root_tokens_B).transpose(0, 1)
+        logits_BKU = self._frozen_unembedding()(head_hidden_BKD)
+        num_seen = max(0 if rows is None else len(rows.token_ids_E) for rows in seen)
+        num_extra = max(num_seen, num_ranks - logits_BKU.shape[2])
+        if num_extra == 0:
+            log_probs_BKR, indices_BKR = logits_BKU.float().log_softmax(dim=2).topk(num_ranks)
+            return Candidates(self.draft_vocab_ids[indices_BKR], log_probs_BKR)
+        extra = _extra_candidates(head_hidden_BKD, seen, num_extra)
+        logits_BKX = torch.cat((logits_BKU, extra.logits_BKE), dim=2)
+        log_probs_BKR, indices_BKR = logits_BKX.float().log_softmax(dim=2).topk(num_ranks)
+        drafted_BU = self.draft_vocab_ids.expand(len(seen), -1)
+        token_ids_BX = torch.cat((drafted_BU, extra.token_ids_BE), dim=1)
+        token_ids_BKR = token_ids_BX.gather(1, indices_BKR.flatten(1)).view_as(indices_BKR)
+        return Candidates(token_ids_BKR, log_probs_BKR)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _ExtraCandidates:
+    """The seen tokens of a batch, padded with -1 and logits of -inf."""
+
+    token_ids_BE: Tensor
+    logits_BKE: Tensor
+
+
+def _extra_candidates(
+    head_hidden_BKD: Tensor, seen: Sequence[SeenRows | None], num_extra: int
+) -> _ExtraCandidates:
+    shape = head_hidden_BKD.shape[:2]
+    logits_BKE = head_hidden_BKD.new_full((*shape, num_extra), -math.inf)
+    token_ids_BE = torch.full(
+        (shape[0], num_extra), PAD_TOKEN, dtype=torch.int64, device=head_hidden_BKD.device
+    )
+    for sequence, rows in enumerate(seen):
+        if rows is not None:
+            num_rows = len(rows.token_ids_E)
+            logits_BKE[sequence, :, :num_rows] = F.linear(head_hidden_BKD[sequence], rows.rows_ED)
+            token_ids_BE[sequence, :num_rows] = rows.token_ids_E
+    return _ExtraCandidates(token_ids_BE, logits_BKE)
+
+
+def _check_matrix(name: str, matrix_VD: Tensor, config: MedusaConfig) -> None:
+    expected = (config.vocab_size, config.hidden_size)
+    if tuple(matrix_VD.shape) != expected:
+        raise ValueError(
+            f"{name} has shape {tuple(matrix_VD.shape)}; the heads' config asks for {expected}"
+        )
+
+
+def _checked_draft_vocab(draft_vocab_ids: Tensor | None, config: MedusaConfig) -> Tensor:
+    if config.draft_vocab_size is None:
+        if draft_vocab_ids is not None:
+            raise ValueError(
+                f"{len(draft_vocab_ids)} draft vocabulary ids, but draft_vocab_size is None; "
+                "leave the ids out or set draft_vocab_size"
+            )
+        return torch.arange(config.vocab_size)
+    if draft_vocab_ids is None or draft_vocab_ids.shape != (config.draft_vocab_size,):
+        shape = None if draft_vocab_ids is None else tuple(draft_vocab_ids.shape)
+        raise ValueError(
+            f"draft_vocab_ids has shape {shape}; give one id for each of the "
+            f"{config.draft_vocab_size} entries of the draft vocabulary"
+        )
+    ids_U = draft_vocab_ids.to(torch.int64)
+    low, high, num_distinct = int(ids_U.min()), int(ids_U.max()), len(set(ids_U.tolist()))
+    if low < 0 or high >= config.vocab_size or num_distinct != len(ids_U):
+        raise ValueError(
+            f"draft_vocab_ids span {low} to {high}, {num_distinct} of {len(ids_U)} are distinct; "
+            f"give distinct ids of 0 to {config.vocab_size - 1}"
+        )
+    return ids_U

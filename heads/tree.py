@@ -1,0 +1,150 @@
+"""The shape of a draft tree: who is whose parent, and which candidate sits where.
+
+Owns topology only; tokens, probabilities and devices belong to others. Node 0 is the root, the
+token that is known already; a node at depth d >= 1 stands for a candidate of draft head d - 1 and
+its rank says which. Parents precede their children, so every prefix of a tree is a tree.
+
+Shape suffixes: N nodes.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Self
+
+import torch
+from torch import Tensor
+
+NO_PARENT = -1
+
+
+@dataclass(frozen=True, slots=True)
+class DraftTree:
+    """Immutable and hashable topology of a draft tree.
+
+    Attributes:
+        parents: Parent of each node; -1 for the root, an earlier node for all others.
+        ranks: Rank of each node's candidate in its draft head's top-k; -1 for the root.
+        depths: Edges between each node and the root.
+
+    Raises:
+        ValueError: If a parent does not precede its node, a rank is negative, or two siblings
+            have the same rank.
+    """
+
+    parents: tuple[int, ...]
+    ranks: tuple[int, ...]
+    depths: tuple[int, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if len(self.parents) != len(self.ranks):
+            raise ValueError(
+                f"{len(self.parents)} parents and {len(self.ranks)} ranks; give one each per node"
+            )
+        if self.parents[:1] != (NO_PARENT,) or self.ranks[:1] != (-1,):
+            raise ValueError(
+                f"the first node has parent {self.parents[:1]} and rank {self.ranks[:1]}; "
+                "node 0 is the root and has -1 for both"
+            )
+        depths = [0]
+        seen: set[tuple[int, int]] = set()
+        for node in range(1, len(self.parents)):
+            parent, rank = self.parents[node], self.ranks[node]
+            if not 0 <= parent < node:
+                raise ValueError(
+                    f"node {node} has parent {parent}; give one of the nodes 0 to {node - 1}"
+                )
+            if rank < 0:
+                raise ValueError(f"node {node} has rank {rank}; give 0 or more")
+            if (parent, rank) in seen:
+                raise ValueError(
+                    f"node {node} repeats rank {rank} below parent {parent}; "
+                    "give siblings different ranks"
+                )
+            seen.add((parent, rank))
+            depths.append(depths[parent] + 1)
+        object.__setattr__(self, "depths", tuple(depths))
+
+    @classmethod
+    def root_only(cls) -> Self:
+        """Return the tree of plain decoding."""
+        return cls((NO_PARENT,), (-1,))
+
+    @classmethod
+    def chain(cls, depth: int) -> Self:
+        """Return the tree that follows the best candidate of the first `depth` heads."""
+        if depth < 0:
+            raise ValueError(f"depth is {depth}; give 0 or more")
+        return cls(tuple(range(-1, depth)), (-1,) + (0,) * depth)
+
+    @classmethod
+    def from_rank_paths(cls, paths: Iterable[tuple[int, ...]]) -> Self:
+        """Build the tree that holds one node per path of ranks from the root.
+
+        Args:
+            paths: For each node below the root, the ranks along its path, such as `(0,)`,
+                `(0, 0)` and `(1,)`. Nodes are numbered by depth, then in the order given.
+
+        Raises:
+            ValueError: If a path is empty or repeated, or a prefix of it is missing.
+        """
+        node_of: dict[tuple[int, ...], int] = {(): 0}
+        parents, ranks = [NO_PARENT], [-1]
+        for path in sorted(paths, key=len):
+            if path in node_of:
+                raise ValueError(f"path {path} is repeated or empty; give each node once")
+            if path[:-1] not in node_of:
+                raise ValueError(f"path {path} lacks its parent; add the path {path[:-1]}")
+            node_of[path] = len(parents)
+            parents.append(node_of[path[:-1]])
+            ranks.append(path[-1])
+        return cls(tuple(parents), tuple(ranks))
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes of the tree, root included."""
+        return len(self.parents)
+
+    @property
+    def max_depth(self) -> int:
+        """Depth of the deepest node; 0 for the root alone."""
+        return max(self.depths)
+
+    def children(self) -> tuple[tuple[int, ...], ...]:
+        """Return each node's children, in increasing order."""
+        children: list[list[int]] = [[] for _ in self.parents]
+        for node in range(1, self.num_nodes):
+            children[self.parents[node]].append(node)
+        return tuple(map(tuple, children))
+
+    def paths(self) -> tuple[tuple[int, ...], ...]:
+        """Return the ranks along each node's path from the root; the root's is empty."""
+        paths: list[tuple[int, ...]] = [()]
+        for node in range(1, self.num_nodes):
+            paths.append((*paths[self.parents[node]], self.ranks[node]))
+        return tuple(paths)
+
+    def ancestor_mask(self) -> Tensor:
+        """Return a bool CPU tensor [N, N]: entry (i, j) says that j is i or an ancestor of i.
+
+        The tensor is shared by all callers; do not write to it.
+        """
+        return _ancestor_mask(self.parents)
+
+    def prefix(self, num_nodes: int) -> Self:
+        """Return the tree of the first `num_nodes` nodes.
+
+        Raises:
+            ValueError: If the tree has fewer nodes, or none are asked for.
+        """
+        if not 1 <= num_nodes <= self.num_nodes:
+            raise ValueError(f"num_nodes is {num_nodes}; give 1 to {self.num_nodes}")
+        return type(self)(self.parents[:num_nodes], self.ranks[:num_nodes])
+
+
+@lru_cache(maxsize=1024)
+def _ancestor_mask(parents: tuple[int, ...]) -> Tensor:
+    mask_NN = torch.eye(len(parents), dtype=torch.bool)
+    for node in range(1, len(parents)):
+        mask_NN[node] |= mask_NN[parents[node]]
+    return mask_NN

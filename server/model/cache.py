@@ -1,0 +1,42 @@
+"""The directory of converted and downloaded models, shared by all processes of a user.
+
+Whatever has its final name in it is whole: work happens under partial names, one process at a
+time, and a leftover of an interrupted one is removed by the next.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock
+
+CACHE_VARIABLE = "EURYALE_CACHE"
+
+
+def cache_dir() -> Path:
+    """The cache's root: $EURYALE_CACHE, else `euryale` below the user's cache directory."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    if chosen:
+        return Path(chosen).expanduser()
+    user_cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(user_cache) if user_cache else Path.home() / ".cache") / "euryale"
+
+
+@contextmanager
+def partial_directory(final: Path) -> Iterator[Path]:
+    """Yield an empty scratch directory next to `final`, held by this process alone.
+
+    Waits while another process works on the same `final`, so check again inside whether it is
+    there by now. The scratch directory is gone afterwards; move out of it what is to stay.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    partial = final.with_name(f".{final.name}.partial")
+    with FileLock(final.with_name(f".{final.name}.lock")):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            yield partial
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)

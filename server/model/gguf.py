@@ -1,0 +1,66 @@
+"""Conversion of a GGUF file to an ordinary checkpoint directory, done once and cached.
+
+Reading GGUF dequantises every weight in Python, which takes long; the converted float32
+safetensors load in seconds.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from server.errors import ModelError
+from server.model.cache import partial_directory
+from server.model.progress import note, quiet_transformers
+
+_DIGEST_LENGTH = 16
+
+
+def converted_dir(gguf_name: str, sha256: str, cache: Path) -> Path:
+    """Where the conversion of a GGUF file with this name and digest is kept."""
+    return cache / "models" / f"{Path(gguf_name).stem}-{sha256[:_DIGEST_LENGTH]}"
+
+
+def convert_gguf(gguf: Path, target: Path) -> None:
+    """Make `target` a checkpoint directory with the GGUF file's model and tokenizer.
+
+    Does nothing if it is there. An interrupted conversion leaves no `target`.
+
+    Raises:
+        ModelError: If the file cannot be read as a model.
+    """
+    if target.is_dir():
+        return
+    with partial_directory(target) as partial:
+        if target.is_dir():
+            return
+        note(f"converting {gguf.name}, once; this takes about half a minute for 100 MB")
+        converted = partial / "converted"
+        try:
+            with quiet_transformers():
+                _convert(gguf, converted)
+        except (OSError, ValueError, RuntimeError, LookupError, NotImplementedError) as error:
+            raise ModelError(
+                f"cannot read {gguf} as a model: {error}; check that the file is whole and of an "
+                "architecture that transformers can read from GGUF"
+            ) from error
+        converted.rename(target)
+
+
+def _convert(gguf: Path, target: Path) -> None:
+    source: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
+    quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
+    # NOTE: A model that was read from GGUF refuses to be saved, so a plain one takes its weights.
+    settings = quantised.config.to_dict()
+    settings.pop("quantization_config", None)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            type(quantised.config).from_dict(settings), dtype=torch.float32
+        )
+    model.load_state_dict(quantised.state_dict(), strict=True, assign=True)
+    model.tie_weights()
+    model.generation_config = quantised.generation_config
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)

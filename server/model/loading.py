@@ -1,0 +1,219 @@
+"""Loads a base model with `transformers`, ready for the engine.
+
+Shape suffixes: V vocabulary, D model width.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from heads.checkpoint import BaseFingerprint
+from server.errors import ConfigError, ModelError
+from server.model.packed_linear import pack_linears
+from server.model.progress import quiet_transformers
+from server.model.source import resolve_model
+from server.model.support import check_config, probe_model
+from server.tokenizer import Tokenizer
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# What `from_pretrained` raises for files that are missing, damaged or of an unknown kind.
+_LOAD_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, SafetensorError)
+_MAX_NAMED_KEYS = 4
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedModel:
+    """A base model in eval mode and what the engine must know about it.
+
+    Attributes:
+        name: As it was asked for.
+        model: Without gradients; on CPU with packed linear layers.
+        max_model_len: Longest sequence that the model's positions allow.
+        vocab_size: Rows of the unembedding, at least as many as the tokenizer has tokens.
+        num_kv_heads: Key/value heads of every layer.
+        head_dim: Channels of a head's keys and values.
+        fingerprint: Tells this base model from others.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: Tokenizer
+    device: torch.device
+    dtype: torch.dtype
+    max_model_len: int
+    hidden_size: int
+    num_layers: int
+    vocab_size: int
+    num_kv_heads: int
+    head_dim: int
+    fingerprint: BaseFingerprint
+    _unembedding_VD: Tensor = field(repr=False)
+    _input_embedding_VD: Tensor = field(repr=False)
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Tokens that end a text."""
+        return self.tokenizer.eos_token_ids
+
+    def unembedding(self) -> Tensor:
+        """The plain unembedding `[V, D]`, not a copy."""
+        return self._unembedding_VD
+
+    def input_embedding(self) -> Tensor:
+        """The plain input embedding `[V, D]`, not a copy; the same tensor if they are tied."""
+        return self._input_embedding_VD
+
+
+def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+    """Load a base model.
+
+    Args:
+        name: The built-in `smollm2`, a `.gguf` file, a local directory or a hub id.
+        device: `cpu`, `cuda` or `auto`, which takes CUDA if there is a device.
+        dtype: `float32`, `bfloat16`, `float16` or `auto`: float32 on CPU, bfloat16 on CUDA.
+
+    Raises:
+        ConfigError: If there is no such device or dtype.
+        ModelError: If the model cannot be found or read, or is of an unsupported kind.
+    """
+    on = _device(device)
+    weight_dtype = _dtype(dtype, on)
+    source = resolve_model(name)
+    with quiet_transformers():
+        config = _config(name, source)
+        check_config(name, config)
+        model = _model(name, source, config, on, weight_dtype)
+        tokenizer = _tokenizer(name, source, model)
+    text = config.get_text_config(decoder=True)
+    unembedding_VD = model.get_output_embeddings().weight.detach()
+    vocab_size, hidden_size = unembedding_VD.shape
+    if tokenizer.vocab_size > vocab_size:
+        raise ModelError(
+            f"{name} has a tokenizer of {tokenizer.vocab_size} tokens, but its model only has "
+            f"{vocab_size}; the two do not belong together"
+        )
+    input_embedding_VD = model.get_input_embeddings().weight.detach()
+    fingerprint = BaseFingerprint.of(
+        config.model_type, text.num_hidden_layers, hidden_size, vocab_size, model.named_parameters()
+    )
+    pack_linears(model)
+    kv_shape = probe_model(name, model)
+    return LoadedModel(
+        name=name,
+        model=model,
+        tokenizer=tokenizer,
+        device=on,
+        dtype=weight_dtype,
+        max_model_len=_max_model_len(name, text),
+        hidden_size=hidden_size,
+        num_layers=kv_shape.num_layers,
+        vocab_size=vocab_size,
+        num_kv_heads=kv_shape.num_kv_heads,
+        head_dim=kv_shape.head_dim,
+        fingerprint=fingerprint,
+        _unembedding_VD=unembedding_VD,
+        _input_embedding_VD=input_embedding_VD,
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device is {name!r}, but torch sees no CUDA device; give 'cpu'")
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in _DTYPES:
+        raise ConfigError(f"dtype is {name!r}; give 'auto' or one of {sorted(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def _config(name: str, source: str) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except _LOAD_ERRORS as error:
+        raise ModelError(
+            f"cannot read the configuration of the model {name}: {error}; check the name, the "
+            "network and that transformers knows the architecture without code from the hub"
+        ) from error
+
+
+def _model(
+    name: str, source: str, config: PreTrainedConfig, device: torch.device, dtype: torch.dtype
+) -> PreTrainedModel:
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype,
+            device_map={"": device},
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except _LOAD_ERRORS as error:
+        raise ModelError(
+            f"cannot load the weights of the model {name}: {error}; check that its safetensors "
+            "files are whole and fit into memory"
+        ) from error
+    _check_report(name, report)
+    loaded: PreTrainedModel = model.eval()
+    return loaded.requires_grad_(False)
+
+
+def _check_report(name: str, report: dict[str, Any]) -> None:
+    """Refuse a checkpoint of which a part would be initialised at random."""
+    for problem in ("missing_keys", "mismatched_keys"):
+        keys = sorted(str(key) for key in report[problem])
+        if keys:
+            raise ModelError(
+                f"the checkpoint of {name} has {len(keys)} {problem.replace('_', ' ')}, like "
+                f"{keys[:_MAX_NAMED_KEYS]}; it is incomplete or of another architecture"
+            )
+
+
+def _tokenizer(name: str, source: str, model: PreTrainedModel) -> Tokenizer:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except _LOAD_ERRORS as error:
+        raise ModelError(
+            f"cannot load the tokenizer of the model {name}: {error}; put its tokenizer.json "
+            "next to the weights"
+        ) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ModelError(
+            f"{name} has a {type(tokenizer).__name__}, which is no fast tokenizer; put a "
+            "tokenizer.json next to the weights"
+        )
+    ends = model.generation_config.eos_token_id if model.generation_config else None
+    eos_token_ids = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
+    return Tokenizer(tokenizer, (end for end in eos_token_ids if end is not None))
+
+
+def _max_model_len(name: str, text: PreTrainedConfig) -> int:
+    limit = getattr(text, "max_position_embeddings", None)
+    if not isinstance(limit, int):
+        raise ModelError(f"the configuration of {name} has no max_position_embeddings")
+    # NOTE: longrope changes all rotations once any sequence of the batch exceeds the original
+    # length, which would not fit the keys already in the cache.
+    rope = getattr(text, "rope_parameters", None) or {}
+    for parameters in (rope, *rope.values()):
+        if isinstance(parameters, dict) and parameters.get("rope_type") == "longrope":
+            limit = min(limit, parameters.get("original_max_position_embeddings", limit))
+    return limit

@@ -1,0 +1,148 @@
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from server.api.config import ServerConfig
+from server.engine.engine import Engine
+from tests.serving import DEADLINE_S, complete, running_server, wait_until
+
+LONG = {"ignore_eos": True}
+ROOT = Path(__file__).parents[2]
+
+
+def test_draining_lets_running_streams_end_and_admits_no_others(
+    engine_factory: Callable[..., Engine],
+) -> None:
+    config = ServerConfig(port=0, drain_s=DEADLINE_S, log_level="warning")
+    with (
+        running_server(engine_factory(), config=config) as server,
+        server.openai() as client,
+        server.http() as http,
+    ):
+        asked = {"model": server.model, "prompt": "a", "extra_body": LONG}
+        stream = complete(client, **asked, max_tokens=400, stream=True)
+        first = next(stream)
+        server.begin_stop()
+        wait_until(lambda: not server.engine.is_ready)
+        assert http.get("/ready").status_code == 503
+        assert http.get("/health").status_code == 200
+        with pytest.raises(openai.InternalServerError) as caught:
+            complete(client, **asked)
+        assert caught.value.status_code == 503
+        assert caught.value.code == "engine_stopped"
+        chunks = [first, *stream]
+        assert chunks[-1].choices[0].finish_reason == "length"
+        server.thread.join(DEADLINE_S)
+        assert not server.thread.is_alive()
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{server.url}/health")
+
+
+@pytest.mark.parametrize("second_signal", [True, False])
+def test_a_second_signal_or_the_end_of_the_time_ends_streams_with_an_error(
+    engine_factory: Callable[..., Engine], second_signal: bool
+) -> None:
+    drain_s = DEADLINE_S if second_signal else 0.2
+    config = ServerConfig(port=0, drain_s=drain_s, log_level="error")
+    with (
+        running_server(engine_factory(), config=config) as server,
+        server.openai() as client,
+    ):
+        stream = complete(
+            client,
+            model=server.model,
+            prompt="a",
+            extra_body=LONG,
+            max_tokens=1900,
+            stream=True,
+        )
+        next(stream)
+        started_s = time.monotonic()
+        server.begin_stop()
+        if second_signal:
+            server.begin_stop()
+        with pytest.raises(openai.APIError, match="stopping"):
+            list(stream)
+        server.thread.join(DEADLINE_S)
+        assert time.monotonic() - started_s < 5
+
+
+@contextmanager
+def serving_process(model_dir: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`euryale serve` in a process of its own, ready, with its address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "server.cli", "serve", "--model", str(model_dir)]
+    command += ["--heads", "none", "--num-threads", "1", "--num-blocks", "256"]
+    environment = {**os.environ, "EURYALE_PORT": str(port), "EURYALE_SERVED_MODEL_NAME": "tiny"}
+    process = subprocess.Popen(
+        [*command, *options],
+        cwd=ROOT,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_until(lambda: process.poll() is not None or _answers(url))
+        assert process.poll() is None, process.communicate()[1]
+        yield process, url
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/ready").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def test_a_process_drains_at_sigterm_and_ends_cleanly(model_dir: Path) -> None:
+    with serving_process(model_dir) as (process, url):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        with client:
+            stream = complete(
+                client, model="tiny", prompt="a", extra_body=LONG, max_tokens=300, stream=True
+            )
+            next(stream)
+            process.send_signal(signal.SIGTERM)
+            chunks = list(stream)
+        assert chunks[-1].choices[0].finish_reason == "length"
+        _, log = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 0
+    assert "draining" in log
+    assert "Traceback" not in log
+
+
+def test_a_process_stops_at_once_at_the_second_signal(model_dir: Path) -> None:
+    with serving_process(model_dir, "--drain-s", "60") as (process, url):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        with client:
+            stream = complete(
+                client, model="tiny", prompt="a", extra_body=LONG, max_tokens=1900, stream=True
+            )
+            next(stream)
+            started_s = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.2)
+            assert process.poll() is None
+            process.send_signal(signal.SIGTERM)
+            with pytest.raises(openai.APIError, match="stopping"):
+                list(stream)
+        _, log = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 0
+    assert time.monotonic() - started_s < 10
+    assert "Traceback" not in log

@@ -1,0 +1,75 @@
+"""What a request may ask of this server, and messages that say what to change."""
+
+import pytest
+
+from server.config import SamplingParams, SpeculationParams
+from server.engine.request import Request
+from server.engine.validate import RequestLimits
+from server.errors import InvalidRequestError
+
+LIMITS = RequestLimits(max_model_len=10, vocab_size=50, has_heads=False)
+
+
+def request(
+    prompt: tuple[int, ...],
+    max_tokens: int = 1,
+    bias: dict[int, float] | None = None,
+    speculation: SpeculationParams | None = None,
+) -> Request:
+    return Request(
+        "r",
+        prompt,
+        SamplingParams(max_tokens=max_tokens, logit_bias=bias or {}),
+        speculation or SpeculationParams(),
+    )
+
+
+class TestRequestLimits:
+    @pytest.mark.parametrize(
+        "allowed",
+        [
+            request((0,)),
+            request((49,), bias={0: 1.0, 49: 1.0}),
+            request((1,) * 9, max_tokens=1),
+            request((1,), max_tokens=9),
+            request((1,), speculation=SpeculationParams(method="none")),
+            request((1,), speculation=SpeculationParams(method="auto", max_nodes=64)),
+        ],
+    )
+    def test_what_fits_is_taken(self, allowed: Request) -> None:
+        LIMITS.check(allowed)
+
+    @pytest.mark.parametrize(
+        ("refused", "param", "code", "says"),
+        [
+            (request(()), "prompt", None, "no tokens"),
+            (request((1, 50)), "prompt", None, "token id 50 .* 0 to 49"),
+            (request((-1, 3)), "prompt", None, "token id -1"),
+            (request((1,), bias={50: 1.0}), "logit_bias", None, "token id 50"),
+            (request((1,) * 10), "prompt", "context_length_exceeded", "10 tokens.* 10; shorten"),
+            (request((1,) * 99), "prompt", "context_length_exceeded", "99 tokens"),
+            (
+                request((1,) * 5, max_tokens=6),
+                "max_tokens",
+                "context_length_exceeded",
+                "5 tokens and max_tokens is 6, .* 10; lower",
+            ),
+            (
+                request((1,), speculation=SpeculationParams(method="medusa")),
+                "speculation.method",
+                None,
+                "no draft heads",
+            ),
+        ],
+    )
+    def test_what_can_never_run_is_refused_with_the_value_and_the_remedy(
+        self, refused: Request, param: str, code: str | None, says: str
+    ) -> None:
+        with pytest.raises(InvalidRequestError, match=says) as caught:
+            LIMITS.check(refused)
+        assert caught.value.param == param
+        assert caught.value.code == code
+
+    def test_with_heads_medusa_may_be_asked_for(self) -> None:
+        limits = RequestLimits(max_model_len=10, vocab_size=50, has_heads=True)
+        limits.check(request((1,), speculation=SpeculationParams(method="medusa")))
