@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
-from bench import acceptance, exactness, latency, overhead
+from bench import acceptance, exactness, latency, overhead, quality
 from bench.errors import BenchError
 from bench.options import BenchOptions, parse_options
 from bench.outcome import Outcome
@@ -21,6 +21,7 @@ _RUN: dict[str, Callable[[BenchOptions], Outcome]] = {
     "acceptance": acceptance.run,
     "exactness": exactness.run,
     "overhead": overhead.run,
+    "quality": quality.run,
 }
 
 

@@ -12,34 +12,15 @@ from bench.options import BenchOptions
 from bench.outcome import Outcome
 from bench.progress import progress
 from bench.repeats import NGRAM_LEN, repeated_positions
-from bench.tracing import Trace
+from bench.tracing import NO_STEPS, StepCount, Trace, count_steps
 from bench.workload import (
     build_engine,
     describe_engine,
     engine_config,
+    greedy,
     load_workload,
     speculation_on,
 )
-from server.config import SamplingParams
-
-
-@dataclass(frozen=True, slots=True)
-class StepCount:
-    """Verify steps and the tokens that they emitted."""
-
-    num_steps: int
-    num_tokens: int
-
-    def __add__(self, other: "StepCount") -> "StepCount":
-        return StepCount(self.num_steps + other.num_steps, self.num_tokens + other.num_tokens)
-
-    @property
-    def mean(self) -> float:
-        """Tokens per verify step; 0.0 without steps."""
-        return self.num_tokens / self.num_steps if self.num_steps else 0.0
-
-
-NO_STEPS = StepCount(0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +56,6 @@ class AcceptanceResult:
     num_output_tokens: int
     num_steps: int
     mean_draft_tokens: float
-
-
-def count_steps(trace: Trace) -> StepCount:
-    """All verify steps of an output."""
-    return StepCount(len(trace.steps), sum(step.num_tokens for step in trace.steps))
 
 
 def count_fresh_steps(trace: Trace) -> StepCount:
@@ -142,10 +118,13 @@ def run(options: BenchOptions) -> Outcome:
     """
     workload = load_workload(options)
     engine = build_engine(engine_config(options, tree=options.max_nodes))
-    sampling = SamplingParams(max_tokens=options.max_new_tokens, temperature=0.0)
+    sampling, speculation = greedy(options), speculation_on(options)
     with progress("acceptance", len(workload.conversations)) as advance:
         answered = answer_turns(
-            engine, workload.conversations, sampling, speculation_on(options), advance
+            engine,
+            workload.conversations,
+            lambda turn: turn.request(sampling, speculation),
+            advance,
         )
     categories = [turn.conversation.category for turn in answered.turns]
     return Outcome(

@@ -32,6 +32,9 @@ class Turn:
         return Request(self.key, self.prompt_token_ids, sampling, speculation)
 
 
+Ask = Callable[[Turn], Request]
+
+
 @dataclass(frozen=True, slots=True)
 class SkippedTurn:
     """A turn that does not fit the context; it and the conversation's later turns are left out."""
@@ -72,15 +75,14 @@ def make_turn(tokenizer: Tokenizer, conversation: Conversation, answers: Sequenc
     return Turn(conversation, len(answers), tuple(token_ids))
 
 
-def too_long(turn: Turn, engine: Engine, max_new_tokens: int) -> SkippedTurn | None:
+def skip_if_too_long(engine: Engine, turn: Turn, request: Request) -> SkippedTurn | None:
     """Why a turn must be skipped, or None if the engine can answer it in full.
 
     Raises:
-        InvalidRequestError: If the engine refuses the turn for any other reason than its length.
+        InvalidRequestError: If the engine refuses the request for anything but its length.
     """
-    params = SamplingParams(max_tokens=max_new_tokens, temperature=0.0)
     try:
-        engine.limits.check(turn.request(params, SpeculationParams()))
+        engine.limits.check(request)
     except InvalidRequestError as error:
         if error.code != _TOO_LONG:
             raise
@@ -89,19 +91,14 @@ def too_long(turn: Turn, engine: Engine, max_new_tokens: int) -> SkippedTurn | N
 
 
 def answer_turns(
-    engine: Engine,
-    conversations: Sequence[Conversation],
-    sampling: SamplingParams,
-    speculation: SpeculationParams,
-    on_done: Callable[[], None],
+    engine: Engine, conversations: Sequence[Conversation], ask: Ask, on_done: Callable[[], None]
 ) -> AnsweredTurns:
     """Answer every turn of every conversation, many conversations in flight.
 
     Args:
         engine: Idle before and after.
         conversations: With distinct lines.
-        sampling: Of every answer.
-        speculation: Of every answer.
+        ask: Makes a turn's request, with the turn's key as its id.
         on_done: Called once a conversation is through.
     """
     turns: dict[str, Turn] = {}
@@ -112,10 +109,11 @@ def answer_turns(
         given = answers[conversation.line]
         if len(given) < len(conversation.turns):
             turn = make_turn(engine.tokenizer, conversation, given)
-            obstacle = too_long(turn, engine, sampling.max_tokens)
+            request = ask(turn)
+            obstacle = skip_if_too_long(engine, turn, request)
             if obstacle is None:
                 turns[turn.key] = turn
-                return turn.request(sampling, speculation)
+                return request
             skipped.append(obstacle)
         on_done()
         return None
@@ -134,19 +132,12 @@ def answer_turns(
 
 
 def answer_again(
-    engine: Engine,
-    turns: Sequence[Turn],
-    sampling: Sequence[SamplingParams],
-    speculation: SpeculationParams,
-    on_done: Callable[[], None],
+    engine: Engine, turns: Sequence[Turn], ask: Ask, on_done: Callable[[], None]
 ) -> list[Trace]:
-    """Answer given turns in another way; `sampling` has one entry per turn."""
-    requests = [
-        turn.request(params, speculation) for turn, params in zip(turns, sampling, strict=True)
-    ]
+    """Answer given turns in another way; traces come in the turns' order."""
 
     def follow_up(key: str, trace: Trace) -> None:
         on_done()
 
-    traces = run_requests(engine, requests, follow_up)
+    traces = run_requests(engine, [ask(turn) for turn in turns], follow_up)
     return [traces[turn.key] for turn in turns]

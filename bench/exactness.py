@@ -5,46 +5,50 @@ outputs with speculation on against off, and seeded samples at temperature 0.8 o
 Where two outputs differ, the first difference is judged from the logits that the plain
 transformers model gives for the tokens before it. Fails if a difference is no proven tie.
 
-The engine keeps several requests in flight and chooses its tree sizes by itself, as a server
-does, so changing batch neighbours and trees are part of what is checked.
+The engine keeps several requests in flight, and their trees have different sizes: `--max-nodes`,
+a half, a quarter and an eighth of it. So mixed batches are part of what is checked.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from bench.dialogues import SkippedTurn, Turn, answer_again, answer_turns
-from bench.judge import CheckName, Judge, Mismatch, Output, Pair
+from bench.dialogues import Ask, SkippedTurn, Turn, answer_again, answer_turns
+from bench.judge import CheckName, Judge, Mismatch, Pair
 from bench.options import BenchOptions
 from bench.outcome import Outcome
 from bench.progress import progress
 from bench.reference import ReferenceModel
 from bench.ties import TIE_GAP
+from bench.tracing import NO_STEPS, Trace, count_steps
 from bench.workload import (
     Workload,
     build_engine,
     describe_engine,
     engine_config,
+    greedy,
     load_workload,
     speculation_off,
     speculation_on,
 )
-from server.config import SamplingParams
+from server.config import SamplingParams, SpeculationParams
 from server.engine.engine import Engine
+from server.engine.request import Request
 
 TEMPERATURE = 0.8
-FIRST_SEED = 1000
+_SEEDS_PER_LINE = 1000
+_NUM_TREE_SIZES = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """What each way of running made of the same turns, turn by turn."""
+    """What each way of running made of the same turns; all in the turns' order."""
 
     turns: tuple[Turn, ...]
-    greedy_on: list[Output]
-    greedy_off: list[Output]
-    sampled_on: list[Output]
-    sampled_off: list[Output]
-    transformers: list[Output]
+    greedy_on: tuple[Trace, ...]
+    greedy_off: tuple[Trace, ...]
+    sampled_on: tuple[Trace, ...]
+    sampled_off: tuple[Trace, ...]
+    transformers: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,64 +107,99 @@ def summarise(pairs: Sequence[Pair], judge: Judge) -> ExactnessResult:
     )
 
 
+class Asker:
+    """Makes the requests of the five ways to answer a turn."""
+
+    def __init__(self, options: BenchOptions) -> None:
+        self._options = options
+
+    def greedy_params(self, turn: Turn) -> SamplingParams:
+        """How a turn's greedy outputs are drawn."""
+        return greedy(self._options)
+
+    def sampled_params(self, turn: Turn) -> SamplingParams:
+        """How a turn's samples are drawn; each turn has its own seed."""
+        seed = turn.conversation.line * _SEEDS_PER_LINE + turn.index
+        return replace(greedy(self._options), temperature=TEMPERATURE, seed=seed)
+
+    def tree_size(self, turn: Turn) -> int:
+        """Largest tree of a turn: neighbouring turns have different ones."""
+        halvings = (turn.conversation.line + turn.index) % _NUM_TREE_SIZES
+        return max(self._options.max_nodes >> halvings, min(2, self._options.max_nodes))
+
+    def greedy_on(self, turn: Turn) -> Request:
+        """Greedy, with speculation."""
+        return turn.request(self.greedy_params(turn), self._on(turn))
+
+    def greedy_off(self, turn: Turn) -> Request:
+        """Greedy, plainly decoded."""
+        return turn.request(self.greedy_params(turn), speculation_off())
+
+    def sampled_on(self, turn: Turn) -> Request:
+        """Sampled, with speculation."""
+        return turn.request(self.sampled_params(turn), self._on(turn))
+
+    def sampled_off(self, turn: Turn) -> Request:
+        """Sampled, plainly decoded."""
+        return turn.request(self.sampled_params(turn), speculation_off())
+
+    def _on(self, turn: Turn) -> SpeculationParams:
+        return replace(speculation_on(self._options), max_nodes=self.tree_size(turn))
+
+
 def produce(
     engine: Engine, reference: ReferenceModel, workload: Workload, options: BenchOptions
 ) -> tuple[Outputs, tuple[SkippedTurn, ...]]:
     """Answer every turn in all five ways; greedy answers with speculation form the contexts."""
-    on, off = speculation_on(options), speculation_off()
-    greedy = greedy_params(options)
+    asker = Asker(options)
     with progress("greedy, speculation on", len(workload.conversations)) as advance:
-        answered = answer_turns(engine, workload.conversations, greedy, on, advance)
+        answered = answer_turns(engine, workload.conversations, asker.greedy_on, advance)
     turns = answered.turns
-    same = [greedy] * len(turns)
-    seeded = [sampled_params(options, rank) for rank in range(len(turns))]
-    with progress("greedy, speculation off", len(turns)) as advance:
-        greedy_off = answer_again(engine, turns, same, off, advance)
-    with progress("sampled, speculation on", len(turns)) as advance:
-        sampled_on = answer_again(engine, turns, seeded, on, advance)
-    with progress("sampled, speculation off", len(turns)) as advance:
-        sampled_off = answer_again(engine, turns, seeded, off, advance)
-    transformers: list[Output] = []
-    with progress("greedy, transformers", len(turns)) as advance:
-        for turn in turns:
-            _, output = reference.generate(turn.prompt_token_ids, options.max_new_tokens)
-            transformers.append(output)
-            advance()
+
+    def again(label: str, ask: Ask) -> tuple[Trace, ...]:
+        with progress(label, len(turns)) as advance:
+            return tuple(answer_again(engine, turns, ask, advance))
+
     outputs = Outputs(
         turns=turns,
-        greedy_on=[trace.token_ids for trace in answered.traces],
-        greedy_off=[trace.token_ids for trace in greedy_off],
-        sampled_on=[trace.token_ids for trace in sampled_on],
-        sampled_off=[trace.token_ids for trace in sampled_off],
-        transformers=transformers,
+        greedy_on=answered.traces,
+        greedy_off=again("greedy, speculation off", asker.greedy_off),
+        sampled_on=again("sampled, speculation on", asker.sampled_on),
+        sampled_off=again("sampled, speculation off", asker.sampled_off),
+        transformers=_generate_all(reference, turns, options.max_new_tokens),
     )
     return outputs, answered.skipped
 
 
-def greedy_params(options: BenchOptions) -> SamplingParams:
-    """How the greedy outputs are drawn."""
-    return SamplingParams(max_tokens=options.max_new_tokens, temperature=0.0)
+def _generate_all(
+    reference: ReferenceModel, turns: Sequence[Turn], max_new_tokens: int
+) -> tuple[tuple[int, ...], ...]:
+    outputs: list[tuple[int, ...]] = []
+    with progress("greedy, transformers", len(turns)) as advance:
+        for turn in turns:
+            outputs.append(reference.generate(turn.prompt_token_ids, max_new_tokens)[1])
+            advance()
+    return tuple(outputs)
 
 
-def sampled_params(options: BenchOptions, rank: int) -> SamplingParams:
-    """How the sample of the turn at index `rank` is drawn."""
-    return replace(greedy_params(options), temperature=TEMPERATURE, seed=FIRST_SEED + rank)
-
-
-def make_pairs(outputs: Outputs, options: BenchOptions) -> list[Pair]:
+def make_pairs(outputs: Outputs, asker: Asker) -> list[Pair]:
     """Lay side by side what must be equal."""
     pairs: list[Pair] = []
-    greedy = greedy_params(options)
     for rank, turn in enumerate(outputs.turns):
-        ours, plain = outputs.greedy_on[rank], outputs.greedy_off[rank]
-        theirs = outputs.transformers[rank]
-        samples = outputs.sampled_on[rank], outputs.sampled_off[rank]
+        ours, plain = outputs.greedy_on[rank].token_ids, outputs.greedy_off[rank].token_ids
+        samples = outputs.sampled_on[rank].token_ids, outputs.sampled_off[rank].token_ids
+        greedily, randomly = asker.greedy_params(turn), asker.sampled_params(turn)
         pairs += [
-            Pair("greedy_vs_transformers", turn, (ours, theirs), greedy),
-            Pair("greedy_on_vs_off", turn, (ours, plain), greedy),
-            Pair("sampled_on_vs_off", turn, samples, sampled_params(options, rank)),
+            Pair("greedy_vs_transformers", turn, (ours, outputs.transformers[rank]), greedily),
+            Pair("greedy_on_vs_off", turn, (ours, plain), greedily),
+            Pair("sampled_on_vs_off", turn, samples, randomly),
         ]
     return pairs
+
+
+def pooled_acceptance(traces: Sequence[Trace]) -> float:
+    """Tokens per verify step: above 1, the drafts that were checked were accepted at times."""
+    return sum((count_steps(trace) for trace in traces), NO_STEPS).mean
 
 
 def run(options: BenchOptions) -> Outcome:
@@ -172,14 +211,21 @@ def run(options: BenchOptions) -> Outcome:
     """
     workload = load_workload(options)
     dtype = "float32" if options.dtype == "auto" else options.dtype
-    engine = build_engine(engine_config(options, tree="auto", dtype=dtype))
+    engine = build_engine(engine_config(options, tree=options.max_nodes, dtype=dtype))
     reference = ReferenceModel(engine.loaded)
     outputs, skipped = produce(engine, reference, workload, options)
-    result = summarise(make_pairs(outputs, options), Judge(reference))
+    result = summarise(make_pairs(outputs, Asker(options)), Judge(reference))
     return Outcome(
         result=result,
         device=engine.loaded.device,
         dtype=engine.loaded.dtype,
-        extra={**describe_engine(engine), **workload.describe(skipped)},
+        extra={
+            "mean_acceptance_length": {
+                "greedy": pooled_acceptance(outputs.greedy_on),
+                "sampled": pooled_acceptance(outputs.sampled_on),
+            },
+            **describe_engine(engine),
+            **workload.describe(skipped),
+        },
         passed=result.num_unexplained == 0,
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bench.conversations import Conversation
-from bench.dialogues import SkippedTurn, Turn, make_turn, too_long
+from bench.dialogues import SkippedTurn, Turn, make_turn, skip_if_too_long
 from bench.errors import BenchError
 from bench.limits import WeightTraffic, read_speed, weight_bytes
 from bench.options import BenchOptions
@@ -186,7 +186,9 @@ def race_conversations(
         answers: list[str] = []
         while len(answers) < len(conversation.turns):
             turn = make_turn(engine.tokenizer, conversation, answers)
-            obstacle = too_long(turn, engine, max_new_tokens)
+            sampling = SamplingParams(max_tokens=max_new_tokens, temperature=0.0)
+            request = turn.request(sampling, speculation_off())
+            obstacle = skip_if_too_long(engine, turn, request)
             if obstacle is not None:
                 skipped.append(obstacle)
                 break

@@ -41,8 +41,7 @@ def weight_bytes(model: PreTrainedModel) -> int:
     An input embedding is looked up row by row, so it counts only if the unembedding shares it.
     """
     lookup = model.get_input_embeddings().weight
-    unembedding = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    tied = unembedding.weight is lookup
+    tied = model.get_output_embeddings().weight is lookup
     return distinct_bytes(p for p in model.parameters() if tied or p is not lookup)
 
 

@@ -15,6 +15,7 @@ COMMANDS = {
     "latency": "tokens per second at batch 1: speculation on, off, and transformers' generate",
     "acceptance": "mean acceptance length, in all, by category and by depth",
     "exactness": "token equality against transformers and between speculation on and off",
+    "quality": "typical against exact acceptance when sampling: speed, perplexity, variety",
     "overhead": "share of a step that the engine spends outside the model",
 }
 # Commands that keep several requests in flight; the others measure batch 1.

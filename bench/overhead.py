@@ -12,7 +12,7 @@ from statistics import median
 from unittest.mock import patch
 
 import server.engine.engine as engine_module
-from bench.dialogues import make_turn, too_long
+from bench.dialogues import SkippedTurn, make_turn, skip_if_too_long
 from bench.errors import BenchError
 from bench.options import BenchOptions
 from bench.outcome import Outcome
@@ -22,10 +22,10 @@ from bench.workload import (
     build_engine,
     describe_engine,
     engine_config,
+    greedy,
     load_workload,
     speculation_on,
 )
-from server.config import SamplingParams
 from server.engine.engine import Engine
 from server.engine.request import Request
 
@@ -139,11 +139,16 @@ def run(options: BenchOptions) -> Outcome:
     """
     workload = load_workload(options)
     engine = build_engine(engine_config(options, tree="auto"))
-    turns = [make_turn(engine.tokenizer, c, []) for c in workload.conversations]
-    obstacles = [too_long(turn, engine, options.max_new_tokens) for turn in turns]
-    turns = [turn for turn, obstacle in zip(turns, obstacles, strict=True) if obstacle is None]
-    sampling = SamplingParams(max_tokens=options.max_new_tokens, temperature=0.0)
-    requests = [turn.request(sampling, speculation_on(options)) for turn in turns]
+    requests: list[Request] = []
+    skipped: list[SkippedTurn] = []
+    for conversation in workload.conversations:
+        turn = make_turn(engine.tokenizer, conversation, [])
+        request = turn.request(greedy(options), speculation_on(options))
+        obstacle = skip_if_too_long(engine, turn, request)
+        if obstacle is None:
+            requests.append(request)
+        else:
+            skipped.append(obstacle)
     stopwatch = Stopwatch(device_waiter(engine.loaded.device))
     laps: list[StepLap] = []
     with progress("overhead", len(requests)) as advance, instrumented(engine, stopwatch):
@@ -161,6 +166,6 @@ def run(options: BenchOptions) -> Outcome:
         extra={
             "tree_nodes": engine.speculator.tree_size(1),
             **describe_engine(engine),
-            **workload.describe(tuple(o for o in obstacles if o is not None)),
+            **workload.describe(tuple(skipped)),
         },
     )

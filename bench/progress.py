@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 def note(message: str) -> None:
     """Print a line on stderr."""
-    Console(stderr=True).print(message, style="dim", highlight=False, markup=False)
+    Console(stderr=True).print(message, style="dim", highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager

@@ -22,7 +22,9 @@ from transformers import (
 
 from bench.stopwatch import device_waiter
 from bench.timing import Timing
-from server.model.loading import LoadedModel, model_source
+from server.model.loading import LoadedModel
+from server.model.progress import quiet_transformers
+from server.model.source import resolve_model
 
 
 class ReferenceModel:
@@ -36,20 +38,21 @@ class ReferenceModel:
     """
 
     def __init__(self, loaded: LoadedModel) -> None:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            model_source(loaded.name),
-            dtype=loaded.dtype,
-            attn_implementation="sdpa",
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
+        with quiet_transformers():
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                resolve_model(loaded.name),
+                dtype=loaded.dtype,
+                attn_implementation="sdpa",
+                use_safetensors=True,
+                trust_remote_code=False,
+            )
         model.requires_grad_(False).to(loaded.device)
         self._device = loaded.device
         self._wait_for_device = device_waiter(loaded.device)
         end_ids = sorted(loaded.eos_token_ids)
         # NOTE: generate() fills whatever a passed configuration leaves open from the model's own
         # one, repetition penalties included. So the model's own one is replaced.
-        model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+        model.generation_config = GenerationConfig(
             do_sample=False,
             num_beams=1,
             eos_token_id=end_ids or None,

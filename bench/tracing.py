@@ -99,3 +99,27 @@ def make_trace(request: Request, outputs: list[RequestOutput]) -> Trace:
         stats=last.stats,
         steps=tuple(steps),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class StepCount:
+    """Verify steps and the tokens that they emitted."""
+
+    num_steps: int
+    num_tokens: int
+
+    def __add__(self, other: "StepCount") -> "StepCount":
+        return StepCount(self.num_steps + other.num_steps, self.num_tokens + other.num_tokens)
+
+    @property
+    def mean(self) -> float:
+        """Tokens per verify step; 0.0 without steps."""
+        return self.num_tokens / self.num_steps if self.num_steps else 0.0
+
+
+NO_STEPS = StepCount(0, 0)
+
+
+def count_steps(trace: Trace) -> StepCount:
+    """All verify steps of an output."""
+    return StepCount(len(trace.steps), sum(step.num_tokens for step in trace.steps))

@@ -7,7 +7,7 @@ from bench.conversations import SAMPLE_PATH, Conversation, PromptSet, read_promp
 from bench.dialogues import SkippedTurn
 from bench.options import BenchOptions
 from bench.progress import note
-from server.config import DtypeName, EngineConfig, SpeculationParams
+from server.config import DtypeName, EngineConfig, SamplingParams, SpeculationParams
 from server.engine.engine import Engine
 
 _DEFAULT_STEP_TOKENS = 512
@@ -66,8 +66,16 @@ def engine_config(
 
 
 def build_engine(config: EngineConfig) -> Engine:
-    """Load an engine; its stages are told on stderr."""
-    return Engine.from_config(config, note)
+    """Load an engine; its stages, and a lack of draft heads, are told on stderr."""
+    engine = Engine.from_config(config, note)
+    if engine.heads_name is None:
+        note("no draft heads are loaded: speculation on is plain decoding too")
+    return engine
+
+
+def greedy(options: BenchOptions) -> SamplingParams:
+    """Greedy decoding up to an end token or the options' length."""
+    return SamplingParams(max_tokens=options.max_new_tokens, temperature=0.0)
 
 
 def speculation_on(options: BenchOptions) -> SpeculationParams:

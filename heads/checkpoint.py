@@ -16,6 +16,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Self
 
@@ -76,7 +77,7 @@ class BaseFingerprint:
             parameters: Names and weights in any order, as `named_parameters` gives them, before
                 any packing or quantisation.
         """
-        by_name = sorted((name, weight) for name, weight in parameters if weight.numel() > 0)
+        by_name = sorted((item for item in parameters if item[1].numel() > 0), key=itemgetter(0))
         samples: list[float] = []
         for index in _evenly_spaced(len(by_name), _MAX_SAMPLED_PARAMETERS):
             flat = by_name[index][1].detach().reshape(-1)

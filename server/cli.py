@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 from rich.console import Console
+from rich.segment import Segment, Segments
 from rich.text import Text
 
 from server.api.config import ApiConfig, ServerConfig, installed_version
@@ -82,6 +83,11 @@ _EXIT_CODES: tuple[tuple[type[EuryaleError], int], ...] = (
 )
 # Colours of accepted tokens by depth in the draft tree; deeper ones share the last.
 _DEPTH_STYLES = ("green", "cyan", "yellow", "magenta", "red")
+_CONTROL_CHARACTERS = {
+    code: "\N{REPLACEMENT CHARACTER}"
+    for code in (*range(0x20), *range(0x7F, 0xA0))
+    if chr(code) not in "\n\t"
+}
 
 app = typer.Typer(
     name="euryale",
@@ -197,11 +203,10 @@ def serve(
     logging.basicConfig(
         level=server_config.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s"
     )
-    taken = listen(server_config)
-    engine = Engine.from_config(engine_config, logging.getLogger("euryale").info)
-    asyncio.run(
-        serve_http(AsyncEngine(engine, server_config.max_queue), api_config, server_config, taken)
-    )
+    with listen(server_config) as taken:
+        engine = Engine.from_config(engine_config, logging.getLogger("euryale").info)
+        async_engine = AsyncEngine(engine, server_config.max_queue)
+        asyncio.run(serve_http(async_engine, api_config, server_config, taken))
 
 
 @app.command()
@@ -230,7 +235,7 @@ def generate(
         token_ids = engine.tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
     request = Request("generate", tuple(token_ids), sampling, speculation)
     run = _stream(engine, request, Console(highlight=False))
-    notes.print(_summary(run))
+    notes.print(_summary(run), soft_wrap=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,16 +258,24 @@ def _stream(engine: "Engine", request: Request, console: Console) -> _Run:
             first_token_s = first_token_s or time.perf_counter() - started_s
             outputs.append(output)
             for text, depth in zip(output.token_texts, output.depths, strict=True):
-                console.print(Text(text, _style(depth)), end="", soft_wrap=True)
+                _show(console, text, _style(depth))
                 num_shown += len(text)
     # A character that the last token left incomplete belongs to no token's text.
     rest = "".join(output.text for output in outputs)[num_shown:]
-    console.print(Text(rest), soft_wrap=True)
+    _show(console, f"{rest}\n", _style(0))
     return _Run(outputs[-1], first_token_s, time.perf_counter() - started_s)
 
 
+def _show(console: Console, text: str, style: str) -> None:
+    """Write text as it is; a terminal gets no control characters, which could command it."""
+    if console.is_terminal:
+        text = text.translate(_CONTROL_CHARACTERS)
+    # NOTE: A segment and not a Text, which would expand tabs.
+    console.print(Segments([Segment(text, console.get_style(style))]), end="", soft_wrap=True)
+
+
 def _style(depth: int) -> str:
-    return _DEPTH_STYLES[min(depth, len(_DEPTH_STYLES)) - 1] if depth else ""
+    return _DEPTH_STYLES[min(depth, len(_DEPTH_STYLES)) - 1] if depth else "none"
 
 
 def _summary(run: _Run) -> Text:

@@ -15,11 +15,11 @@ from random import Random
 from typing import Any
 
 import torch
-from heads.medusa import MedusaConfig, MedusaHeads
-from heads.tree_search import AcceptanceProfile
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from heads.medusa import MedusaConfig, MedusaHeads
+from heads.tree_search import AcceptanceProfile
 from server.config import EngineConfig, SamplingParams, SpeculationParams
 from server.engine.engine import Completion, Engine
 from server.engine.logits import make_adjuster

@@ -17,7 +17,8 @@ from server.api.serving import Server, listen
 from server.engine.async_engine import AsyncEngine
 from server.engine.engine import Engine
 
-DEADLINE_S = 30.0
+# Generous, because other work may slow the machine; nothing waits this long when all is well.
+DEADLINE_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +38,11 @@ class RunningServer:
 
     def openai(self, api_key: str = "none") -> OpenAI:
         """The official client, without retries that would hide errors."""
-        return OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=60)
+        return OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=DEADLINE_S)
 
     def http(self) -> httpx.Client:
         """A plain client."""
-        return httpx.Client(base_url=self.url, timeout=60)
+        return httpx.Client(base_url=self.url, timeout=DEADLINE_S)
 
 
 @contextmanager

@@ -65,7 +65,9 @@ def _parsed(line: bytes, where: str, number: int) -> Row:
         value = json.loads(line)
     except ValueError as error:
         excerpt = line.decode(errors="replace").strip()[:_EXCERPT_CHARS]
-        raise DataError(f"{where}: no valid JSON ({error}): {excerpt!r}; repair the line") from error
+        raise DataError(
+            f"{where}: no valid JSON ({error}): {excerpt!r}; repair the line"
+        ) from error
     if not isinstance(value, dict):
         raise DataError(f"{where}: expected an object, got {value!r:.{_EXCERPT_CHARS}}")
     return Row(where, number, value)

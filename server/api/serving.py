@@ -79,14 +79,22 @@ def listen(config: ServerConfig) -> socket.socket:
             config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         taken = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise _cannot_listen(config, error) from error
+    try:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind(address)
     except OSError as error:
-        raise ConfigError(
-            f"cannot listen on {config.host} port {config.port}: {error.strerror}; choose another "
-            "--host or --port"
-        ) from error
+        taken.close()
+        raise _cannot_listen(config, error) from error
     return taken
+
+
+def _cannot_listen(config: ServerConfig, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"cannot listen on {config.host} port {config.port}: {error.strerror}; choose another "
+        "--host or --port"
+    )
 
 
 async def serve(

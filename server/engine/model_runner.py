@@ -38,7 +38,7 @@ class ModelRunner:
         self._backend = SDPABackend(kv_cache)
         self._hidden: Tensor | None = None
         install_attention(loaded.model)
-        unembedding = loaded.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        unembedding = loaded.model.get_output_embeddings()
         # The unembedding's input is the hidden state of just the rows asked for, whatever the
         # model does to its logits afterwards.
         unembedding.register_forward_pre_hook(self._capture_hidden)

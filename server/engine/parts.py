@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+import heads as heads_package
 from heads.checkpoint import LoadedHeads, load_heads
 from heads.errors import HeadsCheckpointError
 from heads.errors import HeadsMismatchError as CheckpointMismatchError
-
-import heads as heads_package
 from server.attention.backend import AttentionBatch, AttentionSpan
 from server.config import EngineConfig
 from server.engine.batch import StepBatch

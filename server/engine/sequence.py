@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from heads.medusa import SeenRows
-
 from server.engine.logits import LogitAdjuster
 from server.engine.request import Request, SpecDecodeStats
 from server.engine.text import TextStream

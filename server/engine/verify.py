@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-from heads.acceptance import AcceptedPaths, accept_exact, accept_typical, typical_log_threshold
-from heads.candidates import TreeBatch
 from torch import Tensor
 
+from heads.acceptance import AcceptedPaths, accept_exact, accept_typical, typical_log_threshold
+from heads.candidates import TreeBatch
 from server.engine.logits import draw_tokens, filter_logits
 from server.engine.scheduler import ScheduledSequence
 from server.engine.uniform import uniform

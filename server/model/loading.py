@@ -96,14 +96,14 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedMo
         model = _model(name, source, config, on, weight_dtype)
         tokenizer = _tokenizer(name, source, model)
     text = config.get_text_config(decoder=True)
-    unembedding_VD = model.get_output_embeddings().weight.detach()
+    unembedding_VD = model.get_output_embeddings().get_parameter("weight").detach()
     vocab_size, hidden_size = unembedding_VD.shape
     if tokenizer.vocab_size > vocab_size:
         raise ModelError(
             f"{name} has a tokenizer of {tokenizer.vocab_size} tokens, but its model only has "
             f"{vocab_size}; the two do not belong together"
         )
-    input_embedding_VD = model.get_input_embeddings().weight.detach()
+    input_embedding_VD = model.get_input_embeddings().get_parameter("weight").detach()
     fingerprint = BaseFingerprint.of(
         config.model_type, text.num_hidden_layers, hidden_size, vocab_size, model.named_parameters()
     )
@@ -146,19 +146,20 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 
 def _config(name: str, source: str) -> PreTrainedConfig:
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except _LOAD_ERRORS as error:
         raise ModelError(
             f"cannot read the configuration of the model {name}: {error}; check the name, the "
             "network and that transformers knows the architecture without code from the hub"
         ) from error
+    return config
 
 
 def _model(
     name: str, source: str, config: PreTrainedConfig, device: torch.device, dtype: torch.dtype
 ) -> PreTrainedModel:
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
             dtype=dtype,
@@ -172,9 +173,12 @@ def _model(
             f"cannot load the weights of the model {name}: {error}; check that its safetensors "
             "files are whole and fit into memory"
         ) from error
+    model: PreTrainedModel
+    model, report = loaded
     _check_report(name, report)
-    loaded: PreTrainedModel = model.eval()
-    return loaded.requires_grad_(False)
+    model.eval()
+    model.requires_grad_(False)
+    return model
 
 
 def _check_report(name: str, report: dict[str, Any]) -> None:

@@ -26,7 +26,10 @@ class PackedLinear(nn.Module):
 
     def forward(self, input_I: Tensor) -> Tensor:
         """Map `[..., I]` to `[..., O]`."""
-        return torch.ops.mkldnn._linear_pointwise(input_I, self._weight, self._bias, "none", [], "")
+        output_O: Tensor = torch.ops.mkldnn._linear_pointwise(
+            input_I, self._weight, self._bias, "none", [], ""
+        )
+        return output_O
 
     def extra_repr(self) -> str:
         """Name the sizes, as `nn.Linear` does."""
@@ -34,13 +37,13 @@ class PackedLinear(nn.Module):
 
 
 def _pack(weight_OI: Tensor) -> Tensor:
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_OI, _ROWS_HINT)
-    return packed
+    packed_OI: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_OI, _ROWS_HINT)
+    return packed_OI
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether packed layers run on this machine with such weights."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -3,15 +3,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from openai import OpenAI
 
-from heads.checkpoint import save_heads
-from heads.medusa import MedusaConfig, MedusaHeads
 from server.config import EngineConfig
 from server.engine.engine import Engine
-from server.model.loading import load_model
 from tests.serving import RunningServer, running_server
+from tests.tiny_heads import save_tiny_heads
 from tests.tiny_models import save_tiny_model
 
 # Long enough that a request which is not aborted runs for seconds.
@@ -30,17 +27,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def heads_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Heads with small random weights: some of their drafts are accepted, most are not."""
-    loaded = load_model(str(model_dir), "cpu", "float32")
-    config = MedusaConfig(loaded.hidden_size, loaded.vocab_size, num_heads=2)
-    heads = MedusaHeads(config, loaded.unembedding(), loaded.input_embedding())
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for weight in heads.parameters():
-            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.1)
-    directory = tmp_path_factory.mktemp("tiny-heads")
-    save_heads(directory, heads, loaded.fingerprint, "tiny", None)
-    return directory
+    return save_tiny_heads(model_dir, tmp_path_factory.mktemp("tiny-heads"))
 
 
 @pytest.fixture(scope="session")

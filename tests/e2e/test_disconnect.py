@@ -1,5 +1,4 @@
 import socket
-import time
 from collections.abc import Callable
 
 import httpx
@@ -16,15 +15,14 @@ def generated(server: RunningServer) -> int:
     return server.engine.engine.counters.num_generated_tokens
 
 
-def assert_aborted(server: RunningServer, generated_before: int) -> None:
-    """Nothing is in flight soon, long before the request would have ended by itself."""
-    started_s = time.monotonic()
-    wait_until(lambda: server.engine.num_in_flight == 0)
+def assert_aborted(server: RunningServer) -> None:
+    """Nothing runs soon, few tokens after the client has gone; a whole request has 1500."""
+    generated_before = generated(server)
     engine = server.engine.engine
+    wait_until(lambda: server.engine.num_in_flight == 0)
     wait_until(lambda: not engine.has_unfinished)
-    assert time.monotonic() - started_s < 5
     assert engine.blocks.num_in_use == 0
-    assert generated(server) - generated_before < 1400
+    assert generated(server) - generated_before < 500
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -32,13 +30,12 @@ def assert_aborted(server: RunningServer, generated_before: int) -> None:
 def test_leaving_a_stream_aborts_all_its_choices(server: RunningServer, path: str, n: int) -> None:
     ask = {"prompt": "a"} if path == "/v1/completions" else {"messages": [USER]}
     body = {"model": server.model, "stream": True, "n": n, **ask, **LONG}
-    before = generated(server)
     with server.http() as http, http.stream("POST", path, json=body) as response:
         assert response.status_code == 200
         lines = response.iter_lines()
         assert next(lines).startswith("data: {")
         assert server.engine.num_in_flight == n
-    assert_aborted(server, before)
+    assert_aborted(server)
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -57,7 +54,7 @@ def test_hanging_up_aborts_a_request_that_does_not_stream(
         connection.sendall("\r\n".join(raw).encode() + request.content)
         wait_until(lambda: server.engine.engine.num_running == n)
         wait_until(lambda: generated(server) > before)
-    assert_aborted(server, before)
+    assert_aborted(server)
 
 
 def test_leaving_while_the_request_waits_removes_it_from_the_queue(

@@ -96,9 +96,7 @@ def build_step(cases: list[Case], seed: int, num_heads: int = 4, num_kv_heads: i
     rng, generator = Random(seed), torch.Generator().manual_seed(seed)
     tables = block_tables(rng, cases)
     num_blocks = max(max(table) for table in tables) + 2
-    layout = KVLayout(
-        2, num_kv_heads, HEAD_DIM, BLOCK_SIZE, torch.float32, torch.device("cpu")
-    )
+    layout = KVLayout(2, num_kv_heads, HEAD_DIM, BLOCK_SIZE, torch.float32, torch.device("cpu"))
     cache = KVCache(layout, num_blocks)
     every_slot = torch.arange(num_blocks * BLOCK_SIZE)
     for layer in range(2):

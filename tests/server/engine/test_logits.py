@@ -57,9 +57,7 @@ class TestPenalties:
         self, seed: int, prompt: list[int], generated: list[int], penalty: float
     ) -> None:
         logits_XV = random_logits(seed)
-        ours = adjust(
-            SamplingParams(repetition_penalty=penalty), logits_XV[0], prompt, generated
-        )
+        ours = adjust(SamplingParams(repetition_penalty=penalty), logits_XV[0], prompt, generated)
         theirs = RepetitionPenaltyLogitsProcessor(penalty)(
             torch.tensor([prompt + generated]), logits_XV.clone()
         )
@@ -115,9 +113,7 @@ class TestPenalties:
         assert torch.equal(adjuster.apply(logits_V, []), before)
 
     def test_the_given_logits_are_not_modified(self) -> None:
-        params = SamplingParams(
-            frequency_penalty=1.0, repetition_penalty=2.0, logit_bias={3: 1.0}
-        )
+        params = SamplingParams(frequency_penalty=1.0, repetition_penalty=2.0, logit_bias={3: 1.0})
         logits_V = random_logits(4)[0]
         original = logits_V.clone()
         adjust(params, logits_V, [1], [2], [3])

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from random import Random
 
 import pytest
-from heads.candidates import PAD_TOKEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from heads.candidates import PAD_TOKEN
 from server.config import EngineConfig, SamplingParams
 from server.engine.scheduler import ScheduledSequence, Scheduler, root_only
 from server.engine.sequence import Sequence
@@ -191,7 +191,9 @@ class TestPrefill:
 
 class TestTrees:
     def make(self, **options: int) -> Simulation:
-        return Simulation(**{"num_blocks": 64, "max_nodes": 8, "max_tokens_per_step": 64, **options})
+        return Simulation(
+            **{"num_blocks": 64, "max_nodes": 8, "max_tokens_per_step": 64, **options}
+        )
 
     def test_a_decoding_sequence_gets_a_tree_below_its_root(self) -> None:
         simulation = self.make()

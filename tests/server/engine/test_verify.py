@@ -15,13 +15,13 @@ from random import Random
 
 import pytest
 import torch
-from heads.candidates import DraftTokens
-from heads.tree import DraftTree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 from torch import Tensor
 
+from heads.candidates import DraftTokens
+from heads.tree import DraftTree
 from server.config import SamplingParams, SpeculationParams
 from server.engine import verify as verify_module
 from server.engine.scheduler import ScheduledSequence
@@ -165,9 +165,7 @@ class TestExactAcceptance:
         wrong = int(table[3].argmin())
         drafts = DraftTokens(DraftTree.chain(2), (3, wrong, int(table[wrong].argmax())))
         item = make_item(drafts, SamplingParams(temperature=0.0))
-        assert verify(node_logits(table, [item]), [item]) == [
-            Verdict((0,), int(table[3].argmax()))
-        ]
+        assert verify(node_logits(table, [item]), [item]) == [Verdict((0,), int(table[3].argmax()))]
 
     @pytest.mark.parametrize("temperature", [0.0, 0.8])
     def test_the_token_after_the_root_is_the_same_with_and_without_drafts(
@@ -278,9 +276,7 @@ def p_value(
     return float(chisquare(observed, expected, sum_check=False).pvalue)
 
 
-def accept_a_wrong_sibling(
-    logits_SV: Tensor, items: Sequence[ScheduledSequence]
-) -> list[Verdict]:
+def accept_a_wrong_sibling(logits_SV: Tensor, items: Sequence[ScheduledSequence]) -> list[Verdict]:
     """A planted bug: where the first child is accepted, its sibling is taken instead."""
     return [
         Verdict((0, 2), verdict.bonus_token) if verdict.path[1:2] == (1,) else verdict

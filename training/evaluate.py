@@ -1,0 +1,280 @@
+"""Measures draft heads on answers that they were not trained on.
+
+For every position of every answer it finds the rank that each head gives the token that the target
+model really drew. From the ranks alone follow the accept rates and, by walking through the answers
+as the engine would, the tokens that a verify step emits with any tree.
+
+Shape suffixes: N examples, D model width, K draft heads, U draft vocabulary, R ranks.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from heads.medusa import MedusaHeads
+from heads.tree import DraftTree
+from heads.tree_search import AcceptanceProfile, best_tree, expected_tokens_per_step
+from training.dataset import Corpus, Document
+from training.errors import DataError
+from training.examples import NO_LABEL, document_examples
+from training.hidden_states import HiddenStateEncoder
+
+# No candidate of any tree: the token is not drafted at all, or the answer ends before it.
+UNRANKED = -1
+TREE_SIZES = (1, 2, 4, 8, 16, 32)
+_DOCUMENTS_AT_ONCE = 64
+# Rates are conditional on an accepted parent, hence on a tree; each round takes the tree of the
+# round before, and the tree hardly changes after two.
+_PROFILE_ROUNDS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class RankedAnswer:
+    """Ranks in one answer.
+
+    Attributes:
+        ranks: Entry [i][k] is the rank, from 0, that head k gives the token k + 1 places after the
+            answer's token i, drafted when token i is the root; or `UNRANKED`.
+        num_tokens: Tokens of the answer; one more than there are entries.
+    """
+
+    category: str
+    ranks: list[list[int]]
+    num_tokens: int
+
+
+@torch.no_grad()
+def rank_answers(
+    corpus: Corpus,
+    encoder: HiddenStateEncoder,
+    heads: MedusaHeads,
+    on_documents: Callable[[int], None],
+) -> list[RankedAnswer]:
+    """Rank every token of every answer.
+
+    Args:
+        corpus: Answers of the base model that the heads belong to.
+        encoder: Of that model.
+        heads: In eval mode, on the encoder's device.
+        on_documents: Called with the number of documents that are done.
+    """
+    answers: list[RankedAnswer] = []
+    for start in range(0, len(corpus.documents), _DOCUMENTS_AT_ONCE):
+        documents = corpus.documents[start : start + _DOCUMENTS_AT_ONCE]
+        for document, hidden_ND in zip(documents, encoder.encode(documents), strict=True):
+            answers += _rank_document(document, hidden_ND, heads)
+        on_documents(len(documents))
+    return answers
+
+
+def _rank_document(document: Document, hidden_ND: Tensor, heads: MedusaHeads) -> list[RankedAnswer]:
+    examples = document_examples(document, hidden_ND, heads.config.num_heads)
+    head_hidden_KND = heads(examples.hidden_ND, examples.roots_N)
+    answers, first = [], 0
+    for span in document.spans:
+        last = first + span.num_examples
+        prompt = document.token_ids_T[: span.start].tolist()
+        ranks_NK = _ranks(
+            head_hidden_KND[:, first:last], examples.labels_NK[first:last], heads, prompt
+        )
+        answers.append(RankedAnswer(document.category, ranks_NK.tolist(), span.end - span.start))
+        first = last
+    return answers
+
+
+def _ranks(
+    head_hidden_KND: Tensor, labels_NK: Tensor, heads: MedusaHeads, prompt: Sequence[int]
+) -> Tensor:
+    """Ranks NK among the draft vocabulary and the prompt's tokens, as `propose` orders them."""
+    token_ids_U, rows_UD = heads.draft_vocab_ids, heads.draft_rows_UD
+    seen = heads.seen_rows(prompt)
+    if seen is not None:
+        token_ids_U = torch.cat((token_ids_U, seen.token_ids_E))
+        rows_UD = torch.cat((rows_UD, seen.rows_ED))
+    index_V = token_ids_U.new_full((heads.config.vocab_size + 1,), NO_LABEL)
+    index_V[token_ids_U] = torch.arange(len(token_ids_U), device=token_ids_U.device)
+    index_NK = index_V[labels_NK.clamp(min=-1)]
+    ranks_NK = torch.full_like(index_NK, UNRANKED)
+    for head, hidden_ND in enumerate(head_hidden_KND):
+        logits_NU = F.linear(hidden_ND, rows_UD)
+        index_N1 = index_NK[:, head : head + 1]
+        drawn_N1 = logits_NU.gather(1, index_N1.clamp(min=0))
+        ranks_N = (logits_NU > drawn_N1).sum(dim=1)
+        ranks_NK[:, head] = torch.where(index_N1[:, 0] >= 0, ranks_N, UNRANKED)
+    return ranks_NK
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A verify step: ranks of the tokens after its root, and how many of them were accepted."""
+
+    ranks: Sequence[int]
+    accepted_depth: int
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """What verify steps emitted.
+
+    Attributes:
+        num_steps: Verify steps.
+        num_tokens: Tokens that they emitted, bonus tokens included.
+    """
+
+    num_steps: int = 0
+    num_tokens: int = 0
+
+    def __add__(self, other: "Walk") -> "Walk":
+        return Walk(self.num_steps + other.num_steps, self.num_tokens + other.num_tokens)
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Tokens per verify step; 0.0 without steps."""
+        return self.num_tokens / self.num_steps if self.num_steps else 0.0
+
+
+def walk(answers: Sequence[RankedAnswer], tree: DraftTree) -> Walk:
+    """Decode the answers with a tree: accept the longest path that the answer follows, go on there.
+
+    The first token of an answer ends its prefill and belongs to no verify step. A category's
+    figure comes from its answers alone.
+    """
+    num_steps = sum(1 for _ in _verify_steps(answers, tree))
+    # Each step begins at a root of its own; all tokens but the first are emitted by some step.
+    return Walk(num_steps, sum(max(0, answer.num_tokens - 1) for answer in answers))
+
+
+def _verify_steps(answers: Sequence[RankedAnswer], tree: DraftTree) -> Iterator[_Step]:
+    child_of = {(tree.parents[node], tree.ranks[node]): node for node in range(1, tree.num_nodes)}
+    for answer in answers:
+        root = 0
+        while root < len(answer.ranks):
+            ranks_K = answer.ranks[root]
+            depth = _accepted_depth(child_of, ranks_K)
+            yield _Step(ranks_K, depth)
+            root += 1 + depth
+
+
+def _accepted_depth(child_of: Mapping[tuple[int, int], int], ranks_K: Sequence[int]) -> int:
+    node = 0
+    for depth, rank in enumerate(ranks_K):
+        child = child_of.get((node, rank))
+        if child is None:
+            return depth
+        node = child
+    return len(ranks_K)
+
+
+def measure_profile(
+    answers: Sequence[RankedAnswer], num_ranks: int, num_nodes: int
+) -> AcceptanceProfile:
+    """Measure how often the candidate of each depth and rank is accepted if its parent was.
+
+    The rates are those of the steps that decoding with a tree takes, and the tree follows from the
+    rates, so both are refined in turn.
+
+    Args:
+        answers: Ranked answers.
+        num_ranks: R.
+        num_nodes: Size of that tree.
+
+    Raises:
+        DataError: If no answer has two tokens.
+    """
+    num_heads = max((len(row) for answer in answers for row in answer.ranks), default=0)
+    if num_heads == 0:
+        raise DataError("the held-out answers have no token to draft; give longer ones")
+    steps = _all_positions(answers, num_ranks)
+    for _ in range(_PROFILE_ROUNDS):
+        profile = _accept_rates(steps, num_heads, num_ranks)
+        steps = _verify_steps(answers, best_tree(profile, num_nodes))
+    return profile
+
+
+def _all_positions(answers: Sequence[RankedAnswer], num_ranks: int) -> Iterator[_Step]:
+    """Steps from every position, with a tree that has all candidates of every depth."""
+    for answer in answers:
+        for ranks_K in answer.ranks:
+            is_drafted = (UNRANKED < rank < num_ranks for rank in ranks_K)
+            yield _Step(ranks_K, sum(itertools.takewhile(bool, is_drafted)))
+
+
+def _accept_rates(steps: Iterable[_Step], num_heads: int, num_ranks: int) -> AcceptanceProfile:
+    num_tried = [0] * num_heads
+    num_hits = [[0] * num_ranks for _ in range(num_heads)]
+    for step in steps:
+        for depth in range(min(step.accepted_depth + 1, num_heads)):
+            num_tried[depth] += 1
+            rank = step.ranks[depth]
+            if UNRANKED < rank < num_ranks:
+                num_hits[depth][rank] += 1
+    return AcceptanceProfile(
+        tuple(
+            tuple(hits / max(1, tried) for hits in hits_R)
+            for hits_R, tried in zip(num_hits, num_tried, strict=True)
+        )
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class TreeResult:
+    """What trees of one size brought.
+
+    Attributes:
+        expected_tokens_per_step: By the profile.
+        mean_acceptance_length: Counted by walking through the answers.
+    """
+
+    num_nodes: int
+    expected_tokens_per_step: float
+    mean_acceptance_length: float
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationResult:
+    """What the heads are worth.
+
+    Attributes:
+        by_category: Mean acceptance length of each category with the largest tree.
+    """
+
+    profile: AcceptanceProfile
+    trees: tuple[TreeResult, ...]
+    by_category: dict[str, float]
+    num_answers: int
+    num_answer_tokens: int
+
+
+def evaluate(answers: Sequence[RankedAnswer], num_ranks: int) -> EvaluationResult:
+    """Measure profile, tree sizes and categories.
+
+    Raises:
+        DataError: If no answer has two tokens.
+    """
+    profile = measure_profile(answers, num_ranks, max(TREE_SIZES))
+    trees = {size: best_tree(profile, size) for size in TREE_SIZES}
+    categories = sorted({answer.category for answer in answers})
+    return EvaluationResult(
+        profile=profile,
+        trees=tuple(
+            TreeResult(
+                size,
+                expected_tokens_per_step(profile, tree),
+                walk(answers, tree).mean_acceptance_length,
+            )
+            for size, tree in trees.items()
+        ),
+        by_category={
+            category: walk(
+                [answer for answer in answers if answer.category == category],
+                trees[max(TREE_SIZES)],
+            ).mean_acceptance_length
+            for category in categories
+        },
+        num_answers=len(answers),
+        num_answer_tokens=sum(answer.num_tokens for answer in answers),
+    )

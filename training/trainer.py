@@ -1,0 +1,214 @@
+"""Trains Medusa heads on a frozen base model: AdamW, warm-up and cosine decay, resumable.
+
+A run that is killed and taken up again ends with the same weights as one that was not, on the same
+machine with the same number of threads.
+
+Shape suffixes: K draft heads.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from heads.medusa import MedusaHeads
+from training.errors import DivergedError
+from training.examples import Examples, ExampleSource
+from training.jsonl import LineAppender
+from training.losses import MedusaLoss, MedusaObjective
+from training.metrics import open_metrics
+from training.run_state import STATE_FILE, Progress, load_state, save_state
+
+
+@dataclass(frozen=True, slots=True)
+class TrainConfig:
+    """How heads are trained.
+
+    Attributes:
+        epochs: Passes over the examples.
+        learning_rate: At its peak.
+        warmup_fraction: Share of the steps in which the learning rate rises from 0.
+        weight_decay: Of AdamW.
+        head_decay: Weight of a head's loss relative to the one before it.
+        clip_norm: Largest norm of the gradient.
+        save_interval: Steps between two saved states.
+        log_interval: Steps between two lines of metrics.
+        compute_dtype: Of the matrix products: `float32` or `bfloat16`.
+    """
+
+    epochs: int = 4
+    learning_rate: float = 2e-3
+    warmup_fraction: float = 0.03
+    weight_decay: float = 0.0
+    head_decay: float = 0.8
+    clip_norm: float = 1.0
+    save_interval: int = 200
+    log_interval: int = 10
+    compute_dtype: str = "float32"
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetrics:
+    """What a step brought.
+
+    Attributes:
+        step: From 1.
+        loss: Weighted sum of the heads' losses, in nats.
+        loss_per_head: Each head's cross-entropy, in nats.
+        gradient_norm: Before clipping.
+        examples_per_s: Since this process began to train.
+    """
+
+    step: int
+    epoch: int
+    loss: float
+    loss_per_head: list[float]
+    learning_rate: float
+    gradient_norm: float
+    num_examples: int
+    examples_per_s: float
+
+
+class Trainer:
+    """One run in one directory.
+
+    Args:
+        heads: Float32 weights; trained in place.
+        source: Their examples.
+        config: How to train.
+        directory: Gets the state and the metrics.
+        options: What must be the same when the run is taken up again, beside `config`.
+    """
+
+    def __init__(
+        self,
+        heads: MedusaHeads,
+        source: ExampleSource,
+        config: TrainConfig,
+        directory: Path,
+        options: Mapping[str, object],
+    ) -> None:
+        self._heads = heads
+        self._source = source
+        self._config = config
+        self._directory = directory
+        self._options = {**options, **asdict(config)}
+        self._optimizer = torch.optim.AdamW(
+            heads.parameters(),
+            lr=config.learning_rate,
+            betas=(0.9, 0.95),
+            weight_decay=config.weight_decay,
+        )
+        dtype = torch.bfloat16 if config.compute_dtype == "bfloat16" else torch.float32
+        self._objective = MedusaObjective(heads, config.head_decay, dtype)
+        self._batches_per_epoch = [source.num_batches(e) for e in range(config.epochs)]
+        self._progress = Progress(step=0, num_examples=0)
+
+    @property
+    def num_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return sum(self._batches_per_epoch)
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps done, earlier processes' included."""
+        return self._progress.step
+
+    def resume(self) -> bool:
+        """Take up the run that the directory holds; False if it holds none.
+
+        Raises:
+            RunError: If its state is damaged or of a run with other options.
+        """
+        found = load_state(self._directory, self._heads, self._optimizer, self._options)
+        self._progress = found or self._progress
+        return found is not None
+
+    def train(self, on_step: Callable[[StepMetrics], None]) -> None:
+        """Train to the end of the last epoch, saving the state on the way.
+
+        Args:
+            on_step: Called after every step.
+
+        Raises:
+            DivergedError: If the loss is no longer a number; the last saved state stays.
+        """
+        self._heads.train()
+        with open_metrics(self._directory, self.step) as metrics:
+            started_s, num_before = time.perf_counter(), self._progress.num_examples
+            for epoch, examples in self._remaining_batches():
+                loss = self._objective(examples)
+                gradient_norm = self._update(loss)
+                self._progress = Progress(
+                    self.step + 1, self._progress.num_examples + len(examples)
+                )
+                rate = (self._progress.num_examples - num_before) / (
+                    time.perf_counter() - started_s
+                )
+                found = self._metrics(epoch, loss, gradient_norm, rate)
+                on_step(found)
+                self._record(found, metrics)
+        self._heads.eval()
+
+    def discard_state(self) -> None:
+        """Remove the saved state of a run that has ended."""
+        (self._directory / STATE_FILE).unlink(missing_ok=True)
+
+    def _remaining_batches(self) -> Iterator[tuple[int, Examples]]:
+        first = self.step
+        for epoch, num_batches in enumerate(self._batches_per_epoch):
+            if first < num_batches:
+                for examples in self._source.batches(epoch, first):
+                    yield epoch, examples
+            first = max(0, first - num_batches)
+
+    def _update(self, loss: MedusaLoss) -> float:
+        """Take one optimiser step; returns the gradient's norm."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.learning_rate(self.step)
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.total.backward()  # type: ignore[no-untyped-call]
+        norm = float(
+            torch.nn.utils.clip_grad_norm_(self._heads.parameters(), self._config.clip_norm)
+        )
+        total = float(loss.total)
+        if not (math.isfinite(total) and math.isfinite(norm)):
+            raise DivergedError(
+                f"step {self.step + 1}: the loss is {total} and its gradient's norm {norm}; "
+                f"lower --learning-rate (now {self._config.learning_rate}) and start again; the "
+                "state saved last is of an earlier step"
+            )
+        self._optimizer.step()
+        return norm
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of a step, from 0: linear warm-up, then a cosine to 0."""
+        num_warmup = max(1, round(self.num_steps * self._config.warmup_fraction))
+        if step < num_warmup:
+            return self._config.learning_rate * (step + 1) / num_warmup
+        share = (step - num_warmup) / max(1, self.num_steps - num_warmup)
+        return self._config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * share))
+
+    def _metrics(
+        self, epoch: int, loss: MedusaLoss, gradient_norm: float, rate: float
+    ) -> StepMetrics:
+        return StepMetrics(
+            step=self.step,
+            epoch=epoch,
+            loss=float(loss.total),
+            loss_per_head=loss.per_head_K.tolist(),
+            learning_rate=self.learning_rate(self.step - 1),
+            gradient_norm=gradient_norm,
+            num_examples=self._progress.num_examples,
+            examples_per_s=rate,
+        )
+
+    def _record(self, metrics: StepMetrics, file: LineAppender) -> None:
+        is_last = self.step == self.num_steps
+        if is_last or self.step % self._config.log_interval == 0:
+            file.append(asdict(metrics))
+        if is_last or self.step % self._config.save_interval == 0:
+            save_state(self._directory, self._heads, self._optimizer, self._progress, self._options)
