@@ -12,7 +12,7 @@ from bench import acceptance, exactness, latency, overhead, quality
 from bench.errors import BenchError
 from bench.options import BenchOptions, parse_options
 from bench.outcome import Outcome
-from bench.progress import note
+from bench.progress import note, show_figures
 from bench.report import publish, run_context, to_json
 from server.errors import EuryaleError
 
@@ -36,6 +36,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     context = run_context(argv, outcome.device, outcome.dtype, load_average)
     line = to_json(options.command, outcome.result, {**outcome.extra, "context": asdict(context)})
+    show_figures(options.command, asdict(outcome.result))
     publish(line, options.output)
     return 0 if outcome.passed else 1
 

@@ -113,7 +113,7 @@ def run(options: BenchOptions) -> Outcome:
     """Answer the prompts and count what the verify steps emitted.
 
     Raises:
-        BenchError: If the prompts are wrong.
+        BenchError: If the prompts are wrong or none of them fits the context.
         EuryaleError: If the engine cannot be built or refuses a request.
     """
     workload = load_workload(options)

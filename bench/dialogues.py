@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from bench.conversations import Conversation
+from bench.errors import BenchError
 from bench.tracing import Trace, run_requests
 from server.config import SamplingParams, SpeculationParams
 from server.engine.engine import Engine
@@ -100,6 +101,9 @@ def answer_turns(
         conversations: With distinct lines.
         ask: Makes a turn's request, with the turn's key as its id.
         on_done: Called once a conversation is through.
+
+    Raises:
+        BenchError: If not a single turn fits the context.
     """
     turns: dict[str, Turn] = {}
     answers: dict[int, list[str]] = {c.line: [] for c in conversations}
@@ -124,6 +128,8 @@ def answer_turns(
         return next_request(conversation)
 
     first = [next_request(conversation) for conversation in conversations]
+    if not turns:
+        raise BenchError("no prompt fits the model's context; give shorter ones")
     traces = run_requests(engine, [r for r in first if r is not None], follow_up)
     ordered = sorted(turns.values(), key=lambda t: (t.conversation.line, t.index))
     return AnsweredTurns(

@@ -206,7 +206,7 @@ def run(options: BenchOptions) -> Outcome:
     """Produce the outputs and compare them; in float32 unless the options name another type.
 
     Raises:
-        BenchError: If the prompts are wrong.
+        BenchError: If the prompts are wrong or none of them fits the context.
         EuryaleError: If the engine cannot be built or refuses a request.
     """
     workload = load_workload(options)
@@ -220,7 +220,7 @@ def run(options: BenchOptions) -> Outcome:
         device=engine.loaded.device,
         dtype=engine.loaded.dtype,
         extra={
-            "mean_acceptance_length": {
+            "mean_acceptance_lengths": {
                 "greedy": pooled_acceptance(outputs.greedy_on),
                 "sampled": pooled_acceptance(outputs.sampled_on),
             },

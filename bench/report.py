@@ -122,8 +122,8 @@ def _rounded(value: Any) -> Any:
 
 
 def publish(line: str, output: Path | None) -> None:
-    """Write the object to a file, if one is named, and as the last line of stdout."""
+    """Write the object as the last line of stdout, and to a file if one is named."""
+    print(line, flush=True)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(line + "\n", encoding="utf-8")
-    print(line, flush=True)

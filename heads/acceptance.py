@@ -50,7 +50,7 @@ def accept_exact(trees: TreeBatch, draw_next: DrawNext) -> AcceptedPaths:
     """
     # A node is found by its parent and token in one comparison. Roots and padding have parent -1,
     # hence a negative key, and are never found.
-    keys_BN = (trees.parents_BN << _NODE_SHIFT) | trees.token_ids_BN
+    keys_BN = (trees.parents_BN << _NODE_SHIFT) + trees.token_ids_BN
     num_sequences = keys_BN.shape[0]
     node_ids_BD = keys_BN.new_full((num_sequences, trees.max_depth + 1), -1)
     node_ids_BD[:, 0] = 0
@@ -58,7 +58,7 @@ def accept_exact(trees: TreeBatch, draw_next: DrawNext) -> AcceptedPaths:
     bonus_B = draw_next(node_B)
     next_B, moving_B = bonus_B, torch.ones_like(node_B, dtype=torch.bool)
     for depth in range(1, trees.max_depth + 1):
-        key_B = (node_B << _NODE_SHIFT) | next_B
+        key_B = (node_B << _NODE_SHIFT) + next_B
         found_B, child_B = (keys_BN == key_B.unsqueeze(1)).max(dim=1)
         moving_B = moving_B & found_B
         if not moving_B.any():
@@ -127,8 +127,8 @@ def typical_log_threshold(
     """
     log_epsilon = _log_of_unit_value(epsilon, "epsilon", log_probs_XV)
     log_delta = _log_of_unit_value(delta, "delta", log_probs_XV)
-    finite_XV = log_probs_XV.clamp(min=torch.finfo(log_probs_XV.dtype).min)
-    entropy_X = -torch.linalg.vecdot(log_probs_XV.exp(), finite_XV)
+    # An impossible token makes 0 * -inf, which is NaN and must count as 0.
+    entropy_X = -log_probs_XV.exp().mul_(log_probs_XV).nansum(dim=1)
     return torch.minimum(log_epsilon, log_delta - entropy_X)
 
 

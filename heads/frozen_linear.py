@@ -4,6 +4,8 @@ The plain CPU product streams the whole matrix several times over when its input
 which is what draft heads have at batch 1; with the matrix packed by oneDNN once, it does not.
 """
 
+from typing import Self
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,6 +30,10 @@ class FrozenLinear:
             self._packed = torch.ops.mkldnn._reorder_linear_weight(
                 weight.detach(), _NUM_EXPECTED_ROWS
             )
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        # A packed matrix cannot be copied, and a matrix that nobody writes to need not be.
+        return self
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return `x` [..., inputs] times the transposed matrix, [..., outputs]."""

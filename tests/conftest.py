@@ -1,23 +1,31 @@
-import os
+"""Fixtures that all tests may use."""
 
-# Set before torch loads its OpenMP runtime: with spinning threads, tests beside another busy process
-# take many times as long.
+import os
+from pathlib import Path
+
+# Before torch loads its OpenMP runtime: threads that spin while they wait make tests beside another
+# busy process many times as slow.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
 
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
-    if torch.cuda.is_available():
-        return
-    for item in items:
-        if item.get_closest_marker("gpu") is not None:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+from server.model.source import resolve_model
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(scope="session")
+def smollm2_dir() -> Path:
+    """The built-in model as a checkpoint directory; fetched and converted once per machine."""
+    return Path(resolve_model("smollm2"))
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
-    """Tiny models gain nothing from more threads."""
+    """Tiny models gain nothing from threads, and threads of a busy machine wait for each other."""
     torch.set_num_threads(1)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a GPU where there is none."""
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")

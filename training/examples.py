@@ -140,7 +140,7 @@ class ExampleSource:
                 first -= num_batches
                 continue
             examples = self._examples(group) if self._cache is None else self._cache
-            for indices_N in list(order_N.split(self._plan.batch_size))[first:]:
+            for indices_N in torch.split(order_N, self._plan.batch_size)[first:]:
                 yield examples.take(indices_N)
             first = 0
 

@@ -23,11 +23,15 @@ class HiddenStateEncoder:
         loaded: Its attention is set to torch's own, so no engine may use the model any more.
         max_batch_tokens: Padded tokens of one forward pass; a longer document has its own.
 
+    Attributes:
+        dtype: Of the hidden states.
+
     Raises:
         ModelError: If the model's unembedding gets something else than its last hidden state.
     """
 
     def __init__(self, loaded: LoadedModel, max_batch_tokens: int = 2048) -> None:
+        self.dtype = loaded.dtype
         self._device = loaded.device
         self._max_model_len = loaded.max_model_len
         self._max_batch_tokens = max_batch_tokens

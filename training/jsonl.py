@@ -5,6 +5,7 @@ at most the line it was writing.
 """
 
 import gzip
+import hashlib
 import json
 import os
 import zlib
@@ -121,6 +122,12 @@ class LineAppender:
         traceback: TracebackType | None,
     ) -> None:
         self._file.close()
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file as it lies on disk."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def replace_file(path: Path, data: bytes) -> None:

@@ -50,7 +50,9 @@ def frozen_cross_entropy(hidden_ND: Tensor, rows_UD: Tensor, labels_N: Tensor) -
         rows_UD: Frozen.
         labels_N: Int64 row of `rows_UD`, or a negative number for no label.
     """
-    loss: Tensor = _FrozenCrossEntropy.apply(hidden_ND, rows_UD, labels_N)
+    loss: Tensor = _FrozenCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden_ND, rows_UD, labels_N
+    )
     return loss
 
 

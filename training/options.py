@@ -4,12 +4,14 @@ Knows no model and no engine beyond the names of their options.
 """
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
+from typing import Any, get_args
 
-from server.config import DeviceName, DtypeName, Method
+from server.config import METHODS, DeviceName, DtypeName, Method
 from training.distilled import Sampling
+from training.examples import BatchPlan
 from training.trainer import TrainConfig
 
 
@@ -39,26 +41,29 @@ class DistillOptions(ModelOptions):
 
     data: Path
     output: Path
-    limit: int | None
-    max_tokens: int | None
-    sampling: Sampling
-    method: Method
-    heads: str
-    concurrency: int
+    limit: int | None = None
+    max_tokens: int | None = None
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    stop_repeats: bool = True
+    method: Method = "none"
+    heads: str = "auto"
+    concurrency: int = 64
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HeadsOptions:
-    """Shape of the heads to train.
-
-    Attributes:
-        draft_vocab_size: Most frequent tokens that the heads can draft; 0 takes all.
-    """
-
-    num_heads: int = 4
-    num_blocks: int = 1
-    root_conditioned: bool = True
-    draft_vocab_size: int = 4096
+    @property
+    def sampling(self) -> Sampling:
+        """How answers are drawn."""
+        return Sampling(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            seed=self.seed,
+            stop_repeats=self.stop_repeats,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +74,7 @@ class TrainOptions(ModelOptions):
         data: Distilled file.
         output: Directory of the run and of the heads.
         limit: Number of conversations from the beginning of the file; None takes all.
+        draft_vocab_size: Most frequent tokens that the heads can draft; 0 takes all.
         held_out: Fraction of the conversations that the heads are measured on.
         cache: Keep all hidden states in memory.
         overwrite: Drop the run and the heads that `output` holds.
@@ -76,14 +82,41 @@ class TrainOptions(ModelOptions):
 
     data: Path
     output: Path
-    limit: int | None
-    heads: HeadsOptions
-    config: TrainConfig
-    batch_size: int
-    held_out: float
-    cache: bool
-    seed: int
-    overwrite: bool
+    limit: int | None = None
+    num_heads: int = 4
+    num_blocks: int = 1
+    root_conditioned: bool = True
+    draft_vocab_size: int = 4096
+    epochs: int = 4
+    batch_size: int = 2048
+    learning_rate: float = 4e-3
+    warmup_fraction: float = 0.03
+    weight_decay: float = 0.0
+    head_decay: float = 0.8
+    held_out: float = 0.03
+    cache: bool = True
+    save_interval: int = 200
+    log_interval: int = 10
+    seed: int = 0
+    overwrite: bool = False
+
+    @property
+    def train_config(self) -> TrainConfig:
+        """How heads are trained."""
+        return TrainConfig(
+            epochs=self.epochs,
+            learning_rate=self.learning_rate,
+            warmup_fraction=self.warmup_fraction,
+            weight_decay=self.weight_decay,
+            head_decay=self.head_decay,
+            save_interval=self.save_interval,
+            log_interval=self.log_interval,
+        )
+
+    @property
+    def batch_plan(self) -> BatchPlan:
+        """How examples are put into batches."""
+        return BatchPlan(batch_size=self.batch_size, is_cached=self.cache, seed=self.seed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,9 +133,9 @@ class EvaluateOptions(ModelOptions):
 
     heads: Path
     data: Path
-    limit: int | None
-    num_ranks: int
-    save: bool
+    limit: int | None = None
+    num_ranks: int = 16
+    save: bool = True
 
 
 Options = DistillOptions | TrainOptions | EvaluateOptions
@@ -114,23 +147,139 @@ def parse_options(argv: Sequence[str]) -> Options:
         prog="python -m training", description="Train draft heads for a base model."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, summary, add_options in (
-        ("distill", "have the base model answer prompts", _add_distill),
-        ("train", "train Medusa heads on distilled answers", _add_train),
-        ("evaluate", "measure heads on answers they were not trained on", _add_evaluate),
-    ):
-        command = commands.add_parser(
+    for name, command in _COMMANDS.items():
+        subparser = commands.add_parser(
             name,
-            help=summary,
-            description=summary,
+            help=command.summary,
+            description=command.summary,
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
-        add_options(command)
-        _add_model(command)
+        command.add_options(subparser)
+        _add_model(subparser)
     values = vars(parser.parse_args(argv))
-    read = {"distill": _distill_options, "train": _train_options}
-    return read.get(values.pop("command"), _evaluate_options)(values)
+    return _COMMANDS[values.pop("command")].type(**values)
 
 
-def _distill_options(values: dict[str, object]) -> Options:
-    return DistillOptions(**values)  # type: ignore[arg-type]
+def _add_distill(parser: argparse.ArgumentParser) -> None:
+    add, default = _adder(parser, DistillOptions)
+    add(
+        "data", type=Path, metavar="PROMPTS", help="JSON lines with messages, turns or prompt (.gz)"
+    )
+    add("output", type=Path, metavar="FILE", help="JSON lines to write; an earlier run goes on")
+    add("limit", type=_count, metavar="N", help="conversations, from the beginning of PROMPTS")
+    add("max-tokens", type=_count, metavar="N", help="begin none after so many answer tokens")
+    add("max-new-tokens", type=_count, metavar="N", help="longest answer")
+    add("temperature", type=_between(0.0, 2.0), metavar="T", help="0 is greedy")
+    add("top-p", type=_between(0.0, 1.0), metavar="P", help="nucleus mass")
+    add("top-k", type=_whole, metavar="K", help="most probable tokens kept; 0 is off")
+    add("seed", type=_whole, metavar="S", help="each answer's own seed derives from it")
+    add("method", choices=METHODS, help="draft source; changes no token")
+    add("heads", help="directory of draft heads, auto or none, if METHOD is not none")
+    add("concurrency", type=_count, metavar="N", help="conversations in flight")
+    _add_switch(parser, "stop-repeats", default["stop_repeats"], "end answers that go in circles")
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    add, default = _adder(parser, TrainOptions)
+    add("data", type=Path, metavar="FILE", help="what distill wrote (.gz too)")
+    add("output", type=Path, metavar="DIR", help="run and heads; an unfinished run goes on")
+    add("limit", type=_count, metavar="N", help="conversations, from the beginning of FILE")
+    add("num-heads", type=_count, metavar="K", help="draft heads, hence the largest depth")
+    add("num-blocks", type=_count, metavar="N", help="residual blocks per head")
+    add("draft-vocab-size", type=_whole, metavar="N", help="tokens to draft from; 0 is all")
+    add("epochs", type=_count, metavar="N", help="passes over the examples")
+    add("batch-size", type=_count, metavar="N", help="examples per step")
+    add("learning-rate", type=_between(0.0, 1.0), metavar="LR", help="at its peak")
+    add("warmup-fraction", type=_between(0.0, 1.0), metavar="F", help="share of the steps")
+    add("weight-decay", type=_between(0.0, 1.0), metavar="W", help="of AdamW")
+    add("head-decay", type=_between(0.0, 1.0), metavar="L", help="weight of head k is L ** k")
+    add("held-out", type=_between(0.0, 0.5), metavar="F", help="share of conversations to measure")
+    add("save-interval", type=_count, metavar="N", help="steps between saved states")
+    add("log-interval", type=_count, metavar="N", help="steps between lines of metrics")
+    add("seed", type=_whole, metavar="S", help="of the order of the examples")
+    _add_switch(
+        parser, "root-conditioned", default["root_conditioned"], "show heads the root token"
+    )
+    _add_switch(parser, "cache", default["cache"], "keep all hidden states in memory")
+    parser.add_argument("--overwrite", action="store_true", help="drop what DIR holds")
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    add, default = _adder(parser, EvaluateOptions)
+    add("heads", type=Path, metavar="DIR", help="heads checkpoint")
+    add("data", type=Path, metavar="FILE", help="held-out answers that distill wrote (.gz too)")
+    add("limit", type=_count, metavar="N", help="conversations, from the beginning of FILE")
+    add("num-ranks", type=_count, metavar="R", help="candidates per head in the profile")
+    _add_switch(parser, "save", default["save"], "write the profile into the checkpoint")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    add, _ = _adder(parser, ModelOptions)
+    add("model", help="hub id, directory, .gguf file or smollm2")
+    add("device", choices=get_args(DeviceName), help="where the model runs")
+    add("dtype", choices=get_args(DtypeName), help="type of its weights")
+    add("num-threads", type=_count, metavar="N", help="CPU threads")
+
+
+def _adder(
+    parser: argparse.ArgumentParser, options: type[ModelOptions]
+) -> tuple[Callable[..., None], Mapping[str, Any]]:
+    """An `add_argument` that takes the option's default, or that it is required, from the type."""
+    default = {item.name: item.default for item in fields(options) if item.default is not MISSING}
+
+    def add(name: str, **settings: Any) -> None:
+        field_name = name.replace("-", "_")
+        if field_name in default:
+            settings["default"] = default[field_name]
+        else:
+            settings["required"] = True
+        parser.add_argument(f"--{name}", **settings)
+
+    return add, default
+
+
+def _add_switch(parser: argparse.ArgumentParser, name: str, default: bool, summary: str) -> None:
+    parser.add_argument(
+        f"--{name}", action=argparse.BooleanOptionalAction, default=default, help=summary
+    )
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no count; give a whole number from 1")
+    return int(text)
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number; give one from 0")
+    return int(text)
+
+
+def _between(low: float, high: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is no number") from error
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is out of range; give {low:g} to {high:g}")
+        return value
+
+    return parse
+
+
+@dataclass(frozen=True, slots=True)
+class _Command:
+    summary: str
+    type: type[DistillOptions] | type[TrainOptions] | type[EvaluateOptions]
+    add_options: Callable[[argparse.ArgumentParser], None]
+
+
+_COMMANDS: Mapping[str, _Command] = {
+    "distill": _Command("have the base model answer prompts", DistillOptions, _add_distill),
+    "train": _Command("train Medusa heads on distilled answers", TrainOptions, _add_train),
+    "evaluate": _Command(
+        "measure heads on answers they were not trained on", EvaluateOptions, _add_evaluate
+    ),
+}

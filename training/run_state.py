@@ -80,7 +80,7 @@ def load_state(
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
         if metadata.get("kind") != _KIND:
             raise ValueError(f"kind is {metadata.get('kind')!r}, not {_KIND!r}")
         saved = json.loads(metadata["options"])

@@ -36,7 +36,7 @@ class TrainConfig:
         clip_norm: Largest norm of the gradient.
         save_interval: Steps between two saved states.
         log_interval: Steps between two lines of metrics.
-        compute_dtype: Of the matrix products: `float32` or `bfloat16`.
+        compute_dtype: Of the matrix products; the weights are float32 in any case.
     """
 
     epochs: int = 4
@@ -47,7 +47,7 @@ class TrainConfig:
     clip_norm: float = 1.0
     save_interval: int = 200
     log_interval: int = 10
-    compute_dtype: str = "float32"
+    compute_dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class Trainer:
         source: Their examples.
         config: How to train.
         directory: Gets the state and the metrics.
-        options: What must be the same when the run is taken up again, beside `config`.
+        options: What must be the same when the run is taken up again; JSON values.
     """
 
     def __init__(
@@ -91,19 +91,18 @@ class Trainer:
         directory: Path,
         options: Mapping[str, object],
     ) -> None:
-        self._heads = heads
+        self.heads = heads
         self._source = source
         self._config = config
         self._directory = directory
-        self._options = {**options, **asdict(config)}
+        self._options = options
         self._optimizer = torch.optim.AdamW(
             heads.parameters(),
             lr=config.learning_rate,
             betas=(0.9, 0.95),
             weight_decay=config.weight_decay,
         )
-        dtype = torch.bfloat16 if config.compute_dtype == "bfloat16" else torch.float32
-        self._objective = MedusaObjective(heads, config.head_decay, dtype)
+        self._objective = MedusaObjective(heads, config.head_decay, config.compute_dtype)
         self._batches_per_epoch = [source.num_batches(e) for e in range(config.epochs)]
         self._progress = Progress(step=0, num_examples=0)
 
@@ -123,7 +122,7 @@ class Trainer:
         Raises:
             RunError: If its state is damaged or of a run with other options.
         """
-        found = load_state(self._directory, self._heads, self._optimizer, self._options)
+        found = load_state(self._directory, self.heads, self._optimizer, self._options)
         self._progress = found or self._progress
         return found is not None
 
@@ -136,7 +135,7 @@ class Trainer:
         Raises:
             DivergedError: If the loss is no longer a number; the last saved state stays.
         """
-        self._heads.train()
+        self.heads.train()
         with open_metrics(self._directory, self.step) as metrics:
             started_s, num_before = time.perf_counter(), self._progress.num_examples
             for epoch, examples in self._remaining_batches():
@@ -151,7 +150,7 @@ class Trainer:
                 found = self._metrics(epoch, loss, gradient_norm, rate)
                 on_step(found)
                 self._record(found, metrics)
-        self._heads.eval()
+        self.heads.eval()
 
     def discard_state(self) -> None:
         """Remove the saved state of a run that has ended."""
@@ -172,9 +171,9 @@ class Trainer:
         self._optimizer.zero_grad(set_to_none=True)
         loss.total.backward()  # type: ignore[no-untyped-call]
         norm = float(
-            torch.nn.utils.clip_grad_norm_(self._heads.parameters(), self._config.clip_norm)
+            torch.nn.utils.clip_grad_norm_(self.heads.parameters(), self._config.clip_norm)
         )
-        total = float(loss.total)
+        total = float(loss.total.detach())
         if not (math.isfinite(total) and math.isfinite(norm)):
             raise DivergedError(
                 f"step {self.step + 1}: the loss is {total} and its gradient's norm {norm}; "
@@ -198,7 +197,7 @@ class Trainer:
         return StepMetrics(
             step=self.step,
             epoch=epoch,
-            loss=float(loss.total),
+            loss=float(loss.total.detach()),
             loss_per_head=loss.per_head_K.tolist(),
             learning_rate=self.learning_rate(self.step - 1),
             gradient_norm=gradient_norm,
@@ -211,4 +210,4 @@ class Trainer:
         if is_last or self.step % self._config.log_interval == 0:
             file.append(asdict(metrics))
         if is_last or self.step % self._config.save_interval == 0:
-            save_state(self._directory, self._heads, self._optimizer, self._progress, self._options)
+            save_state(self._directory, self.heads, self._optimizer, self._progress, self._options)

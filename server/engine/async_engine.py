@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from server.engine.engine import Engine
 from server.engine.request import Request, RequestOutput
-from server.errors import EngineStoppedError, QueueFullError
+from server.errors import EngineStoppedError, InvalidRequestError, QueueFullError
 from server.metrics import EngineMetrics
 
 _LOG = logging.getLogger("euryale.engine")
@@ -96,12 +96,19 @@ class AsyncEngine:
         """Refuse requests that would not be admitted now.
 
         Raises:
-            QueueFullError: If the queue has no room for that many.
+            InvalidRequestError: If the server could never hold that many.
+            QueueFullError: If the queue has no room for that many now.
             EngineStoppedError: If the engine drains, has stopped or has failed.
         """
         if not self.is_ready:
             reason = self._failure or "the server is shutting down"
             raise EngineStoppedError(f"{reason}; send the request to another server")
+        if num_requests > self._capacity:
+            raise InvalidRequestError(
+                f"{num_requests} completions were asked for at once, but this server holds at most "
+                f"{self._capacity}; ask for fewer",
+                param="n",
+            )
         if len(self._streams) + num_requests > self._capacity:
             raise QueueFullError(
                 f"{len(self._streams)} requests are in flight and at most {self._capacity} may "

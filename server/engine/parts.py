@@ -1,10 +1,10 @@
 """Builds what an engine is made of: model, KV cache, heads, limits and the measured step cost."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 
 import heads as heads_package
@@ -125,8 +125,8 @@ def _num_blocks(config: EngineConfig, layout: KVLayout) -> int:
     if num_bytes is None and layout.device.type == "cuda":
         num_bytes = int(torch.cuda.mem_get_info(layout.device)[0] * _CUDA_MEMORY_SHARE)
     elif num_bytes is None:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        num_bytes = min(int(free * _CPU_MEMORY_SHARE), _MAX_CPU_CACHE_BYTES)
+        available = psutil.virtual_memory().available
+        num_bytes = min(int(available * _CPU_MEMORY_SHARE), _MAX_CPU_CACHE_BYTES)
     num_blocks = num_bytes // layout.block_bytes
     if num_blocks < 1:
         raise ConfigError(

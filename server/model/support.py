@@ -148,6 +148,8 @@ def _probing_attention(
     attention_probe.shapes.add((key_BGTC.shape[1], key_BGTC.shape[3], value_BGTC.shape[3]))
     used = [keyword for keyword in _UNSUPPORTED_KEYWORDS if kwargs.get(keyword) is not None]
     attention_probe.problems += [f"layer {layer} uses {keyword}" for keyword in used]
+    if attention_mask is not None:
+        attention_probe.problems.append(f"layer {layer} brings an attention mask of its own")
     if not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False:
         attention_probe.problems.append(f"layer {layer} attends to later tokens")
     output_BTHC = query_BHTC.new_zeros(*query_BHTC.shape[:-1], value_BGTC.shape[3])

@@ -16,7 +16,7 @@ PROFILE = AcceptanceProfile(((0.5, 0.2, 0.1), (0.4, 0.1), (0.3,)))
 
 def random_profile(rng: Random, num_heads: int, num_ranks: int) -> AcceptanceProfile:
     """Rates in no particular order, as a measurement may bring them."""
-    rates = [[rng.random() for _ in range(num_ranks)] for _ in range(num_heads)]
+    rates = [[rng.uniform(0.01, 1.0) for _ in range(num_ranks)] for _ in range(num_heads)]
     return AcceptanceProfile(tuple(map(tuple, rates)))
 
 

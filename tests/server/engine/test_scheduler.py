@@ -132,6 +132,11 @@ class Simulation:
             assert self.num_steps < max_steps, "the scheduler makes no progress"
         assert self.blocks.num_in_use == 0
 
+    def run_to_a_preemption(self) -> None:
+        while not self.scheduler.num_preemptions:
+            assert self.has_unfinished, "nothing was preempted"
+            self.step()
+
 
 class TestPrefill:
     def test_a_prompt_that_fits_is_computed_in_one_step(self) -> None:
@@ -258,11 +263,10 @@ class TestTrees:
 
 class TestPreemption:
     def test_the_newest_sequence_makes_room_for_the_oldest(self) -> None:
-        simulation = Simulation(num_blocks=4, prefix_caching=False)
+        simulation = Simulation(num_blocks=5, prefix_caching=False)
         old = simulation.add((1,) * 6, max_tokens=10)
         new = simulation.add((2,) * 5, max_tokens=10)
-        while not simulation.scheduler.num_preemptions:
-            simulation.step()
+        simulation.run_to_a_preemption()
         assert simulation.scheduler.running == [old]
         assert list(simulation.scheduler.waiting) == [new]
         assert (new.block_table, new.num_computed_tokens, new.candidate_ids) == ([], 0, None)
@@ -270,21 +274,19 @@ class TestPreemption:
         assert new.num_output_tokens == 10
 
     def test_a_preempted_sequence_comes_before_those_that_never_ran(self) -> None:
-        simulation = Simulation(num_blocks=4, prefix_caching=False)
+        simulation = Simulation(num_blocks=5, prefix_caching=False)
         simulation.add((1,) * 6, max_tokens=10)
         preempted = simulation.add((2,) * 5, max_tokens=10)
         waiting = simulation.add((3,) * 7, max_tokens=2)
-        while not simulation.scheduler.num_preemptions:
-            simulation.step()
+        simulation.run_to_a_preemption()
         assert list(simulation.scheduler.waiting) == [preempted, waiting]
         simulation.run_to_the_end()
 
     def test_recomputing_covers_the_generated_tokens_too(self) -> None:
-        simulation = Simulation(num_blocks=4, prefix_caching=False)
+        simulation = Simulation(num_blocks=5, prefix_caching=False)
         simulation.add((1,) * 6, max_tokens=8)
         new = simulation.add((2,) * 5, max_tokens=8)
-        while not simulation.scheduler.num_preemptions:
-            simulation.step()
+        simulation.run_to_a_preemption()
         num_tokens = len(new.token_ids)
         assert num_tokens > 5
         while new not in simulation.scheduler.running:

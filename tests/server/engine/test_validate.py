@@ -43,16 +43,16 @@ class TestRequestLimits:
         ("refused", "param", "code", "says"),
         [
             (request(()), "prompt", None, "no tokens"),
-            (request((1, 50)), "prompt", None, "token id 50 .* 0 to 49"),
+            (request((1, 50)), "prompt", None, "prompt has token id 50, .* 0 to 49"),
             (request((-1, 3)), "prompt", None, "token id -1"),
-            (request((1,), bias={50: 1.0}), "logit_bias", None, "token id 50"),
+            (request((1,), bias={50: 1.0}), "logit_bias", None, "logit_bias has token id 50"),
             (request((1,) * 10), "prompt", "context_length_exceeded", "10 tokens.* 10; shorten"),
             (request((1,) * 99), "prompt", "context_length_exceeded", "99 tokens"),
             (
                 request((1,) * 5, max_tokens=6),
                 "max_tokens",
                 "context_length_exceeded",
-                "5 tokens and max_tokens is 6, .* 10; lower",
+                "5 tokens and up to 6 .* 10; ask",
             ),
             (
                 request((1,), speculation=SpeculationParams(method="medusa")),

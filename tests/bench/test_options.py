@@ -1,0 +1,79 @@
+from pathlib import Path
+
+import pytest
+
+from bench.options import COMMANDS, BenchOptions, parse_options
+
+
+@pytest.mark.parametrize("command", list(COMMANDS))
+def test_every_command_runs_without_options(command: str) -> None:
+    options = parse_options([command])
+    assert (options.command, options.model, options.data) == (command, "smollm2", None)
+
+
+def test_every_common_option_is_read() -> None:
+    line = (
+        "latency --data d.jsonl.gz --limit 3 --max-new-tokens 9 --model m --heads h --method medusa"
+        " --max-nodes 16 --dtype float32 --device cpu --num-threads 2 --output o.json"
+    )
+    assert parse_options(line.split()) == BenchOptions(
+        command="latency",
+        data=Path("d.jsonl.gz"),
+        limit=3,
+        max_new_tokens=9,
+        model="m",
+        heads="h",
+        method="medusa",
+        max_nodes=16,
+        dtype="float32",
+        device="cpu",
+        num_threads=2,
+        output=Path("o.json"),
+    )
+
+
+def test_batch_one_benches_have_no_concurrency() -> None:
+    assert parse_options(["latency"]).concurrency == 1
+    assert parse_options(["overhead"]).concurrency == 1
+    with pytest.raises(SystemExit):
+        parse_options(["latency", "--concurrency", "4"])
+
+
+def test_batched_benches_take_a_concurrency() -> None:
+    assert parse_options(["acceptance", "--concurrency", "3"]).concurrency == 3
+    assert parse_options(["exactness"]).concurrency > 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--limit", "0"], "'0' is no count"),
+        (["--limit", "many"], "'many' is no count"),
+        (["--max-new-tokens", "-5"], "'-5' is no count"),
+        (["--max-nodes", "65"], "'65' is no tree size; give 1 to 64"),
+        (["--max-nodes", "0"], "'0' is no tree size"),
+        (["--method", "eagle"], "invalid choice: 'eagle'"),
+        (["--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--batch", "2"], "unrecognized arguments: --batch 2"),
+    ],
+)
+def test_wrong_options_are_refused_by_value(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        parse_options(["acceptance", *arguments])
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_command_is_required(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_options([])
+    assert "COMMAND" in capsys.readouterr().err
+
+
+def test_help_lists_all_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_options(["--help"])
+    shown = capsys.readouterr().out
+    assert all(command in shown for command in COMMANDS)

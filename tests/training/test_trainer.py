@@ -1,0 +1,170 @@
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from heads.medusa import MedusaConfig, MedusaHeads
+from server.model.loading import LoadedModel
+from tests.training.corpora import corpus
+from training.dataset import Corpus
+from training.errors import DivergedError, RunError
+from training.examples import BatchPlan, ExampleSource
+from training.hidden_states import HiddenStateEncoder
+from training.metrics import read_metrics
+from training.run_state import STATE_FILE
+from training.trainer import StepMetrics, TrainConfig, Trainer
+
+CONFIG = TrainConfig(epochs=3, learning_rate=0.01, save_interval=4, log_interval=2)
+OPTIONS: dict[str, object] = {"model": "tiny"}
+
+
+class Killed(Exception):
+    """Stands for the process being killed."""
+
+
+def make_heads(loaded: LoadedModel) -> MedusaHeads:
+    config = MedusaConfig(loaded.hidden_size, loaded.vocab_size, num_heads=2)
+    return MedusaHeads(config, loaded.unembedding(), loaded.input_embedding())
+
+
+def make_trainer(
+    loaded: LoadedModel,
+    encoder: HiddenStateEncoder,
+    directory: Path,
+    config: TrainConfig = CONFIG,
+    is_cached: bool = True,
+    documents: Corpus | None = None,
+) -> Trainer:
+    plan = BatchPlan(batch_size=16, group_size=4, is_cached=is_cached)
+    source = ExampleSource(documents or corpus(9), encoder, 2, plan)
+    return Trainer(make_heads(loaded), source, config, directory, OPTIONS)
+
+
+def weights(trainer: Trainer) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in trainer.heads.parameters()]
+
+
+def train_until(trainer: Trainer, last_step: int) -> None:
+    def stop(metrics: StepMetrics) -> None:
+        if metrics.step == last_step:
+            raise Killed
+
+    with pytest.raises(Killed):
+        trainer.train(stop)
+
+
+def test_training_learns_the_answers_by_heart(
+    loaded: LoadedModel, encoder: HiddenStateEncoder, tmp_path: Path
+) -> None:
+    config = replace(CONFIG, epochs=80)
+    trainer = make_trainer(loaded, encoder, tmp_path, config, documents=corpus(3))
+    seen: list[StepMetrics] = []
+    trainer.train(seen.append)
+    first, last = seen[0].loss_per_head, seen[-1].loss_per_head
+    assert all(after < 0.3 * before for before, after in zip(first, last, strict=True))
+
+
+@pytest.mark.parametrize("is_cached", [True, False])
+@pytest.mark.parametrize("killed_at", [1, 4, 7, 12])
+def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(
+    loaded: LoadedModel,
+    encoder: HiddenStateEncoder,
+    tmp_path: Path,
+    killed_at: int,
+    is_cached: bool,
+) -> None:
+    whole = make_trainer(loaded, encoder, tmp_path / "whole", is_cached=is_cached)
+    whole.train(lambda _: None)
+    first = make_trainer(loaded, encoder, tmp_path / "killed", is_cached=is_cached)
+    train_until(first, killed_at)
+    second = make_trainer(loaded, encoder, tmp_path / "killed", is_cached=is_cached)
+    assert second.resume() == (killed_at > CONFIG.save_interval)
+    second.train(lambda _: None)
+    assert all(map(torch.equal, weights(second), weights(whole)))
+    logged = [
+        [{k: v for k, v in line.items() if k != "examples_per_s"} for line in read_metrics(path)]
+        for path in (tmp_path / "killed", tmp_path / "whole")
+    ]
+    assert logged[0] == logged[1]
+
+
+def test_a_finished_run_that_is_taken_up_trains_no_step(
+    loaded: LoadedModel, encoder: HiddenStateEncoder, tmp_path: Path
+) -> None:
+    make_trainer(loaded, encoder, tmp_path).train(lambda _: None)
+    again = make_trainer(loaded, encoder, tmp_path)
+    assert again.resume()
+    assert again.step == again.num_steps
+    again.train(lambda _: pytest.fail("a step was taken"))
+
+
+def test_a_run_with_other_options_is_not_taken_up(
+    loaded: LoadedModel, encoder: HiddenStateEncoder, tmp_path: Path
+) -> None:
+    make_trainer(loaded, encoder, tmp_path).train(lambda _: None)
+    source = ExampleSource(corpus(9), encoder, 2, BatchPlan(batch_size=16))
+    other = Trainer(make_heads(loaded), source, CONFIG, tmp_path, {"model": "other"})
+    with pytest.raises(RunError, match="model 'tiny', but now it is 'other'"):
+        other.resume()
+
+
+def test_the_learning_rate_rises_and_falls_to_nothing(
+    loaded: LoadedModel, encoder: HiddenStateEncoder, tmp_path: Path
+) -> None:
+    config = replace(CONFIG, epochs=20, warmup_fraction=0.25, learning_rate=0.5)
+    trainer = make_trainer(loaded, encoder, tmp_path, config)
+    rates = [trainer.learning_rate(step) for step in range(trainer.num_steps)]
+    peak = rates.index(max(rates))
+    assert max(rates) == 0.5
+    assert peak == pytest.approx(0.25 * len(rates), abs=1.5)
+    assert rates[:peak] == sorted(rates[:peak])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert rates[-1] < 0.005
+
+
+@pytest.mark.parametrize("is_bad_from_the_start", [True, False])
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_state(
+    loaded: LoadedModel,
+    encoder: HiddenStateEncoder,
+    tmp_path: Path,
+    is_bad_from_the_start: bool,
+) -> None:
+    trainer = make_trainer(loaded, encoder, tmp_path)
+    bad_step = 1 if is_bad_from_the_start else 6
+
+    def spoil(metrics: StepMetrics) -> None:
+        if metrics.step == bad_step - 1:
+            with torch.no_grad():
+                next(trainer.heads.parameters()).fill_(math.nan)
+
+    spoil(StepMetrics(0, 0, 0.0, [], 0.0, 0.0, 0, 0.0))
+    with pytest.raises(DivergedError, match=rf"step {bad_step}: the loss is nan .*0\.01"):
+        trainer.train(spoil)
+    assert (tmp_path / STATE_FILE).exists() == (not is_bad_from_the_start)
+    resumed = make_trainer(loaded, encoder, tmp_path)
+    resumed.resume()
+    assert all(bool(weight.isfinite().all()) for weight in weights(resumed))
+
+
+def test_the_base_model_is_left_as_it_was(
+    loaded: LoadedModel, encoder: HiddenStateEncoder, tmp_path: Path
+) -> None:
+    before = {name: value.clone() for name, value in loaded.model.named_parameters()}
+    make_trainer(loaded, encoder, tmp_path).train(lambda _: None)
+    for name, value in loaded.model.named_parameters():
+        assert torch.equal(value, before[name])
+        assert value.grad is None
+
+
+def test_discarding_the_state_leaves_the_metrics(
+    loaded: LoadedModel, encoder: HiddenStateEncoder, tmp_path: Path
+) -> None:
+    trainer = make_trainer(loaded, encoder, tmp_path)
+    trainer.train(lambda _: None)
+    trainer.discard_state()
+    trainer.discard_state()
+    assert not (tmp_path / STATE_FILE).exists()
+    steps = [line["step"] for line in read_metrics(tmp_path)]
+    assert steps == sorted({*range(2, trainer.num_steps, 2), trainer.num_steps})

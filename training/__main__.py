@@ -1,0 +1,48 @@
+"""`python -m training COMMAND`: runs a command and ends stdout with its result as a JSON object.
+
+Exit status: 0; 2 if the command could not run as asked; 3 if the loss diverged; 130 after Ctrl-C,
+when the same command goes on where it was.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from server.errors import EuryaleError
+from training import distill_command, evaluate_command, train_command
+from training.errors import DivergedError
+from training.options import DistillOptions, EvaluateOptions, Options, TrainOptions, parse_options
+from training.progress import note
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command that the command line names; returns the exit status."""
+    options = parse_options(argv)
+    try:
+        result = _run(options)
+    except KeyboardInterrupt:
+        note("interrupted; the same command goes on from here")
+        return 130
+    except DivergedError as error:
+        note(f"error: {error}")
+        return 3
+    except EuryaleError as error:
+        note(f"error: {error}")
+        return 2
+    sys.stdout.write(json.dumps(result) + "\n")
+    return 0
+
+
+def _run(options: Options) -> dict[str, Any]:
+    match options:
+        case DistillOptions():
+            return distill_command.run(options)
+        case TrainOptions():
+            return train_command.run(options)
+        case EvaluateOptions():
+            return evaluate_command.run(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

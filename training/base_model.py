@@ -1,0 +1,41 @@
+"""The base model that a command works with, checked against the data."""
+
+from pathlib import Path
+
+import torch
+
+from server.model.loading import LoadedModel, load_model
+from training.distilled import Manifest
+from training.errors import DataError
+from training.options import ModelOptions
+from training.progress import note
+
+
+def load_base(options: ModelOptions) -> LoadedModel:
+    """Load the base model that the options name.
+
+    Raises:
+        ModelError: If that fails.
+    """
+    if options.num_threads is not None:
+        torch.set_num_threads(options.num_threads)
+    note(f"loading model {options.model}")
+    return load_model(options.model, options.device, options.dtype)
+
+
+def check_base(data: Path, loaded: LoadedModel) -> None:
+    """Refuse data that another base model wrote.
+
+    Raises:
+        DataError: If the data's manifest is damaged or names another base.
+    """
+    manifest = Manifest.load(data)
+    if manifest is None:
+        note(f"{data} has no manifest: whether {loaded.name} wrote it is not checked")
+        return
+    difference = manifest.fingerprint.difference(loaded.fingerprint)
+    if difference is not None:
+        raise DataError(
+            f"{data} holds answers of {manifest.model}, not of {loaded.name}: "
+            f"{difference}; distill with the model you train for"
+        )

@@ -1,0 +1,168 @@
+"""`distill`: prompts in, the base model's own answers out; killed and started again, it goes on.
+
+Owns the distilled file and its manifest. Each finished conversation is one appended line, so a
+killed run loses only what was in flight.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from server.config import EngineConfig
+from server.engine.engine import Engine
+from training.distilled import Manifest, manifest_path, read_distilled
+from training.errors import RunError
+from training.jsonl import LineAppender, drop_torn_line, file_sha256
+from training.options import DistillOptions
+from training.progress import Bar, note, progress_bar
+from training.prompts import Prompts, read_prompts
+from training.self_distill import SelfDistiller
+
+_SAVE_INTERVAL = 50
+_MIN_TOKENS_PER_STEP = 512
+
+
+@dataclass(slots=True)
+class _Account:
+    """What the file holds, and how many tokens this process has drawn."""
+
+    ids: set[str]
+    manifest: Manifest
+    num_drawn: int = 0
+
+
+def run(options: DistillOptions) -> dict[str, Any]:
+    """Answer the prompts that are not answered yet; returns the result to print.
+
+    Raises:
+        DataError: If the prompts or the manifest are broken.
+        RunError: If `output` holds something else.
+        EuryaleError: If the engine cannot be built or refuses a prompt.
+    """
+    if options.output.suffix == ".gz":
+        raise RunError(
+            f"output is {options.output}, but answers are appended line by line; give a name "
+            "without .gz and compress the file later"
+        )
+    prompts = list(read_prompts(options.data))[: options.limit]
+    engine = Engine.from_config(_engine_config(options), note)
+    manifest = Manifest(
+        model=options.model,
+        fingerprint=engine.loaded.fingerprint,
+        sampling=options.sampling,
+        prompts_sha256=file_sha256(options.data),
+    )
+    account = _take_up(options.output, manifest)
+    waiting = [item for item in prompts if item.id not in account.ids]
+    if account.ids:
+        note(f"{len(account.ids)} conversations are answered, {len(waiting)} are left")
+    distiller = SelfDistiller(engine, options.sampling, options.method, options.concurrency)
+    with (
+        LineAppender(options.output) as file,
+        progress_bar("distilling", len(waiting), "tokens") as bar,
+    ):
+        try:
+            _answer(distiller, waiting, account, options, file, bar)
+        finally:
+            file.sync()
+            account.manifest.save(options.output)
+    return _result(options.output, account)
+
+
+def _engine_config(options: DistillOptions) -> EngineConfig:
+    return EngineConfig(
+        model=options.model,
+        heads="none" if options.method == "none" else options.heads,
+        device=options.device,
+        dtype=options.dtype,
+        num_threads=options.num_threads,
+        max_num_seqs=options.concurrency,
+        max_tokens_per_step=max(_MIN_TOKENS_PER_STEP, 2 * options.concurrency),
+    )
+
+
+def _take_up(output: Path, manifest: Manifest) -> _Account:
+    """Read what is there already; repairs the end of the file.
+
+    Raises:
+        RunError: If the file is no distilled file or holds answers of another kind.
+    """
+    found = Manifest.load(output)
+    if not output.exists() or output.stat().st_size == 0:
+        manifest.save(output)
+        return _Account(set(), manifest)
+    if found is None:
+        raise RunError(
+            f"{output} exists, but {manifest_path(output).name} does not; give another --output"
+        )
+    difference = found.difference(manifest)
+    if difference is not None:
+        raise RunError(
+            f"{output} holds answers of another run: {difference}; give the same options again or "
+            "another --output"
+        )
+    num_dropped = drop_torn_line(output)
+    if num_dropped:
+        note(f"dropped {num_dropped} bytes of an unfinished last line of {output}")
+    ids: set[str] = set()
+    num_turns = num_tokens = 0
+    if output.stat().st_size:
+        for conversation in read_distilled(output):
+            ids.add(conversation.id)
+            num_turns += len(conversation.turns)
+            num_tokens += conversation.num_tokens
+    counted = replace(
+        manifest, num_conversations=len(ids), num_turns=num_turns, num_tokens=num_tokens
+    )
+    return _Account(ids, counted)
+
+
+def _answer(
+    distiller: SelfDistiller,
+    waiting: Sequence[Prompts],
+    account: _Account,
+    options: DistillOptions,
+    file: LineAppender,
+    bar: Bar,
+) -> None:
+    num_before = account.manifest.num_tokens
+
+    def wanted() -> Iterator[Prompts]:
+        for item in waiting:
+            if options.max_tokens and num_before + account.num_drawn >= options.max_tokens:
+                return
+            yield item
+
+    def count(num_tokens: int) -> None:
+        account.num_drawn += num_tokens
+        bar.add(num_tokens)
+
+    for conversation in distiller.run(wanted(), count):
+        manifest = account.manifest
+        if conversation.turns:
+            file.append(conversation.to_json())
+            account.manifest = replace(
+                manifest,
+                num_conversations=manifest.num_conversations + 1,
+                num_turns=manifest.num_turns + len(conversation.turns),
+                num_tokens=manifest.num_tokens + conversation.num_tokens,
+            )
+        else:
+            account.manifest = replace(manifest, num_skipped=manifest.num_skipped + 1)
+        bar.advance()
+        if account.manifest.num_conversations % _SAVE_INTERVAL == 0:
+            account.manifest.save(options.output)
+    account.manifest = replace(account.manifest, is_finished=True)
+
+
+def _result(output: Path, account: _Account) -> dict[str, Any]:
+    manifest = account.manifest
+    return {
+        "output": str(output),
+        "num_conversations": manifest.num_conversations,
+        "num_turns": manifest.num_turns,
+        "num_tokens": manifest.num_tokens,
+        "num_skipped": manifest.num_skipped,
+        "num_new_tokens": account.num_drawn,
+    }

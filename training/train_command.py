@@ -1,0 +1,137 @@
+"""`train`: distilled answers in, a heads checkpoint out; killed and started again, it goes on.
+
+The output directory first holds a run (state and metrics), then the heads with the profile that was
+measured on the held-out conversations.
+"""
+
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from heads.checkpoint import CONFIG_FILE, save_heads
+from heads.medusa import MedusaConfig, MedusaHeads
+from server.model.loading import LoadedModel
+from training.base_model import check_base, load_base
+from training.dataset import Corpus, frequent_tokens, load_corpus, split
+from training.errors import DataError, RunError
+from training.evaluate import EvaluationResult, evaluate
+from training.examples import ExampleSource
+from training.hidden_states import HiddenStateEncoder
+from training.jsonl import file_sha256
+from training.metrics import METRICS_FILE
+from training.options import TrainOptions
+from training.progress import note, progress_bar
+from training.report import NUM_RANKS, rank_with_progress, summary
+from training.run_state import STATE_FILE
+from training.trainer import StepMetrics, Trainer
+
+# What may change while a run is interrupted. The data is compared by content, not by name.
+_FREE_OPTIONS = frozenset(
+    {"data", "output", "overwrite", "device", "num_threads", "log_interval", "save_interval"}
+)
+
+
+def run(options: TrainOptions) -> dict[str, Any]:
+    """Train heads, measure them and write the checkpoint; returns the result to print.
+
+    Raises:
+        DataError: If the data is broken or of another base model.
+        RunError: If `output` holds heads, or a run with other options.
+        DivergedError: If the loss is no longer a number.
+        ModelError: If the base model cannot be loaded or trained for.
+    """
+    _prepare_output(options)
+    loaded = load_base(options)
+    check_base(options.data, loaded)
+    parts = split(load_corpus(options.data, loaded.vocab_size, options.limit), options.held_out)
+    if parts.train.num_examples == 0:
+        raise DataError(f"{options.data} has no answer of two tokens to train on; distill more")
+    note(
+        f"{parts.train.num_answer_tokens} answer tokens to train on, "
+        f"{parts.held_out.num_answer_tokens} held out"
+    )
+    encoder = HiddenStateEncoder(loaded)
+    heads = _fresh_heads(options, loaded, parts.train)
+    trainer = _trained(options, heads, encoder, parts.train)
+    found = _measured(parts.held_out, encoder, heads)
+    save_heads(
+        options.output,
+        heads,
+        loaded.fingerprint,
+        options.model,
+        None if found is None else found.profile,
+    )
+    trainer.discard_state()
+    evaluation = {} if found is None else summary(found)
+    return {"output": str(options.output), "num_steps": trainer.num_steps, **evaluation}
+
+
+def _prepare_output(options: TrainOptions) -> None:
+    """Make room for a run.
+
+    Raises:
+        RunError: If the directory holds finished heads and nothing allows to drop them.
+    """
+    directory = options.output
+    if options.overwrite:
+        for name in (CONFIG_FILE, STATE_FILE, METRICS_FILE):
+            (directory / name).unlink(missing_ok=True)
+    is_done = (directory / CONFIG_FILE).exists() and not (directory / STATE_FILE).exists()
+    if is_done:
+        raise RunError(f"{directory} holds heads already; give another --output or --overwrite")
+    directory.mkdir(parents=True, exist_ok=True)
+
+
+def _fresh_heads(options: TrainOptions, loaded: LoadedModel, train: Corpus) -> MedusaHeads:
+    """Untrained heads with float32 weights; the draft vocabulary comes from the answers."""
+    draft_vocab_size = min(options.draft_vocab_size, loaded.vocab_size) or None
+    config = MedusaConfig(
+        hidden_size=loaded.hidden_size,
+        vocab_size=loaded.vocab_size,
+        num_heads=options.num_heads,
+        num_blocks=options.num_blocks,
+        root_conditioned=options.root_conditioned,
+        draft_vocab_size=draft_vocab_size,
+    )
+    ids_U = None
+    if draft_vocab_size is not None:
+        ids_U = frequent_tokens(train.documents, loaded.vocab_size, draft_vocab_size)
+    heads = MedusaHeads(config, loaded.unembedding(), loaded.input_embedding(), ids_U)
+    return heads.float()
+
+
+def _trained(
+    options: TrainOptions, heads: MedusaHeads, encoder: HiddenStateEncoder, train: Corpus
+) -> Trainer:
+    source = ExampleSource(train, encoder, options.num_heads, options.batch_plan)
+    if options.cache:
+        with progress_bar("hidden states", len(train.documents)) as bar:
+            source.fill_cache(bar.advance)
+    kept = {k: v for k, v in asdict(options).items() if k not in _FREE_OPTIONS}
+    kept["data_sha256"] = file_sha256(options.data)
+    config = options.train_config
+    if encoder.dtype != torch.float32:
+        config = replace(config, compute_dtype=torch.bfloat16)
+    trainer = Trainer(heads, source, config, options.output, kept)
+    if trainer.resume():
+        note(f"the run in {options.output} goes on after step {trainer.step}")
+    with progress_bar("training", trainer.num_steps) as bar:
+        bar.advance(trainer.step)
+
+        def show(metrics: StepMetrics) -> None:
+            bar.advance()
+            bar.show(f"loss {metrics.loss:.3f}, {metrics.examples_per_s:.0f} examples/s")
+
+        trainer.train(show)
+    return trainer
+
+
+def _measured(
+    held_out: Corpus, encoder: HiddenStateEncoder, heads: MedusaHeads
+) -> EvaluationResult | None:
+    """Measure the heads; None if nothing was held out."""
+    if held_out.num_examples == 0:
+        note("nothing was held out: the heads get no acceptance profile; run evaluate")
+        return None
+    return evaluate(rank_with_progress(held_out, encoder, heads), NUM_RANKS)
