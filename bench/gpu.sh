@@ -44,11 +44,12 @@ bench() {
     part "$name" "$limit_s" "$python" -m bench "$name" --device cuda --output "$out/$name.json" "$@"
 }
 
-part tests 150 "$python" -m pytest -q -m gpu --junitxml "$out/tests.xml"
-bench latency 130 --limit 12 --max-new-tokens 128
-bench acceptance 90 --limit 24 --max-new-tokens 128
-bench exactness 140 --limit 12 --max-new-tokens 96
-bench overhead 60 --limit 6 --max-new-tokens 128
+part tests 140 "$python" -m pytest -q -m gpu --junitxml "$out/tests.xml"
+bench latency 110 --limit 12 --max-new-tokens 128
+bench acceptance 80 --limit 24 --max-new-tokens 128
+bench exactness 120 --limit 12 --max-new-tokens 96
+bench overhead 40 --limit 4 --max-new-tokens 128
+bench quality 80 --limit 4 --max-new-tokens 128
 
 echo "{$summary}" >"$out/summary.json"
 cat "$out/summary.json"

@@ -8,7 +8,7 @@ import pytest
 import bench
 
 SCRIPT = Path(bench.__path__[0]) / "gpu.sh"
-PARTS = ["tests", "latency", "acceptance", "exactness", "overhead"]
+PARTS = ["tests", "latency", "acceptance", "exactness", "overhead", "quality"]
 
 
 def run_script(tmp_path: Path, fails: str = "nothing") -> subprocess.CompletedProcess[str]:

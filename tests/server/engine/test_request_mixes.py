@@ -213,7 +213,7 @@ class TestTheMixesThemselves:
                 reason = outputs[-1].finish_reason if outputs else None
                 totals[reason or "aborted"] += 1
             totals.update(engine.totals())
-        assert totals["num_preemptions"] >= 10
+        assert totals["num_preemptions"] >= 5
         assert totals["num_cached_tokens"] >= 50
         assert totals["num_accepted_tokens"] >= 100
         assert totals["num_draft_tokens"] >= 1000

@@ -1,0 +1,169 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.training.corpora import PROMPT_LINES, write_lines
+from training.__main__ import main
+from training.distilled import Manifest, manifest_path, read_distilled
+
+
+def distill(data: Path, output: Path, model: Path, *more: str) -> int:
+    argv = ["distill", "--data", str(data), "--output", str(output), "--model", str(model)]
+    return main([*argv, "--device", "cpu", "--max-new-tokens", "24", *more])
+
+
+def by_id(path: Path) -> dict[str, str]:
+    lines = path.read_text().splitlines()
+    found = {json.loads(line)["id"]: line for line in lines}
+    assert len(found) == len(lines)
+    return found
+
+
+def result(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
+    value: dict[str, object] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return value
+
+
+def test_every_prompt_is_answered_and_counted(distilled_file: Path) -> None:
+    conversations = list(read_distilled(distilled_file))
+    assert {c.id for c in conversations} == {str(line["id"]) for line in PROMPT_LINES}
+    manifest = Manifest.load(distilled_file)
+    assert manifest is not None
+    assert manifest.num_conversations == len(PROMPT_LINES)
+    assert manifest.num_turns == sum(len(c.turns) for c in conversations) == len(PROMPT_LINES) + 3
+    assert manifest.num_tokens == sum(c.num_tokens for c in conversations)
+    assert manifest.is_finished
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.3, 0.8, 1.0])
+def test_a_torn_file_is_completed_with_the_same_answers(
+    keep: float,
+    distilled_file: Path,
+    prompts_file: Path,
+    model_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "torn.jsonl"
+    whole = distilled_file.read_bytes()
+    output.write_bytes(whole[: int(len(whole) * keep)])
+    manifest_path(output).write_bytes(manifest_path(distilled_file).read_bytes())
+    kept = output.read_bytes().count(b"\n")
+    assert distill(prompts_file, output, model_dir) == 0
+    assert by_id(output) == by_id(distilled_file)
+    printed = result(capsys)
+    assert printed["num_conversations"] == len(PROMPT_LINES)
+    assert (printed["num_new_tokens"] == 0) == (kept == len(PROMPT_LINES))
+
+
+def test_a_killed_process_loses_only_what_was_in_flight(
+    distilled_file: Path, prompts_file: Path, model_dir: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "killed.jsonl"
+    argv = ["distill", "--data", str(prompts_file), "--output", str(output)]
+    argv += ["--model", str(model_dir), "--device", "cpu", "--max-new-tokens", "24"]
+    command = [sys.executable, "-m", "training", *argv, "--concurrency", "1", "--num-threads", "1"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 300
+        while process.poll() is None and time.monotonic() < deadline:
+            if output.exists() and output.read_bytes().count(b"\n") >= 2:
+                os.kill(process.pid, signal.SIGKILL)
+            time.sleep(0.005)
+        assert process.poll() is not None
+    assert output.read_bytes().count(b"\n") >= 2
+    assert distill(prompts_file, output, model_dir) == 0
+    assert by_id(output) == by_id(distilled_file)
+
+
+def test_no_conversation_begins_after_enough_tokens(
+    prompts_file: Path, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "few.jsonl"
+    few = ("--max-tokens", "40", "--concurrency", "1")
+    assert distill(prompts_file, output, model_dir, *few) == 0
+    first = result(capsys)
+    # Only the conversation in flight may go beyond: three turns of 24 tokens at most.
+    assert 40 <= first["num_tokens"] < 40 + 3 * 24  # type: ignore[operator]
+    assert distill(prompts_file, output, model_dir, *few) == 0
+    assert result(capsys)["num_new_tokens"] == 0
+    assert distill(prompts_file, output, model_dir) == 0
+    assert result(capsys)["num_conversations"] == len(PROMPT_LINES)
+
+
+def test_the_limit_counts_from_the_beginning_of_the_file(
+    prompts_file: Path, model_dir: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "two.jsonl"
+    assert distill(prompts_file, output, model_dir, "--limit", "2") == 0
+    assert set(by_id(output)) == {"two", "long"}
+
+
+def test_prompts_that_do_not_fit_are_counted(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [{"id": "huge", "prompt": "word " * 900}, {"id": "fine", "prompt": "hello"}]
+    prompts = write_lines(tmp_path / "p.jsonl", lines)
+    assert distill(prompts, tmp_path / "d.jsonl", model_dir) == 0
+    printed = result(capsys)
+    assert (printed["num_conversations"], printed["num_skipped"]) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--temperature", "0.5"), "temperature: 0.0 against 0.5"),
+        (("--seed", "7"), "seed: 0 against 7"),
+    ],
+)
+def test_a_file_of_another_run_is_left_alone(
+    more: tuple[str, ...],
+    message: str,
+    distilled_file: Path,
+    prompts_file: Path,
+    model_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = distilled_file.read_bytes()
+    assert distill(prompts_file, distilled_file, model_dir, *more) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert distilled_file.read_bytes() == before
+
+
+def test_a_file_without_manifest_is_left_alone(
+    prompts_file: Path, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "mine.jsonl"
+    output.write_text("precious")
+    assert distill(prompts_file, output, model_dir) == 2
+    assert "mine.jsonl.manifest.json does not" in " ".join(capsys.readouterr().err.split())
+    assert output.read_text() == "precious"
+
+
+def test_a_compressed_output_is_refused(
+    prompts_file: Path, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert distill(prompts_file, tmp_path / "d.jsonl.gz", model_dir) == 2
+    assert "without .gz" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_broken_prompt_is_found_before_any_work(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt": "fine"}\n{"prompt": ')
+    assert distill(prompts, tmp_path / "d.jsonl", model_dir) == 2
+    assert "line 2: no valid JSON" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "d.jsonl").exists()
+
+
+def test_a_model_that_is_not_there_is_one_line(
+    prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert distill(prompts_file, tmp_path / "d.jsonl", tmp_path / "absent") == 2
+    assert "error: " in capsys.readouterr().err

@@ -1,0 +1,166 @@
+from random import Random
+
+import pytest
+import torch
+
+from heads.medusa import MedusaConfig, MedusaHeads
+from heads.tree import DraftTree
+from heads.tree_search import AcceptanceProfile, best_tree, expected_tokens_per_step
+from server.model.loading import LoadedModel
+from tests.training.corpora import corpus
+from training.errors import DataError
+from training.evaluate import (
+    TREE_SIZES,
+    UNRANKED,
+    RankedAnswer,
+    Walk,
+    evaluate,
+    measure_profile,
+    rank_answers,
+    walk,
+)
+from training.hidden_states import HiddenStateEncoder
+
+K, R = 3, 4
+
+
+def make_heads(loaded: LoadedModel, draft_vocab_size: int | None) -> MedusaHeads:
+    config = MedusaConfig(
+        loaded.hidden_size, loaded.vocab_size, num_heads=K, draft_vocab_size=draft_vocab_size
+    )
+    ids_U = None if draft_vocab_size is None else torch.arange(3, 3 + draft_vocab_size)
+    heads = MedusaHeads(config, loaded.unembedding(), loaded.input_embedding(), ids_U)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in heads.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.1)
+    return heads.eval()
+
+
+def random_answers(num_answers: int, seed: int = 0, max_tokens: int = 40) -> list[RankedAnswer]:
+    """Answers whose ranks fall off quickly, as those of real heads do."""
+    rng = Random(seed)
+    population, shares = [*range(R), UNRANKED], [8, 4, 2, 1, 6]
+    answers = []
+    for index in range(num_answers):
+        num_tokens = rng.randint(0, max_tokens)
+        ranks = [rng.choices(population, shares, k=K) for _ in range(max(0, num_tokens - 1))]
+        for k in range(K):
+            for row in ranks[len(ranks) - k :]:
+                row[k] = UNRANKED
+        answers.append(RankedAnswer("even" if index % 2 == 0 else "odd", ranks, num_tokens))
+    return answers
+
+
+def decode_slowly(answer: RankedAnswer, tree: DraftTree) -> list[int]:
+    """Tokens that each step emits: try every path of the tree, longest first."""
+    paths = sorted(tree.paths(), key=len, reverse=True)
+    emitted, position = [], 0
+    while position < answer.num_tokens - 1:
+        ranks = tuple(answer.ranks[position])
+        longest = next(path for path in paths if ranks[: len(path)] == path)
+        step = min(len(longest) + 1, answer.num_tokens - 1 - position)
+        emitted.append(step)
+        position += len(longest) + 1
+    return emitted
+
+
+@pytest.mark.parametrize("draft_vocab_size", [None, 60])
+def test_ranks_are_places_among_the_proposed_candidates(
+    loaded: LoadedModel, encoder: HiddenStateEncoder, draft_vocab_size: int | None
+) -> None:
+    heads, documents = make_heads(loaded, draft_vocab_size), corpus(5)
+    answers = iter(rank_answers(documents, encoder, heads, lambda _: None))
+    for doc, hidden_ND in zip(
+        documents.documents, encoder.encode(documents.documents), strict=True
+    ):
+        rows = iter(hidden_ND)
+        for span in doc.spans:
+            answer = next(answers)
+            assert answer.num_tokens == span.end - span.start
+            tokens = doc.token_ids_T.tolist()
+            seen = [heads.seen_rows(tokens[: span.start])]
+            for root, ranks in zip(range(span.start, span.end - 1), answer.ranks, strict=True):
+                root_1 = doc.token_ids_T[root : root + 1]
+                found = heads.propose(next(rows)[None], root_1, loaded.vocab_size, seen)
+                for head, rank in enumerate(ranks):
+                    candidates = found.token_ids_BKR[0, head].tolist()
+                    at = root + head + 1
+                    is_drafted = at < span.end and tokens[at] in candidates
+                    assert rank == (candidates.index(tokens[at]) if is_drafted else UNRANKED)
+
+
+def test_every_document_is_reported(loaded: LoadedModel, encoder: HiddenStateEncoder) -> None:
+    counts: list[int] = []
+    rank_answers(corpus(70), encoder, make_heads(loaded, None), counts.append)
+    assert sum(counts) == 70
+
+
+@pytest.mark.parametrize("num_nodes", [1, 2, 5, 12])
+def test_a_walk_emits_what_decoding_with_the_tree_would(num_nodes: int) -> None:
+    rates = AcceptanceProfile(((0.5, 0.3, 0.2, 0.1),) * K)
+    tree = best_tree(rates, num_nodes)
+    answers = random_answers(60)
+    expected = [step for answer in answers for step in decode_slowly(answer, tree)]
+    assert walk(answers, tree) == Walk(len(expected), sum(expected))
+
+
+def test_plain_decoding_emits_one_token_a_step() -> None:
+    assert walk(random_answers(20), DraftTree.root_only()).mean_acceptance_length == 1.0
+
+
+def test_a_walk_without_steps_has_no_mean() -> None:
+    assert walk([RankedAnswer("x", [], 1)], DraftTree.root_only()) == Walk(0, 0)
+    assert Walk(0, 0).mean_acceptance_length == 0.0
+
+
+def test_a_rank_that_no_node_has_is_not_accepted() -> None:
+    answer = RankedAnswer("x", [[0, 1, 0], [3, 0, 0], [UNRANKED, 0, 0]], 4)
+    tree = DraftTree.from_rank_paths([(0,), (1,), (0, 1)])
+    assert walk([answer], tree) == Walk(1, 3)
+    assert walk([answer], DraftTree.from_rank_paths([(0,), (1,)])) == Walk(2, 3)
+
+
+def test_the_profile_of_independent_ranks_is_their_distribution() -> None:
+    # 20,000 positions a depth and more: the standard error of a rate is below 0.004, so that the
+    # bound of 0.02 is missed by chance less than once in a million runs.
+    profile = measure_profile(random_answers(1500, max_tokens=80), R, 8)
+    first = [8 / 21, 4 / 21, 2 / 21, 1 / 21]
+    for rates_R in profile.accept_rates_KR[:1]:
+        assert list(rates_R) == pytest.approx(first, abs=0.02)
+    for rates_R in profile.accept_rates_KR[1:]:
+        assert list(rates_R) == pytest.approx(first, abs=0.04)
+
+
+def test_rates_are_conditional_on_an_accepted_parent() -> None:
+    # The second head is right exactly when the first one is.
+    ranks = [[0, 0] if i % 4 else [UNRANKED, UNRANKED] for i in range(400)]
+    profile = measure_profile([RankedAnswer("x", ranks, 401)], 2, 3)
+    assert profile.accept_rates_KR[1][0] == 1.0
+
+
+def test_the_profile_foretells_the_walk() -> None:
+    answers = random_answers(400)
+    profile = measure_profile(answers, R, 12)
+    tree = best_tree(profile, 12)
+    expected = expected_tokens_per_step(profile, tree)
+    assert expected == pytest.approx(walk(answers, tree).mean_acceptance_length, rel=0.03)
+
+
+def test_answers_without_a_token_to_draft_are_refused() -> None:
+    with pytest.raises(DataError, match="no token to draft"):
+        measure_profile([RankedAnswer("x", [], 1)], R, 4)
+
+
+def test_an_evaluation_has_all_sizes_and_categories() -> None:
+    answers = random_answers(100)
+    result = evaluate(answers, R)
+    assert [tree.num_nodes for tree in result.trees] == list(TREE_SIZES)
+    lengths = [tree.mean_acceptance_length for tree in result.trees]
+    assert lengths[0] == 1.0
+    assert lengths == sorted(lengths)
+    assert set(result.by_category) == {"even", "odd"}
+    low, high = sorted(result.by_category.values())
+    assert low <= lengths[-1] <= high
+    assert result.num_answers == 100
+    assert result.num_answer_tokens == sum(answer.num_tokens for answer in answers)

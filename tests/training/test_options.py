@@ -1,0 +1,87 @@
+import re
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+import pytest
+
+from training.distilled import Sampling
+from training.examples import BatchPlan
+from training.options import DistillOptions, EvaluateOptions, TrainOptions, parse_options
+
+DISTILL = ["distill", "--data", "p.jsonl", "--output", "d.jsonl"]
+TRAIN = ["train", "--data", "d.jsonl", "--output", "heads"]
+EVALUATE = ["evaluate", "--heads", "heads", "--data", "d.jsonl"]
+
+
+def test_defaults_are_those_of_the_types() -> None:
+    data = Path("d.jsonl")
+    assert parse_options(DISTILL) == DistillOptions(data=Path("p.jsonl"), output=data)
+    assert parse_options(TRAIN) == TrainOptions(data=data, output=Path("heads"))
+    assert parse_options(EVALUATE) == EvaluateOptions(heads=Path("heads"), data=data)
+
+
+@pytest.mark.parametrize("argv", [DISTILL, TRAIN, EVALUATE])
+def test_every_field_is_an_option_with_help(
+    argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = parse_options(argv)
+    with pytest.raises(SystemExit, match="0"):
+        parse_options([argv[0], "--help"])
+    text = capsys.readouterr().out
+    for item in fields(options):
+        assert f"--{item.name.replace('_', '-')}" in text
+    names = [line.split()[0] for line in text.splitlines() if line.startswith("  --")]
+    assert len(names) == len(fields(options))
+
+
+def test_required_options_are_those_without_a_default() -> None:
+    for argv in (DISTILL, TRAIN, EVALUATE):
+        required = [f.name for f in fields(parse_options(argv)) if f.default is MISSING]
+        assert [f"--{name}" for name in required] == [a for a in argv if a.startswith("--")]
+        for position in range(1, len(argv), 2):
+            with pytest.raises(SystemExit, match="2"):
+                parse_options(argv[:position] + argv[position + 2 :])
+
+
+def test_options_arrive_where_they_are_used() -> None:
+    distill = parse_options(
+        [
+            *DISTILL,
+            "--max-new-tokens",
+            "9",
+            "--temperature",
+            "0.5",
+            "--seed",
+            "3",
+            "--no-stop-repeats",
+        ]
+    )
+    assert isinstance(distill, DistillOptions)
+    assert distill.sampling == Sampling(
+        max_new_tokens=9, temperature=0.5, seed=3, stop_repeats=False
+    )
+    train = parse_options([*TRAIN, "--epochs", "7", "--batch-size", "5", "--no-cache"])
+    assert isinstance(train, TrainOptions)
+    assert train.train_config.epochs == 7
+    assert train.batch_plan == BatchPlan(batch_size=5, is_cached=False)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([*DISTILL, "--limit", "0"], "'0' is no count"),
+        ([*DISTILL, "--temperature", "3"], "3 is out of range; give 0 to 2"),
+        ([*DISTILL, "--method", "magic"], "invalid choice: 'magic'"),
+        ([*TRAIN, "--learning-rate", "fast"], "'fast' is no number"),
+        ([*TRAIN, "--draft-vocab-size", "-1"], "'-1' is no whole number|expected one argument"),
+        ([*TRAIN, "--held-out", "0.9"], "0.9 is out of range; give 0 to 0.5"),
+        ([*EVALUATE, "--unknown", "1"], "unrecognized arguments: --unknown 1"),
+        ([], "COMMAND"),
+    ],
+)
+def test_a_wrong_option_ends_with_its_value(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parse_options(argv)
+    assert re.search(message, capsys.readouterr().err)
