@@ -63,7 +63,17 @@ class Tokenizer:
             self._token_bytes = _TokenBytes(self._rust, self._special_ids)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Tokenize a text; special tokens that are written out in it are recognised."""
+        """Tokenize a text; special tokens that are written out in it are recognised.
+
+        Raises:
+            InvalidRequestError: If the text holds half of a surrogate pair.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError(
+                f"the text is no valid Unicode: {error}; send whole surrogate pairs"
+            ) from error
         return self._rust.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:

@@ -45,7 +45,7 @@ TIE_MARGIN = 1e-4
 _CACHE_SLOTS = 2048
 _request_ids = count()
 
-DraftScript = Callable[[Sequence], list[list[int]]]
+DraftScript = Callable[[Sequence, Tensor], list[list[int]]]
 
 
 @cache
@@ -120,8 +120,8 @@ class ScriptedSpeculator(Speculator):
         self._script = script
 
     def propose(self, sequences: Seq[Sequence], hidden_BD: Tensor) -> None:
-        for sequence in sequences:
-            sequence.candidate_ids = self._script(sequence)
+        for sequence, hidden_D in zip(sequences, hidden_BD, strict=True):
+            sequence.candidate_ids = self._script(sequence, hidden_D)
 
 
 def make_engine(
@@ -288,12 +288,14 @@ def known_continuation(
 ) -> DraftScript:
     """Drafts from known outputs: right with probability `right_share` at each depth.
 
+    With a share of 1 the right token is the best candidate; otherwise it may be a sibling of it.
+
     Args:
         texts: Prompt and output of every request, by request id; others are drafted wrongly.
     """
     rng = Random(seed)
 
-    def script(sequence: Sequence) -> list[list[int]]:
+    def script(sequence: Sequence, hidden_D: Tensor) -> list[list[int]]:
         text = texts.get(sequence.request.request_id, ())
         candidates = []
         for depth in range(1, NUM_HEADS + 1):
@@ -301,7 +303,7 @@ def known_continuation(
             right = text[position] if position < len(text) else -1
             wrong = rng.sample([t for t in range(VOCAB_SIZE) if t != right], NUM_RANKS)
             if right >= 0 and rng.random() < right_share:
-                wrong[rng.choice((0, 0, NUM_RANKS - 1))] = right
+                wrong[0 if right_share == 1.0 else rng.choice((0, NUM_RANKS - 1))] = right
             candidates.append(wrong)
         return candidates
 

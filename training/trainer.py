@@ -81,6 +81,9 @@ class Trainer:
         config: How to train.
         directory: Gets the state and the metrics.
         options: What must be the same when the run is taken up again; JSON values.
+
+    Attributes:
+        heads: As they are after the last step.
     """
 
     def __init__(
@@ -169,7 +172,7 @@ class Trainer:
         for group in self._optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
         self._optimizer.zero_grad(set_to_none=True)
-        loss.total.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss.total)
         norm = float(
             torch.nn.utils.clip_grad_norm_(self.heads.parameters(), self._config.clip_norm)
         )

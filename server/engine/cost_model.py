@@ -68,13 +68,14 @@ def measure(
         max_tokens: Largest size to measure.
     """
     sizes = tuple(size for size in STEP_SIZES if size <= max_tokens)
-    if len(sizes) == 1:
-        sizes = (1, 2)
     run_step(sizes[-1])
     medians: list[float] = []
     for size in sizes:
         step_s = _median_s(functools.partial(run_step, size))
         medians.append(max(step_s, medians[-1] if medians else 0.0))
+    if len(sizes) == 1:
+        # No room to measure trees, so none may seem cheap.
+        sizes, medians = (1, 2), [medians[0], 2 * medians[0]]
     return CostModel(sizes, tuple(medians), _median_s(run_draft) if run_draft else 0.0)
 
 

@@ -153,8 +153,9 @@ def _measure_cost(
     num_slots: int,
 ) -> CostModel:
     """Time steps of one sequence with a context of ordinary length, on blocks nobody owns yet."""
-    context_len = min(_CALIBRATION_CONTEXT, num_slots // 2)
-    max_tokens = min(num_slots, loaded.max_model_len) - context_len
+    longest = min(num_slots, loaded.max_model_len)
+    context_len = min(_CALIBRATION_CONTEXT, longest // 2)
+    max_tokens = longest - context_len
     table = list(range(num_slots // layout.block_size))
 
     def synchronize() -> None:

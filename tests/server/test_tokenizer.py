@@ -212,6 +212,11 @@ def test_special_tokens_are_recognised_in_text_and_skipped_on_demand() -> None:
     assert tokenizer.decode(token_ids, skip_special_tokens=False) == f"{BOS_TOKEN}tree{EOS_TOKEN}"
 
 
+def test_half_a_surrogate_pair_is_the_clients_error() -> None:
+    with pytest.raises(InvalidRequestError, match=r"no valid Unicode.*position 1"):
+        byte_level().encode("a\ud83d")
+
+
 def test_truncation_and_padding_saved_with_a_tokenizer_are_switched_off() -> None:
     plain = tiny_tokenizer()
     plain.backend_tokenizer.enable_truncation(max_length=3)

@@ -4,13 +4,14 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 
 from tests.tiny_models import VOCAB_SIZE
 from training.dataset import Corpus, Document, Span
 
-PROMPT_LINES = [
+PROMPT_LINES: list[dict[str, Any]] = [
     {"id": "two", "category": "chat", "messages": [{"role": "user", "content": "How many arms?"}]},
     {
         "id": "long",

@@ -41,5 +41,5 @@ def test_data_of_another_base_is_refused_by_what_differs(
 ) -> None:
     data = tmp_path / "d.jsonl"
     Manifest("big", replace(loaded.fingerprint, num_layers=9), Sampling(), "0").save(data)
-    with pytest.raises(DataError, match="answers of big, not of .*num_layers is 9"):
+    with pytest.raises(DataError, match=r"answers of big, not of .*num_layers is 9"):
         check_base(data, loaded)

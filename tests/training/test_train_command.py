@@ -137,7 +137,7 @@ def test_a_killed_run_is_taken_up_with_the_same_options_only(
     loaded: LoadedModel,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    output, more = tmp_path / "killed", ("--epochs", "400", "--save-interval", "5")
+    output, more = tmp_path / "killed", ("--epochs", "200", "--save-interval", "5")
     argv = ["train", "--data", str(distilled_file), "--output", str(output)]
     argv += ["--model", str(model_dir), "--device", "cpu", "--held-out", "0.4", *SMALL, *more]
     command = [sys.executable, "-m", "training", *argv, "--num-threads", "1"]

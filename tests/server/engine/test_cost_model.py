@@ -85,6 +85,8 @@ class TestMeasure:
         assert costs.draft_s == 0.0
 
     def test_a_single_size_still_gives_a_slope(self) -> None:
-        costs = measure(lambda size: size, None, max_tokens=1)
-        assert costs.num_tokens == (1, 2)
-        assert costs.seconds(5) >= 0.0
+        asked: list[int] = []
+        costs = measure(asked.append, None, max_tokens=1)
+        assert set(asked) == {1}, "a cache of one slot has no room for more"
+        assert costs.seconds(2) == 2 * costs.seconds(1)
+        assert costs.best_num_nodes([1.0, 0.9], 1) == 1

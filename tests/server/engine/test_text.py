@@ -17,21 +17,8 @@ def stream(*stops: str) -> TextStream:
 
 
 def tokens_of(text: str) -> list[int]:
-    """One token per byte, so that every string can be cut anywhere."""
-    return [token for byte in text.encode() for token in byte_tokens()[byte : byte + 1]]
-
-
-def byte_tokens() -> list[int]:
-    """The token of each byte value."""
-    found: dict[bytes, int] = {}
-    for token_id in range(TOKENIZER.vocab_size):
-        detokenizer = TOKENIZER.detokenizer()
-        text = detokenizer.add(token_id)
-        if len(text) == 1 and text.isascii():
-            found[text.encode()] = token_id
-    latin = {bytes([b]): TOKENIZER.encode(chr(b))[0] for b in range(128)}
-    found |= {key: value for key, value in latin.items() if key not in found}
-    return [found.get(bytes([byte]), -1) for byte in range(128)]
+    """The smallest tokens, so that every string is cut everywhere."""
+    return [token_id for char in text for token_id in TOKENIZER.encode(char)]
 
 
 def feed(text_stream: TextStream, token_ids: list[int]) -> list[str]:
