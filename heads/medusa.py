@@ -1,8 +1,8 @@
 """Medusa heads: every head drafts one further token from the same last hidden state.
 
 Head k (from 0) drafts the token at depth k + 1, the one after the root token. Its input is the
-base model's last hidden state, optionally plus a linear map of the root token's embedding; then
-come residual blocks x + SiLU(W x), and the base model's frozen unembedding. The unembedding can be
+base model's last hidden state, optionally plus a linear map, its own, of the root token's
+embedding; then come residual blocks x + SiLU(W x), and the base model's frozen unembedding. The unembedding can be
 restricted to a draft vocabulary, to which the tokens of a request's own prompt are added.
 
 Owns the heads' weights. The base model's matrices are used by reference: they are no parameters,
@@ -113,9 +113,9 @@ class MedusaHeads(nn.Module):
         blocks = (config.num_blocks, config.num_heads, width)
         self.block_weights = nn.Parameter(like.new_zeros(*blocks, width))
         self.block_biases = nn.Parameter(like.new_zeros(blocks))
-        self.root_weight: nn.Parameter | None = None
+        self.root_weights: nn.Parameter | None = None
         if config.root_conditioned:
-            self.root_weight = nn.Parameter(like.new_zeros(width, width))
+            self.root_weights = nn.Parameter(like.new_zeros(config.num_heads, width, width))
         ids_U = _checked_draft_vocab(draft_vocab_ids, config).to(like.device)
         is_restricted = config.draft_vocab_size is not None
         self.register_buffer("draft_vocab_ids", ids_U, persistent=is_restricted)
@@ -140,16 +140,14 @@ class MedusaHeads(nn.Module):
             hidden_TD: The base model's last hidden states, after its final norm.
             root_tokens_T: Int64 token that follows each position.
         """
-        x_TD = hidden_TD.to(self.block_weights.dtype)
-        if self.root_weight is not None:
-            root_TD = F.embedding(root_tokens_T, self._input_embedding_VD)
-            x_TD = x_TD + F.linear(root_TD.to(x_TD.dtype), self.root_weight)
-        # The first blocks share their input, so all of them are one product, X = K * D wide.
-        weight_XD, bias_X = self.block_weights[0].flatten(0, 1), self.block_biases[0].flatten()
-        inner_TKD = F.linear(x_TD, weight_XD, bias_X).view(-1, *self.block_biases.shape[1:])
-        x_KTD = x_TD + F.silu(inner_TKD.transpose(0, 1))
-        for block in range(1, self.config.num_blocks):
-            weight_KDD, bias_KD = self.block_weights[block], self.block_biases[block]
+        hidden_TD = hidden_TD.to(self.block_weights.dtype)
+        x_KTD = hidden_TD.expand(self.config.num_heads, -1, -1)
+        if self.root_weights is not None:
+            root_TD = F.embedding(root_tokens_T, self._input_embedding_VD).to(hidden_TD.dtype)
+            # All heads map the same embedding, so their maps are one product, X = K * D wide.
+            mapped_TX = F.linear(root_TD, self.root_weights.flatten(0, 1))
+            x_KTD = x_KTD + mapped_TX.view(len(root_TD), *x_KTD.shape[::2]).transpose(0, 1)
+        for weight_KDD, bias_KD in zip(self.block_weights, self.block_biases, strict=True):
             inner_KTD = torch.baddbmm(bias_KD.unsqueeze(1), x_KTD, weight_KDD.transpose(1, 2))
             x_KTD = x_KTD + F.silu(inner_KTD)
         return x_KTD

@@ -36,7 +36,7 @@ from server.kv.kv_cache import KVCache, KVLayout
 from server.model.loading import LoadedModel, load_model
 from server.tokenizer import Tokenizer
 from tests.slow_sampling import adjust_slowly, draw_slowly, filter_slowly, greedy_slowly
-from tests.tiny_models import EOS_TOKEN, VOCAB_SIZE, TinyKind, save_tiny_model, tiny_tokenizer
+from tests.tiny_models import VOCAB_SIZE, TinyKind, save_tiny_model, tiny_tokenizer
 
 NUM_HEADS = 3
 NUM_RANKS = 3
@@ -51,8 +51,7 @@ DraftScript = Callable[[Sequence, Tensor], list[list[int]]]
 @cache
 def byte_tokenizer() -> Tokenizer:
     """A byte-level tokenizer of 320 tokens whose end of sequence is token 2."""
-    tokenizer = tiny_tokenizer()
-    return Tokenizer(tokenizer, [tokenizer.convert_tokens_to_ids(EOS_TOKEN)])
+    return Tokenizer(tiny_tokenizer(), [2])
 
 
 @cache
@@ -70,7 +69,8 @@ def tiny_reference(kind: TinyKind = "llama") -> PreTrainedModel:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             directory, dtype=torch.float32, attn_implementation="eager"
         )
-    return model.eval()
+    model.eval()
+    return model
 
 
 @cache

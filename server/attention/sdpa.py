@@ -15,13 +15,21 @@ from torch import Tensor
 from server.attention.backend import AttentionBatch, AttentionSpan
 from server.kv.kv_cache import KVCache
 
+# Steps of few queries (decoding, trees) are several times faster with grouped heads, above all in
+# bfloat16; for prompt chunks the repeated mask would cost more than that.
+_MAX_GROUPED_QUERIES = 64
+
 
 @dataclass(slots=True)
 class _SequencePlan:
-    """How to attend one sequence; masks are filled in per window size on first use."""
+    """How to attend one sequence; masks are filled in per window size on first use.
+
+    Attributes:
+        where: The slots, if they are neighbours, else the blocks to gather.
+    """
 
     span: AttentionSpan
-    slots: slice | Tensor
+    where: slice | Tensor
     masks: dict[int | None, Tensor | None] = field(default_factory=dict)
 
 
@@ -42,8 +50,8 @@ class SDPABackend:
         self._layout = kv_cache.layout
 
     def prepare(self, batch: AttentionBatch) -> SDPAMetadata:
-        """Find each sequence's slots; see `AttentionBackend.prepare`."""
-        plans = tuple(_SequencePlan(span, self._find_slots(span)) for span in batch.spans)
+        """Find each sequence's KV; see `AttentionBackend.prepare`."""
+        plans = tuple(_SequencePlan(span, self._find_kv(span)) for span in batch.spans)
         return SDPAMetadata(plans, batch.slots_T, batch.slots_T.shape[0])
 
     def forward(
@@ -75,30 +83,44 @@ class SDPABackend:
         sliding_window: int | None,
     ) -> Tensor:
         span = plan.span
+        num_kv_heads, num_channels = self._layout.num_kv_heads, self._layout.head_dim
+        queries_HQC = queries_HTC[:, span.start : span.start + span.num_queries]
+        # The heads of a group share their KV, so they can pass as further queries of one head.
+        num_groups = queries_HQC.shape[0] // num_kv_heads
+        if span.num_queries > _MAX_GROUPED_QUERIES:
+            num_groups = 1
         if sliding_window not in plan.masks:
-            plan.masks[sliding_window] = self._build_mask(span, sliding_window)
-        queries = queries_HTC[:, span.start : span.start + span.num_queries]
-        keys_SHC, values_SHC = self._kv.keys[layer][plan.slots], self._kv.values[layer][plan.slots]
+            mask = self._build_mask(span, sliding_window)
+            plan.masks[sliding_window] = None if mask is None else mask.repeat(num_groups, 1)
+        keys_SHC = self._read(self._kv.keys[layer], plan)
+        values_SHC = self._read(self._kv.values[layer], plan)
         output = F.scaled_dot_product_attention(
-            queries.unsqueeze(0),
+            queries_HQC.reshape(1, -1, num_groups * span.num_queries, num_channels),
             keys_SHC.transpose(0, 1).unsqueeze(0),
             values_SHC.transpose(0, 1).unsqueeze(0),
             attn_mask=plan.masks[sliding_window],
             scale=scaling,
             enable_gqa=True,
         )
-        return output.squeeze(0)
+        return output.reshape(queries_HQC.shape)
 
-    def _find_slots(self, span: AttentionSpan) -> slice | Tensor:
+    def _read(self, slots_XHC: Tensor, plan: _SequencePlan) -> Tensor:
+        """The keys or values of a sequence, from all slots of a layer."""
+        if isinstance(plan.where, slice):
+            return slots_XHC[plan.where]
+        # Whole blocks are copied several times faster than single slots.
+        blocks = slots_XHC.view(-1, self._layout.block_size, *slots_XHC.shape[1:])
+        num_slots = plan.span.context_len + plan.span.num_queries
+        return blocks.index_select(0, plan.where).flatten(0, 1)[:num_slots]
+
+    def _find_kv(self, span: AttentionSpan) -> slice | Tensor:
         block_size = self._layout.block_size
         num_slots = span.context_len + span.num_queries
         table = span.block_table[: -(-num_slots // block_size)]
         first = table[0]
         if table[-1] - first == len(table) - 1 and table == list(range(first, table[-1] + 1)):
             return slice(first * block_size, first * block_size + num_slots)
-        blocks = torch.tensor(table, device=self._layout.device)
-        offsets = torch.arange(block_size, device=self._layout.device)
-        return (blocks[:, None] * block_size + offsets).flatten()[:num_slots]
+        return torch.tensor(table, device=self._layout.device)
 
     def _build_mask(self, span: AttentionSpan, sliding_window: int | None) -> Tensor | None:
         num_queries, context_len = span.num_queries, span.context_len

@@ -48,7 +48,8 @@ class TargetSampler:
     def draw_next(self, node_B: Tensor) -> Tensor:
         """The target's token after one node of every sequence."""
         if self._is_plain_greedy:
-            return self._logits_SV[self._first_rows_B + node_B].argmax(-1)
+            # In float32 argmax is several times faster on CPU than in bfloat16.
+            return self._logits_SV[self._first_rows_B + node_B].float().argmax(-1)
         nodes = node_B.tolist()
         indices = range(len(self._items))
         logits_XV = self.target_logits(indices, nodes)

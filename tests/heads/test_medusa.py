@@ -41,8 +41,8 @@ def make_heads(restricted: bool = True, trained: bool = True, **options: Any) ->
 
 def head_hidden_slowly(heads: MedusaHeads, hidden_D: Tensor, root: int, head: int) -> Tensor:
     x_D = hidden_D
-    if heads.root_weight is not None:
-        x_D = x_D + heads.root_weight @ random_tensor(VOCAB_SIZE, WIDTH, seed=2)[root]
+    if heads.root_weights is not None:
+        x_D = x_D + heads.root_weights[head] @ random_tensor(VOCAB_SIZE, WIDTH, seed=2)[root]
     for block in range(heads.config.num_blocks):
         weight_DD, bias_D = heads.block_weights[block, head], heads.block_biases[block, head]
         x_D = x_D + F.silu(weight_DD @ x_D + bias_D)
@@ -117,7 +117,7 @@ class TestConstruction:
         assert shapes == {
             "block_weights": (3, 2, WIDTH, WIDTH),
             "block_biases": (3, 2, WIDTH),
-            "root_weight": (WIDTH, WIDTH),
+            "root_weights": (2, WIDTH, WIDTH),
         }
         assert set(dict(heads.named_parameters())) == set(shapes)
 
@@ -129,8 +129,8 @@ class TestConstruction:
     def test_a_draft_vocabulary_is_part_of_the_state(self) -> None:
         assert make_heads().state_dict()["draft_vocab_ids"].tolist() == DRAFT_VOCAB.tolist()
 
-    def test_heads_without_conditioning_have_no_root_weight(self) -> None:
-        assert "root_weight" not in make_heads(root_conditioned=False).state_dict()
+    def test_heads_without_conditioning_have_no_root_weights(self) -> None:
+        assert "root_weights" not in make_heads(root_conditioned=False).state_dict()
 
     def test_heads_have_the_type_of_the_unembedding(self) -> None:
         matrix = torch.zeros(VOCAB_SIZE, WIDTH, dtype=torch.bfloat16)

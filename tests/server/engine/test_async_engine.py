@@ -39,7 +39,7 @@ def run(test: Coroutine[Any, Any, None]) -> None:
 
 @asynccontextmanager
 async def running(engine: Engine | None = None, max_queue: int = 64) -> AsyncIterator[AsyncEngine]:
-    async_engine = AsyncEngine(engine or make_engine(), max_queue)
+    async_engine = AsyncEngine(engine or slow_engine(), max_queue)
     await async_engine.start()
     try:
         yield async_engine
@@ -47,9 +47,23 @@ async def running(engine: Engine | None = None, max_queue: int = 64) -> AsyncIte
         await async_engine.stop()
 
 
+def without_drafts(sequence: Sequence, hidden_D: Tensor) -> list[list[int]]:
+    return [[-1] * NUM_RANKS] * NUM_HEADS
+
+
+def slow_engine(**options: Any) -> Engine:
+    """An engine that takes at least 10 ms for each token of each sequence."""
+
+    def wait(sequence: Sequence, hidden_D: Tensor) -> list[list[int]]:
+        time.sleep(0.01)
+        return without_drafts(sequence, hidden_D)
+
+    return make_engine(script=wait, num_blocks=256, **options)
+
+
 def endless(seed: int = 0) -> Request:
-    """A request that runs until it is stopped, for all a test can wait."""
-    return make_request(random_prompt(seed, 6), max_tokens=240, ignore_eos=True, seed=seed)
+    """On a slow engine, a request that outlives every test."""
+    return make_request(random_prompt(seed, 6), max_tokens=500, ignore_eos=True, seed=seed)
 
 
 async def collect(async_engine: AsyncEngine, request: Request) -> list[RequestOutput]:
@@ -58,6 +72,11 @@ async def collect(async_engine: AsyncEngine, request: Request) -> list[RequestOu
 
 async def first_output(stream: AsyncIterator[RequestOutput]) -> RequestOutput:
     return await anext(stream)
+
+
+async def drain(stream: AsyncIterator[RequestOutput]) -> None:
+    async for _ in stream:
+        pass
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -90,7 +109,7 @@ class TestStreams:
             requests = [
                 make_request(random_prompt(i, 3 + i % 5), max_tokens=6 + i % 7) for i in range(16)
             ]
-            async with running() as async_engine:
+            async with running(make_engine()) as async_engine:
                 streams = [collect(async_engine, request) for request in requests]
                 results = await asyncio.gather(*streams)
                 assert async_engine.num_in_flight == 0
@@ -106,9 +125,10 @@ class TestStreams:
 
     def test_outputs_arrive_while_the_request_still_runs(self) -> None:
         async def test() -> None:
-            async with running() as async_engine, aclosing(
-                async_engine.generate(endless())
-            ) as stream:
+            async with (
+                running() as async_engine,
+                aclosing(async_engine.generate(endless())) as stream,
+            ):
                 assert (await first_output(stream)).finish_reason is None
                 assert async_engine.num_in_flight == 1
 
@@ -119,7 +139,7 @@ class TestStreams:
 
         def note_thread(sequence: Sequence, hidden_D: Tensor) -> list[list[int]]:
             names.add(threading.current_thread().name)
-            return [[-1] * NUM_RANKS] * NUM_HEADS
+            return without_drafts(sequence, hidden_D)
 
         async def test() -> None:
             async with running(make_engine(script=note_thread)) as async_engine:
@@ -166,10 +186,11 @@ class TestCancellation:
 
     def test_a_waiting_request_can_be_cancelled(self) -> None:
         async def test() -> None:
-            engine = make_engine(max_num_seqs=1)
-            async with running(engine) as async_engine, aclosing(
-                async_engine.generate(endless(1))
-            ) as first:
+            engine = slow_engine(max_num_seqs=1)
+            async with (
+                running(engine) as async_engine,
+                aclosing(async_engine.generate(endless(1))) as first,
+            ):
                 await first_output(first)
                 task = asyncio.create_task(collect(async_engine, endless(2)))
                 await until(lambda: engine.num_waiting == 1)
@@ -210,7 +231,7 @@ class TestCancellation:
 class TestAdmission:
     def test_beyond_its_capacity_the_queue_is_full_until_a_request_ends(self) -> None:
         async def test() -> None:
-            engine = make_engine(max_num_seqs=1)
+            engine = slow_engine(max_num_seqs=1)
             async with running(engine, max_queue=1) as async_engine:
                 first, second = (async_engine.generate(endless(i)) for i in range(2))
                 await first_output(first)
@@ -228,7 +249,7 @@ class TestAdmission:
 
     def test_several_requests_of_one_call_are_admitted_together_or_not_at_all(self) -> None:
         async def test() -> None:
-            async with running(make_engine(max_num_seqs=4), max_queue=2) as async_engine:
+            async with running(slow_engine(max_num_seqs=4), max_queue=2) as async_engine:
                 async_engine.check_admission(6)
                 with pytest.raises(InvalidRequestError, match="at most 6") as caught:
                     async_engine.check_admission(7)
@@ -254,9 +275,10 @@ class TestAdmission:
     def test_an_id_in_flight_is_not_taken_twice(self) -> None:
         async def test() -> None:
             request = endless()
-            async with running() as async_engine, aclosing(
-                async_engine.generate(request)
-            ) as stream:
+            async with (
+                running() as async_engine,
+                aclosing(async_engine.generate(request)) as stream,
+            ):
                 await first_output(stream)
                 with pytest.raises(ValueError, match="already in flight"):
                     await collect(async_engine, request)
@@ -284,7 +306,7 @@ class TestStop:
     def test_draining_lets_running_requests_end_and_refuses_new_ones(self) -> None:
         async def test() -> None:
             async with running() as async_engine:
-                request = make_request(PROMPT, max_tokens=120, ignore_eos=True)
+                request = make_request(PROMPT, max_tokens=60, ignore_eos=True)
                 task = asyncio.create_task(collect(async_engine, request))
                 await until(lambda: async_engine.engine.num_running == 1)
                 stop = asyncio.create_task(async_engine.stop(drain_s=DEADLINE_S))
@@ -295,7 +317,7 @@ class TestStop:
                 outputs = await task
                 await stop
                 assert outputs[-1].finish_reason == "length"
-                assert outputs[-1].num_output_tokens == 120
+                assert outputs[-1].num_output_tokens == 60
                 assert not async_engine.is_alive
 
         run(test())
@@ -307,8 +329,7 @@ class TestStop:
                 await first_output(stream)
                 await async_engine.stop(drain_s=0.0)
                 with pytest.raises(EngineStoppedError, match="stopping"):
-                    while True:
-                        await first_output(stream)
+                    await drain(stream)
                 assert async_engine.num_in_flight == 0
 
         run(test())
@@ -323,8 +344,7 @@ class TestStop:
                 assert not draining.done()
                 await async_engine.stop(drain_s=1000.0)
                 with pytest.raises(EngineStoppedError):
-                    while True:
-                        await first_output(stream)
+                    await drain(stream)
                 await draining
 
         run(test())
@@ -343,10 +363,10 @@ class TestFailure:
             calls.append(1)
             if len(calls) > 20:
                 raise RuntimeError("a planted failure")
-            return [[-1] * NUM_RANKS] * NUM_HEADS
+            return without_drafts(sequence, hidden_D)
 
         async def test() -> None:
-            async with running(make_engine(script=fail_later)) as async_engine:
+            async with running(make_engine(script=fail_later, num_blocks=512)) as async_engine:
                 streams = [collect(async_engine, endless(i)) for i in range(6)]
                 results = await asyncio.gather(*streams, return_exceptions=True)
                 assert [type(result) for result in results] == [EngineStoppedError] * 6
@@ -376,6 +396,6 @@ class TestMetrics:
             assert read["euryale_request_seconds_count"] == 3
             assert read["euryale_step_seconds_count"] == read["euryale_steps_total"]
             assert read["euryale_running_requests"] == 0
-            assert read["euryale_kv_blocks"] == 64
+            assert read["euryale_kv_blocks"] == 256
 
         run(test())

@@ -1,9 +1,9 @@
 """Packing a plan into flat tensors, checked by what each token must know about itself."""
 
 import torch
+
 from heads.candidates import DraftTokens
 from heads.tree import DraftTree
-
 from server.config import SamplingParams
 from server.engine.batch import build_batch
 from server.engine.scheduler import ScheduledSequence, root_only

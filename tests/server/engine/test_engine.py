@@ -144,8 +144,8 @@ class TestDrafts:
 
 
 class TestAbort:
-    def start(self, engine: Engine, num_steps: int, **sampling: int) -> Request:
-        request = make_request(PROMPT, **({"max_tokens": 30, "ignore_eos": True} | sampling))
+    def start(self, engine: Engine, num_steps: int, max_tokens: int = 30) -> Request:
+        request = make_request(PROMPT, max_tokens=max_tokens, ignore_eos=True)
         engine.add_request(request)
         for _ in range(num_steps):
             engine.step()

@@ -167,7 +167,7 @@ class TestFilters:
     ) -> None:
         logits_XV = random_logits(seed)
         ours = filter_logits(logits_XV, [params])
-        theirs = transformers_warpers(params)(torch.tensor([[0]]), logits_XV.clone())
+        theirs = transformers_warpers(params)(torch.LongTensor([[0]]), logits_XV.clone())
         assert torch.equal(ours.isinf(), theirs.isinf())
         torch.testing.assert_close(ours, theirs)
 

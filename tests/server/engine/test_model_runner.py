@@ -4,11 +4,14 @@ Every family runs with chunked prompts, several sequences in a batch, a sliding 
 the prompts where the family has one, and drafts that are never, sometimes or always right.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from copy import deepcopy
 from functools import cache
+from typing import cast
 
 import pytest
 import torch
+from torch import Tensor
 
 from server.attention.backend import AttentionBatch, AttentionSpan
 from server.config import SpeculationParams
@@ -36,7 +39,9 @@ assert max(map(len, PROMPTS)) > 2 * SLIDING_WINDOW
 def generate_by_transformers(kind: TinyKind, prompt: tuple[int, ...]) -> tuple[int, ...]:
     """Greedy tokens after the prompt, a token that ends the text included."""
     ids = torch.tensor([prompt])
-    output = tiny_reference(kind).generate(
+    # Without the cast `generate` has the type of a submodule.
+    generate = cast(Callable[..., Tensor], tiny_reference(kind).generate)
+    output = generate(
         ids,
         attention_mask=torch.ones_like(ids),
         do_sample=False,
@@ -55,8 +60,9 @@ def assert_equals_transformers(kind: TinyKind, completions: list[Completion]) ->
 
 
 @pytest.fixture(params=TINY_KINDS)
-def kind(request: pytest.FixtureRequest) -> Iterator[TinyKind]:
-    yield request.param
+def kind(request: pytest.FixtureRequest) -> TinyKind:
+    param: TinyKind = request.param
+    return param
 
 
 class TestWholeModels:
@@ -106,6 +112,19 @@ class TestWholeModels:
                 logits_TV = tiny_reference(kind)(text, use_cache=False).logits[0]
             best = logits_TV[len(prompt) - 1 : -1].topk(2).values
             assert (best[:, 0] - best[:, 1]).min() > 1e-3
+
+    @pytest.mark.parametrize("kind", ["mistral", "gemma3"])
+    def test_the_sliding_window_shows_in_the_outputs_that_are_compared(
+        self, kind: TinyKind
+    ) -> None:
+        unlimited = deepcopy(tiny_reference(kind))
+        unlimited.config.sliding_window = 1000
+        text = torch.tensor([PROMPTS[3]])
+        with torch.inference_mode():
+            limited = tiny_reference(kind)(text, use_cache=False).logits[0]
+            full = unlimited(text, use_cache=False).logits[0]
+        torch.testing.assert_close(limited[:SLIDING_WINDOW], full[:SLIDING_WINDOW])
+        assert (limited[-1] - full[-1]).abs().max() > 0.1
 
 
 class TestModelRunner:

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+
 from heads.candidates import DraftTokens
 from heads.tree import DraftTree
-
 from server.config import SamplingParams
 from server.engine.output import Emission, emit, request_output, token_logprobs
 from server.engine.scheduler import ScheduledSequence
@@ -166,7 +166,9 @@ class TestLogprobs:
             assert entry.logprob == pytest.approx(expected[row, token_id].item(), abs=1e-5)
             best = expected[row].topk(3)
             assert [top for top, _ in entry.top] == best.indices.tolist()
-            assert [value for _, value in entry.top] == pytest.approx(best.values.tolist(), abs=1e-5)
+            assert [value for _, value in entry.top] == pytest.approx(
+                best.values.tolist(), abs=1e-5
+            )
 
     def test_follow_the_accepted_nodes_of_a_tree(self) -> None:
         logits_NV = torch.randn(4, 320, generator=torch.Generator().manual_seed(1))

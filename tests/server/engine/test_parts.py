@@ -102,9 +102,7 @@ class TestHeads:
         assert 1 <= engine.speculator.tree_size(1) <= 8
         assert_generates_as_the_oracle(engine)
 
-    def test_heads_of_another_base_model_are_refused(
-        self, heads_dir: Path, tmp_path: Path
-    ) -> None:
+    def test_heads_of_another_base_model_are_refused(self, heads_dir: Path, tmp_path: Path) -> None:
         other = save_tiny_model("llama", tmp_path, seed=1)
         with pytest.raises(HeadsMismatchError, match="tiny"):
             build(other, heads=str(heads_dir))
@@ -154,7 +152,7 @@ class TestCacheSize:
 
     def test_a_length_limit_can_be_lowered_but_not_raised(self, model_dir: Path) -> None:
         assert build(model_dir, max_model_len=100).max_model_len == 100
-        with pytest.raises(ConfigError, match="max_model_len is 129, .* allow 128"):
+        with pytest.raises(ConfigError, match=r"max_model_len is 129, .* allow 128"):
             build(model_dir, max_model_len=129)
         with pytest.raises(ConfigError, match="allow 512"):
             build(model_dir, num_blocks=1000, max_model_len=513)

@@ -84,7 +84,8 @@ def random_sampling(rng: Random) -> SamplingParams:
 
 def random_arrival(rng: Random, index: int) -> Arrival:
     beginning = rng.choice([(), *BEGINNINGS])
-    prompt = beginning[: rng.randint(0, 12)] + random_prompt(rng.randint(0, 5), rng.randint(1, 6))
+    tail = random_prompt(rng.randint(0, 5), rng.randint(1, 6))
+    prompt = beginning[: rng.choice([5, 12, 12])] + tail
     methods: list[Method] = ["auto", "auto", "medusa", "none"]
     speculation = SpeculationParams(
         method=rng.choice(methods), max_nodes=rng.choice([None, None, None, 1, 2, 5])
@@ -200,7 +201,9 @@ class TestRequestMixes:
             else:
                 assert arrival.abort_after is not None, "a request never ended"
                 tokens = tuple(token for output in got for token in output.token_ids)
-                assert_same_tokens(tokens, replace(wanted, token_ids=wanted.token_ids[: len(tokens)]))
+                assert_same_tokens(
+                    tokens, replace(wanted, token_ids=wanted.token_ids[: len(tokens)])
+                )
 
 
 class TestTheMixesThemselves:

@@ -6,6 +6,7 @@ read a stale, foreign or overwritten slot is caught on the step that does it.
 
 from dataclasses import dataclass, field
 from random import Random
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -195,7 +196,7 @@ class TestPrefill:
 
 
 class TestTrees:
-    def make(self, **options: int) -> Simulation:
+    def make(self, **options: Any) -> Simulation:
         return Simulation(
             **{"num_blocks": 64, "max_nodes": 8, "max_tokens_per_step": 64, **options}
         )

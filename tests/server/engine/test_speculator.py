@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+
 from heads.medusa import MedusaHeads
 from heads.tree_search import AcceptanceProfile, best_tree
-
 from server.config import SamplingParams
 from server.engine.cost_model import CostModel
 from server.engine.sequence import Sequence
@@ -124,9 +124,7 @@ class TestPropose:
     @pytest.mark.parametrize("seen", [(1, 2), (1, 9, 14)])
     def test_seen_tokens_compete_with_the_draft_vocabulary(self, seen: tuple[int, ...]) -> None:
         full = random_heads(VOCAB)
-        config = type(full.config)(
-            hidden_size=8, vocab_size=VOCAB, num_heads=2, draft_vocab_size=4
-        )
+        config = type(full.config)(hidden_size=8, vocab_size=VOCAB, num_heads=2, draft_vocab_size=4)
         rows = full.draft_rows_UD
         heads = MedusaHeads(config, rows, rows, torch.tensor([0, 1, 2, 3]))
         made = Speculator(heads, wide_profile(2, 6), 64)

@@ -114,7 +114,9 @@ class TestStops:
         rng = Random(seed)
         for _ in range(200):
             text = "".join(rng.choices("ab", k=rng.randint(0, 12)))
-            stops = ["".join(rng.choices("ab", k=rng.randint(1, 4))) for _ in range(rng.randint(1, 3))]
+            stops = [
+                "".join(rng.choices("ab", k=rng.randint(1, 4))) for _ in range(rng.randint(1, 3))
+            ]
             expected = text
             for end in range(len(text) + 1):
                 found = [at for stop in stops if (at := text.find(stop, 0, end)) >= 0]
