@@ -2,8 +2,9 @@
 
 Head k (from 0) drafts the token at depth k + 1, the one after the root token. Its input is the
 base model's last hidden state, optionally plus a linear map, its own, of the root token's
-embedding; then come residual blocks x + SiLU(W x), and the base model's frozen unembedding. The unembedding can be
-restricted to a draft vocabulary, to which the tokens of a request's own prompt are added.
+embedding; then come residual blocks x + SiLU(W x), and the base model's frozen unembedding. The
+unembedding can be restricted to a draft vocabulary, to which the tokens of a request's own prompt
+are added.
 
 Owns the heads' weights. The base model's matrices are used by reference: they are no parameters,
 are in no state dict, and stay on their device when the module moves.

@@ -179,6 +179,8 @@ class EngineConfig:
         kv_cache_bytes: Memory of the KV cache; None takes a share of what is free.
         max_num_seqs: Sequences that run at once.
         max_tokens_per_step: Tokens of one forward pass, prompt chunks and tree nodes together.
+        max_prefill_tokens: Prompt tokens of a step in which sequences decode, whose streams wait
+            for them; None takes 64 on CPU and no limit of its own on CUDA.
         max_model_len: Longest prompt plus output; None takes the model's own limit.
         max_nodes: Largest tree of a sequence, root included.
         tree: `auto` chooses the tree size from the measured step cost; a number fixes it.
@@ -199,6 +201,7 @@ class EngineConfig:
     kv_cache_bytes: int | None = None
     max_num_seqs: int = 64
     max_tokens_per_step: int = 512
+    max_prefill_tokens: int | None = None
     max_model_len: int | None = None
     max_nodes: int = 32
     tree: Literal["auto"] | int = "auto"
@@ -212,6 +215,7 @@ class EngineConfig:
             "num_blocks": self.num_blocks,
             "kv_cache_bytes": self.kv_cache_bytes,
             "max_num_seqs": self.max_num_seqs,
+            "max_prefill_tokens": self.max_prefill_tokens,
             "max_model_len": self.max_model_len,
             "num_threads": self.num_threads,
         }

@@ -84,12 +84,13 @@ class TrainOptions(ModelOptions):
     output: Path
     limit: int | None = None
     num_heads: int = 4
-    num_blocks: int = 1
+    num_blocks: int = 2
     root_conditioned: bool = True
     draft_vocab_size: int = 4096
-    epochs: int = 4
+    epochs: int = 3
     batch_size: int = 2048
-    learning_rate: float = 4e-3
+    learning_rate: float = 2e-3
+    root_rate_factor: float = 16.0
     warmup_fraction: float = 0.03
     weight_decay: float = 0.0
     head_decay: float = 0.8
@@ -106,6 +107,7 @@ class TrainOptions(ModelOptions):
         return TrainConfig(
             epochs=self.epochs,
             learning_rate=self.learning_rate,
+            root_rate_factor=self.root_rate_factor,
             warmup_fraction=self.warmup_fraction,
             weight_decay=self.weight_decay,
             head_decay=self.head_decay,
@@ -190,6 +192,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("epochs", type=_count, metavar="N", help="passes over the examples")
     add("batch-size", type=_count, metavar="N", help="examples per step")
     add("learning-rate", type=_between(0.0, 1.0), metavar="LR", help="at its peak")
+    add("root-rate-factor", type=_between(0.0, 1000.0), metavar="F", help="of the root maps' rate")
     add("warmup-fraction", type=_between(0.0, 1.0), metavar="F", help="share of the steps")
     add("weight-decay", type=_between(0.0, 1.0), metavar="W", help="of AdamW")
     add("head-decay", type=_between(0.0, 1.0), metavar="L", help="weight of head k is L ** k")

@@ -46,7 +46,7 @@ def save_state(
     Args:
         directory: Of the run.
         heads: Their parameters are saved in full precision.
-        optimizer: Over the heads' parameters, in one group.
+        optimizer: Over the heads' parameters.
         progress: Where the run stands.
         options: What must be the same when the run is taken up again; JSON values.
     """

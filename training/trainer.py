@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,6 +31,9 @@ class TrainConfig:
     Attributes:
         epochs: Passes over the examples.
         learning_rate: At its peak.
+        root_rate_factor: Multiplies the learning rate of the maps of the root embedding. Embeddings
+            are an order of magnitude smaller than hidden states, so that their maps' weights have
+            a longer way to go.
         warmup_fraction: Share of the steps in which the learning rate rises from 0.
         weight_decay: Of AdamW.
         head_decay: Weight of a head's loss relative to the one before it.
@@ -41,6 +45,7 @@ class TrainConfig:
 
     epochs: int = 4
     learning_rate: float = 2e-3
+    root_rate_factor: float = 16.0
     warmup_fraction: float = 0.03
     weight_decay: float = 0.0
     head_decay: float = 0.8
@@ -100,14 +105,18 @@ class Trainer:
         self._directory = directory
         self._options = options
         self._optimizer = torch.optim.AdamW(
-            heads.parameters(),
-            lr=config.learning_rate,
-            betas=(0.9, 0.95),
-            weight_decay=config.weight_decay,
+            self._parameter_groups(), betas=(0.9, 0.95), weight_decay=config.weight_decay
         )
         self._objective = MedusaObjective(heads, config.head_decay, config.compute_dtype)
         self._batches_per_epoch = [source.num_batches(e) for e in range(config.epochs)]
         self._progress = Progress(step=0, num_examples=0)
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        roots: dict[str, Any] = {"params": [], "rate_factor": self._config.root_rate_factor}
+        others: dict[str, Any] = {"params": [], "rate_factor": 1.0}
+        for name, parameter in self.heads.named_parameters():
+            (roots if name == "root_weights" else others)["params"].append(parameter)
+        return [group for group in (others, roots) if group["params"]]
 
     @property
     def num_steps(self) -> int:
@@ -170,7 +179,7 @@ class Trainer:
     def _update(self, loss: MedusaLoss) -> float:
         """Take one optimiser step; returns the gradient's norm."""
         for group in self._optimizer.param_groups:
-            group["lr"] = self.learning_rate(self.step)
+            group["lr"] = self.learning_rate(self.step) * group["rate_factor"]
         self._optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss.total)
         norm = float(

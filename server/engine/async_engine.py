@@ -130,7 +130,7 @@ class AsyncEngine:
             raise ValueError(f"request id {request.request_id!r} is already in flight")
         stream = _Stream()
         self._streams[request.request_id] = stream
-        self._inbox.put(lambda: self.engine.add_request(request))
+        self._inbox.put(functools.partial(self._add, request))
         finish_reason = None
         try:
             while finish_reason is None:
@@ -184,6 +184,20 @@ class AsyncEngine:
             if command is None:
                 return False
             command()
+
+    def _add(self, request: Request) -> None:
+        """Queue a request in the engine; if that fails, nobody but its own client is told."""
+        try:
+            self.engine.add_request(request)
+        except Exception as error:  # noqa: BLE001  # one request must not end the engine
+            _LOG.exception("request %s could not be queued", request.request_id)
+            failure = EngineStoppedError(f"the request could not be queued: {error}")
+            self._call_in_loop(functools.partial(self._fail, request.request_id, failure))
+
+    def _fail(self, request_id: str, failure: EngineStoppedError) -> None:
+        stream = self._streams.get(request_id)
+        if stream is not None:
+            stream.outputs.put_nowait(failure)
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         for output in outputs:

@@ -147,13 +147,6 @@ class Engine:
             seed=request_seed(request),
             acceptance=acceptance_rule(request, self.config.acceptance),
             drafts_allowed=min(max_nodes, self.config.max_nodes) if has_drafts else 1,
-            adjuster=make_adjuster(
-                request.sampling,
-                request.prompt_token_ids,
-                self.loaded.vocab_size,
-                self.loaded.device,
-            ),
-            seen_rows=self.speculator.seen_rows(request.prompt_token_ids) if has_drafts else None,
             token_ids=list(request.prompt_token_ids),
         )
         self._sequences[request.request_id] = sequence
@@ -171,6 +164,7 @@ class Engine:
         plan = self._scheduler.schedule()
         if not plan:
             return []
+        self._prepare(plan)
         batch = build_batch(plan, self.config.block_size, self.loaded.device)
         target = self._runner.run(batch)
         verified = [item for item in plan if item.is_verified]
@@ -188,12 +182,31 @@ class Engine:
     def generate(self, requests: Seq[Request]) -> list[Completion]:
         """Run requests to their end, together; in the order given."""
         for request in requests:
+            self.limits.check(request)
+        for request in requests:
             self.add_request(request)
         pieces: dict[str, list[RequestOutput]] = {r.request_id: [] for r in requests}
         while self.has_unfinished:
             for output in self.step():
                 pieces[output.request_id].append(output)
         return [_join(pieces[request.request_id]) for request in requests]
+
+    def _prepare(self, plan: Seq[ScheduledSequence]) -> None:
+        """Build the tensors of sequences that run for the first time; queued ones need none."""
+        for item in plan:
+            sequence = item.sequence
+            if sequence.is_prepared:
+                continue
+            request = sequence.request
+            sequence.is_prepared = True
+            sequence.adjuster = make_adjuster(
+                request.sampling,
+                request.prompt_token_ids,
+                self.loaded.vocab_size,
+                self.loaded.device,
+            )
+            if sequence.drafts_allowed > 1:
+                sequence.seen_rows = self.speculator.seen_rows(request.prompt_token_ids)
 
     def _compact(self, items: Seq[ScheduledSequence], verdicts: Seq[Verdict]) -> None:
         """Move the KV of accepted nodes that do not already lie at their positions."""

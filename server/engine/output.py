@@ -64,6 +64,8 @@ def emit(
         sequence.counters.count_step(tree.num_nodes - 1, tuple(depths))
     if reason is not None:
         sequence.text.finish()
+        if sequence.text.is_stopped:
+            reason = "stop"
     return Emission(tuple(tokens), tuple(depths), tuple(texts), reason)
 
 

@@ -1,7 +1,7 @@
 """Builds what an engine is made of: model, KV cache, heads, limits and the measured step cost."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -27,6 +27,8 @@ _MAX_CPU_CACHE_BYTES = 4 << 30
 _CPU_MEMORY_SHARE = 0.25
 _CUDA_MEMORY_SHARE = 0.85
 _CALIBRATION_CONTEXT = 256
+# About three times the time of a decode step of the built-in model.
+_CPU_PREFILL_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,8 @@ def build_parts(config: EngineConfig, report: Callable[[str], None]) -> EnginePa
         report("measuring the step cost")
         num_slots = num_blocks * config.block_size
         speculator.cost_model = _measure_cost(runner, loaded, speculator, layout, num_slots)
+    if config.max_prefill_tokens is None and loaded.device.type == "cpu":
+        config = replace(config, max_prefill_tokens=_CPU_PREFILL_TOKENS)
     return EngineParts(
         config=config,
         loaded=loaded,

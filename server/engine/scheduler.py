@@ -79,6 +79,8 @@ class Scheduler:
         plan: list[ScheduledSequence] = []
         # At least one token is left while a sequence prefills: the budget covers all sequences.
         prefill_budget = budget - num_decoding * max_nodes
+        if num_decoding and self._config.max_prefill_tokens is not None:
+            prefill_budget = min(prefill_budget, self._config.max_prefill_tokens)
         for sequence in list(self.running):
             if sequence not in self.running:
                 continue  # preempted in favour of an older one

@@ -47,6 +47,7 @@ class Sequence:
         seed: Key of the request's uniform numbers; random if the request gave none.
         acceptance: Rule that verifies this sequence's drafts.
         drafts_allowed: Largest tree that the request and the server allow; 1 is plain decoding.
+        is_prepared: Whether `adjuster` and `seen_rows` are set; they wait for the first step.
         adjuster: Penalties and bias, if the request has any.
         seen_rows: Unembedding rows of prompt tokens that the draft vocabulary lacks.
         block_digests: Digests of the full computed blocks at the head of `block_table`.
@@ -59,6 +60,7 @@ class Sequence:
     seed: int
     acceptance: AcceptanceRule
     drafts_allowed: int
+    is_prepared: bool = False
     adjuster: LogitAdjuster | None = None
     seen_rows: SeenRows | None = None
     token_ids: list[int] = field(default_factory=list)

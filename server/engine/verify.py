@@ -1,6 +1,7 @@
 """Accepts draft tokens: ties a step's logits to the acceptance rules of `heads.acceptance`.
 
-Shapes: B sequences, N nodes, S rows of logits of the step, X some of these rows, V vocabulary.
+Shapes: B sequences, N nodes, S rows of logits of the step, X some of these rows, C children of
+their nodes, V vocabulary.
 """
 
 from collections.abc import Sequence as Seq
@@ -39,24 +40,30 @@ class TargetSampler:
         self._logits_SV = logits_SV
         self._items = items
         self._first_rows = first_rows
-        self._first_rows_B = torch.tensor(first_rows, device=logits_SV.device)
-        self._is_plain_greedy = all(
-            item.sequence.request.sampling.is_greedy and item.sequence.adjuster is None
-            for item in items
-        )
+        # What was drawn last; a sequence whose walk has ended is asked about its node again.
+        self._nodes = [-1] * len(items)
+        self._next_B = torch.zeros(len(items), dtype=torch.int64, device=logits_SV.device)
 
     def draw_next(self, node_B: Tensor) -> Tensor:
-        """The target's token after one node of every sequence."""
-        if self._is_plain_greedy:
-            # In float32 argmax is several times faster on CPU than in bfloat16.
-            return self._logits_SV[self._first_rows_B + node_B].float().argmax(-1)
+        """The target's token after one node of every sequence; computed once per node."""
         nodes = node_B.tolist()
-        indices = range(len(self._items))
+        changed = [i for i, node in enumerate(nodes) if node != self._nodes[i]]
+        if changed:
+            self._next_B[changed] = self._draw(changed, [nodes[i] for i in changed])
+            self._nodes = nodes
+        return self._next_B.clone()
+
+    def _draw(self, indices: Seq[int], nodes: Seq[int]) -> Tensor:
+        members = [self._items[i].sequence for i in indices]
+        if all(m.request.sampling.is_greedy and m.adjuster is None for m in members):
+            rows = [self._first_rows[i] + node for i, node in zip(indices, nodes, strict=True)]
+            # In float32 argmax is several times faster on CPU than in bfloat16.
+            return self._logits_SV[rows].float().argmax(-1)
         logits_XV = self.target_logits(indices, nodes)
         next_X = logits_XV.argmax(-1)
-        drawn = [i for i in indices if not self._items[i].sequence.request.sampling.is_greedy]
+        drawn = [x for x, member in enumerate(members) if not member.request.sampling.is_greedy]
         if drawn:
-            uniforms = [self._uniform(i, nodes[i]) for i in drawn]
+            uniforms = [self._uniform(indices[x], nodes[x]) for x in drawn]
             next_X[drawn] = draw_tokens(logits_XV[drawn], uniforms)
         return next_X
 
@@ -105,27 +112,39 @@ def verify(logits_SV: Tensor, items: Seq[ScheduledSequence]) -> list[Verdict]:
 def _accept_typical(
     trees: TreeBatch, sampler: TargetSampler, items: Seq[ScheduledSequence]
 ) -> AcceptedPaths:
-    """Evaluate the rule at every node that has children, then walk."""
-    log_probs_BN = torch.full(trees.token_ids_BN.shape, float("-inf"))
-    threshold_BN = torch.zeros_like(log_probs_BN)
-    for index, item in enumerate(items):
-        parents = item.drafts.tree.parents[1:]
-        inner = sorted(set(parents))
-        if not inner:
-            continue
-        log_probs_XV = sampler.target_logits([index] * len(inner), inner).log_softmax(-1)
-        params = item.sequence.request.speculation
-        threshold_X = typical_log_threshold(log_probs_XV, params.epsilon, params.delta)
-        row_of = {node: row for row, node in enumerate(inner)}
-        rows = [row_of[parent] for parent in parents]
-        num_nodes = len(parents) + 1
-        drafted = list(item.drafts.token_ids[1:])
-        log_probs_BN[index, 1:num_nodes] = log_probs_XV[rows, drafted].cpu()
-        threshold_BN[index, 1:num_nodes] = threshold_X[rows].cpu()
+    """Evaluate the rule depth by depth, only below nodes that were accepted, then pick paths."""
     device = trees.token_ids_BN.device
-    return accept_typical(
-        trees, log_probs_BN.to(device), threshold_BN.to(device), sampler.draw_next
-    )
+    log_probs_BN = torch.full(trees.token_ids_BN.shape, float("-inf"), device=device)
+    threshold_BN = torch.zeros_like(log_probs_BN)
+    children = [item.drafts.tree.children() for item in items]
+    frontier = [(index, 0) for index in range(len(items)) if children[index][0]]
+    while frontier:
+        indices = [index for index, _ in frontier]
+        log_probs_XV = sampler.target_logits(indices, [n for _, n in frontier]).log_softmax(-1)
+        asked = [items[index].sequence.request.speculation for index in indices]
+        threshold_X = typical_log_threshold(
+            log_probs_XV,
+            torch.tensor([params.epsilon for params in asked], device=device),
+            torch.tensor([params.delta for params in asked], device=device),
+        )
+        below = [
+            (row, index, child)
+            for row, (index, node) in enumerate(frontier)
+            for child in children[index][node]
+        ]
+        rows, owners, nodes = (list(column) for column in zip(*below, strict=True))
+        tokens = [items[index].drafts.token_ids[node] for _, index, node in below]
+        log_probs_C, threshold_C = log_probs_XV[rows, tokens], threshold_X[rows]
+        log_probs_BN[owners, nodes] = log_probs_C
+        threshold_BN[owners, nodes] = threshold_C
+        frontier = [
+            (index, node)
+            for (_, index, node), is_typical in zip(
+                below, (log_probs_C > threshold_C).tolist(), strict=True
+            )
+            if is_typical and children[index][node]
+        ]
+    return accept_typical(trees, log_probs_BN, threshold_BN, sampler.draw_next)
 
 
 def _verdicts(accepted: AcceptedPaths) -> list[Verdict]:

@@ -149,7 +149,7 @@ def test_a_killed_run_is_taken_up_with_the_same_options_only(
             time.sleep(0.005)
         assert process.poll() == -signal.SIGKILL
     assert train(distilled_file, output, model_dir, *more, "--learning-rate", "0.5") == 2
-    assert "learning_rate 0.004, but now it is 0.5" in error_text(capsys)
+    assert "learning_rate 0.002, but now it is 0.5" in error_text(capsys)
     assert train(distilled_file, output, model_dir, *more, "--num-threads", "1") == 0
     assert "goes on after step" in error_text(capsys)
     assert train(distilled_file, tmp_path / "whole", model_dir, *more) == 0

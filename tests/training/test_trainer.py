@@ -168,3 +168,17 @@ def test_discarding_the_state_leaves_the_metrics(
     assert not (tmp_path / STATE_FILE).exists()
     steps = [line["step"] for line in read_metrics(tmp_path)]
     assert steps == sorted({*range(2, trainer.num_steps, 2), trainer.num_steps})
+
+
+def test_the_maps_of_the_root_embedding_learn_faster_by_their_factor(
+    loaded: LoadedModel, encoder: HiddenStateEncoder, tmp_path: Path
+) -> None:
+    # The first step of AdamW moves every weight by the learning rate.
+    config = replace(CONFIG, root_rate_factor=7.0, warmup_fraction=0.0)
+    trainer = make_trainer(loaded, encoder, tmp_path, config)
+    train_until(trainer, 1)
+    assert trainer.heads.root_weights is not None
+    moved = float(trainer.heads.root_weights.detach().abs().max())
+    assert moved == pytest.approx(7.0 * config.learning_rate, rel=0.01)
+    others = float(trainer.heads.block_weights.detach().abs().max())
+    assert others == pytest.approx(config.learning_rate, rel=0.01)
