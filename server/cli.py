@@ -9,6 +9,7 @@ import asyncio
 import functools
 import inspect
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -46,7 +47,7 @@ ENGINE_OPTIONS: Mapping[str, str] = {
     "max_model_len": "Longest prompt plus output; the model's own limit if not given.",
     "max_nodes": "Largest draft tree of a sequence, root included.",
     "tree": "Nodes of each draft tree; auto chooses from the measured step cost.",
-    "acceptance": "Acceptance rule of requests that ask for auto.",
+    "acceptance": "Rule of requests that ask for auto and have no seed and no log-probs.",
     "prefix_caching": "Reuse the KV of earlier prompts with the same beginning.",
     "num_threads": "CPU threads of the model; torch's choice if not given.",
 }
@@ -177,6 +178,18 @@ def _parsed(values: Mapping[str, Any]) -> dict[str, Any]:
 @app.callback()
 def euryale() -> None:
     """An LLM inference server that speculates."""
+    _ignore_service_link()
+
+
+def _ignore_service_link() -> None:
+    """Unset `EURYALE_PORT` if Kubernetes has set it.
+
+    A pod gets the variables of "service links" for each service of its namespace. For one that is
+    called euryale, EURYALE_PORT is the service's address, like tcp://10.0.0.1:8000, and it would
+    be taken for the option --port. Commands read their options from the environment after this.
+    """
+    if os.environ.get("EURYALE_PORT", "").startswith("tcp://"):
+        del os.environ["EURYALE_PORT"]
 
 
 @app.command()

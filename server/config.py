@@ -43,7 +43,8 @@ class SamplingParams:
         repetition_penalty: Divides positive (multiplies negative) logits of tokens in prompt or
             generated text; 1 is off.
         logit_bias: Token id to a number added to its logit.
-        seed: With a seed the text is reproducible, whatever the speculation or the batch.
+        seed: With a seed and exact acceptance, which a seed implies unless the request asks for
+            typical, the text is reproducible, whatever the drafts or the batch.
         stop: Strings that end generation; they are not part of the text.
         logprobs: Number of most probable tokens to report at each position; None reports nothing.
         ignore_eos: Generate on after an end-of-sequence token.
@@ -184,7 +185,8 @@ class EngineConfig:
         max_model_len: Longest prompt plus output; None takes the model's own limit.
         max_nodes: Largest tree of a sequence, root included.
         tree: `auto` chooses the tree size from the measured step cost; a number fixes it.
-        acceptance: Rule for requests that ask for `auto`.
+        acceptance: Rule for requests that ask for `auto`; those that are greedy, have a seed or
+            ask for log-probs are exact whatever it says.
         prefix_caching: Reuse KV blocks of earlier prompts with the same beginning.
         num_threads: CPU threads of the model; None leaves torch's choice.
 

@@ -17,6 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from server.errors import InvalidRequestError
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+# A UTF-8 character has at most this many bytes, and a token at least one.
+_MAX_HELD_TOKENS = 4
 
 
 class IncrementalDetokenizer(Protocol):
@@ -111,11 +113,16 @@ class Tokenizer:
             ) from error
         return self.encode(str(text), add_special_tokens=False)
 
-    def detokenizer(self) -> IncrementalDetokenizer:
-        """Begin a new text."""
+    def detokenizer(self, prompt_token_ids: Sequence[int] = ()) -> IncrementalDetokenizer:
+        """Begin a text that continues a prompt.
+
+        Args:
+            prompt_token_ids: Without them the text is one of its own, whose first word has no
+                space before it in some tokenizers. Only the last few are looked at.
+        """
         if self._token_bytes is not None:
             return _ByteDetokenizer(self._token_bytes)
-        return _WindowDetokenizer(self._rust, self._special_ids)
+        return _WindowDetokenizer(self._rust, self._special_ids, prompt_token_ids)
 
 
 class _TokenBytes:
@@ -170,41 +177,81 @@ class _WindowDetokenizer:
     A token's text may depend on its neighbours (a space that is dropped at the beginning, bytes
     that make up a character), so every decoded window starts with tokens that are already out:
 
-        _window   [ tokens already out | tokens whose text is held back ]
-        text      [ _prefix            | what comes out next            ]
+        _window   [ _num_out tokens already out | tokens whose text is held back ]
+        text      [ _prefix                     | what comes out next            ]
+
+    Tokens are held back while the text ends in U+FFFD, which may be half of a character, or does
+    not grow; never more than a character can have, so a window is short and a token's cost fixed.
 
     NOTE: A byte-fallback decoder turns a whole run of bytes into U+FFFD if any of them is
     invalid. Characters that were complete before the invalid byte came are out by then.
     """
 
-    def __init__(self, rust: RustTokenizer, special_ids: frozenset[int]) -> None:
+    def __init__(
+        self, rust: RustTokenizer, special_ids: frozenset[int], prompt_token_ids: Sequence[int]
+    ) -> None:
         self._rust = rust
         self._special_ids = special_ids
-        self._window: list[int] = []
-        self._num_out = 0
-        self._prefix = ""
+        self._window = self._last_character(prompt_token_ids)
+        self._num_out = len(self._window)
+        self._prefix = rust.decode(self._window)
 
     def add(self, token_id: int) -> str:
-        if token_id in self._special_ids:
+        if not self._has_text(token_id):
             return ""
         self._window.append(token_id)
         text = self._rust.decode(self._window)
-        if text.endswith(_REPLACEMENT) or len(text) <= len(self._prefix):
+        whole = text.rstrip(_REPLACEMENT)
+        if len(whole) > len(self._prefix):
+            return self._emit(len(self._window), len(text) - len(whole))
+        if len(self._window) - self._num_out < _MAX_HELD_TOKENS:
             return ""
-        return self._emit(text)
+        if text == self._prefix:
+            # NOTE: Without text they need not be kept; what is already out is the better context.
+            del self._window[self._num_out :]
+            return ""
+        return self._emit(self._oldest_character())
 
     def flush(self) -> str:
-        if self._num_out == len(self._window):
+        if self._rust.decode(self._window) == self._prefix:
             return ""
-        return self._emit(self._rust.decode(self._window))
+        return self._emit(len(self._window))
 
-    def _emit(self, text: str) -> str:
-        held = self._window[self._num_out :]
-        if text.startswith(self._prefix):
-            piece = text[len(self._prefix) :]
-        else:
-            piece = self._rust.decode(held)
-        self._window = held
-        self._num_out = len(held)
-        self._prefix = self._rust.decode(held)
-        return piece
+    def _has_text(self, token_id: int) -> bool:
+        return token_id not in self._special_ids and self._rust.id_to_token(token_id) is not None
+
+    def _last_character(self, token_ids: Sequence[int]) -> list[int]:
+        """The prompt's last tokens with text, as few as end in a whole character."""
+        tail: list[int] = []
+        for token_id in reversed(token_ids):
+            if self._has_text(token_id):
+                tail.insert(0, token_id)
+                if not self._rust.decode(tail).endswith(_REPLACEMENT):
+                    return tail
+                if len(tail) == _MAX_HELD_TOKENS:
+                    break
+        return []
+
+    def _oldest_character(self) -> int:
+        """Where the held tokens part with the least text before: there no character is cut.
+
+        Three bytes that make up a real U+FFFD have less text than the first two of them.
+        """
+        ends = range(len(self._window), self._num_out, -1)
+        return min(ends, key=lambda end: len(self._rust.decode(self._window[:end])))
+
+    def _emit(self, end: int, num_unfinished: int = 0) -> str:
+        """Release held tokens.
+
+        Args:
+            end: Length of the window up to the last token to release.
+            num_unfinished: Characters at the end of their text that are still held back.
+        """
+        text = self._rust.decode(self._window[:end])
+        released = self._window[self._num_out : end]
+        alone = self._rust.decode(released)
+        piece = text[len(self._prefix) :] if text.startswith(self._prefix) else alone
+        self._window = self._window[self._num_out :]
+        self._num_out = len(released)
+        self._prefix = alone[: len(alone) - num_unfinished]
+        return piece[: len(piece) - num_unfinished]

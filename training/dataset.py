@@ -132,7 +132,8 @@ def split(corpus: Corpus, held_out_fraction: float) -> Split:
     """
     parts: tuple[list[Document], list[Document]] = ([], [])
     for document in corpus.documents:
-        digest = hashlib.sha256(document.conversation_id.encode()).digest()
+        # With a prefix of its own: a file may be ordered by the plain digests of its ids.
+        digest = hashlib.sha256(f"held out {document.conversation_id}".encode()).digest()
         is_held_out = int.from_bytes(digest[:8], "big") < held_out_fraction * 2**64
         parts[is_held_out].append(document)
     return Split(Corpus(tuple(parts[0])), Corpus(tuple(parts[1])))

@@ -112,6 +112,10 @@ async def _handle_http(request: Request, error: Exception) -> Response:
                 code="method_not_allowed",
                 headers=headers,
             )
+        case 400:
+            failure = Failure(400, f"{place}: {error.detail}", code="invalid_json")
+        case 413:
+            failure = Failure(413, error.detail, code="request_too_large")
         case status:
             failure = Failure(status, f"{place}: {error.detail}", headers=headers)
     return failure.response()

@@ -123,17 +123,19 @@ def prepare_job(
     job_id = f"{id_prefix}-{uuid.uuid4().hex}"
     speculation = body.speculation.params()
     requests: list[Request] = []
-    for prompt in prompts:
+    for prompt in map(tuple, prompts):
         room = max(1, context.max_model_len - len(prompt))
         max_tokens = body.token_limit or min(default_max_tokens or room, room)
         for choice in range(body.n):
             request = Request(
                 request_id=f"{job_id}-{len(requests)}",
-                prompt_token_ids=tuple(prompt),
+                prompt_token_ids=prompt,
                 sampling=body.sampling(max_tokens, logprobs, choice_seed(body.seed, choice)),
                 speculation=speculation,
             )
-            context.engine.engine.limits.check(request)
+            if choice == 0:
+                # The other choices differ in the seed only; a long prompt is read just once.
+                context.engine.engine.limits.check(request)
             requests.append(request)
     return Job(
         job_id=job_id,

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from server.engine.engine import Engine
 from server.engine.request import Request, RequestOutput
-from server.errors import EngineStoppedError, InvalidRequestError, QueueFullError
+from server.errors import EngineStoppedError, EuryaleError, InvalidRequestError, QueueFullError
 from server.metrics import EngineMetrics
 
 _LOG = logging.getLogger("euryale.engine")
@@ -30,9 +30,7 @@ _Command = Callable[[], None]
 class _Stream:
     """One request's way back to its client."""
 
-    outputs: asyncio.Queue[RequestOutput | EngineStoppedError] = field(
-        default_factory=asyncio.Queue
-    )
+    outputs: asyncio.Queue[RequestOutput | EuryaleError] = field(default_factory=asyncio.Queue)
     arrived_s: float = field(default_factory=time.monotonic)
     has_output: bool = False
 
@@ -125,24 +123,24 @@ class AsyncEngine:
             EngineStoppedError: If the engine stops or fails before the request ends.
         """
         self.check_admission()
-        self.engine.limits.check(request)
         if request.request_id in self._streams:
             raise ValueError(f"request id {request.request_id!r} is already in flight")
         stream = _Stream()
         self._streams[request.request_id] = stream
         self._inbox.put(functools.partial(self._add, request))
-        finish_reason = None
+        finish_reason, is_refused = None, False
         try:
             while finish_reason is None:
                 output = await stream.outputs.get()
-                if isinstance(output, EngineStoppedError):
+                if isinstance(output, EuryaleError):
+                    is_refused = isinstance(output, InvalidRequestError)
                     raise output
                 finish_reason = output.finish_reason
                 self._observe(stream, finish_reason)
                 yield output
         finally:
             self._streams.pop(request.request_id, None)
-            if finish_reason is None:
+            if finish_reason is None and not is_refused:
                 self.metrics.requests.labels(finish_reason="abort").inc()
                 self._inbox.put(lambda: self.engine.abort(request.request_id))
 
@@ -189,12 +187,15 @@ class AsyncEngine:
         """Queue a request in the engine; if that fails, nobody but its own client is told."""
         try:
             self.engine.add_request(request)
+        except InvalidRequestError as error:
+            # NOTE: Checked here and not in the event loop, which a long prompt would hold up.
+            self._call_in_loop(functools.partial(self._fail, request.request_id, error))
         except Exception as error:  # noqa: BLE001  # one request must not end the engine
             _LOG.exception("request %s could not be queued", request.request_id)
             failure = EngineStoppedError(f"the request could not be queued: {error}")
             self._call_in_loop(functools.partial(self._fail, request.request_id, failure))
 
-    def _fail(self, request_id: str, failure: EngineStoppedError) -> None:
+    def _fail(self, request_id: str, failure: EuryaleError) -> None:
         stream = self._streams.get(request_id)
         if stream is not None:
             stream.outputs.put_nowait(failure)

@@ -143,7 +143,9 @@ class Engine:
         has_drafts = self.speculator.heads is not None and speculation.method != "none"
         sequence = Sequence(
             request=request,
-            text=TextStream(self.tokenizer.detokenizer(), request.sampling.stop),
+            text=TextStream(
+                self.tokenizer.detokenizer(request.prompt_token_ids), request.sampling.stop
+            ),
             seed=request_seed(request),
             acceptance=acceptance_rule(request, self.config.acceptance),
             drafts_allowed=min(max_nodes, self.config.max_nodes) if has_drafts else 1,

@@ -63,7 +63,7 @@ def build_parts(config: EngineConfig, report: Callable[[str], None]) -> EnginePa
         dtype=loaded.dtype,
         device=loaded.device,
     )
-    num_blocks = _num_blocks(config, layout)
+    num_blocks = _num_blocks(config, layout, loaded.max_model_len)
     max_len = min(loaded.max_model_len, num_blocks * config.block_size)
     if config.max_model_len is not None:
         max_len = _checked_max_len(config.max_model_len, max_len)
@@ -122,7 +122,7 @@ def _load_heads(directory: Path, loaded: LoadedModel) -> LoadedHeads:
         raise ConfigError(str(error)) from error
 
 
-def _num_blocks(config: EngineConfig, layout: KVLayout) -> int:
+def _num_blocks(config: EngineConfig, layout: KVLayout, max_model_len: int) -> int:
     if config.num_blocks is not None:
         return config.num_blocks
     num_bytes = config.kv_cache_bytes
@@ -131,7 +131,9 @@ def _num_blocks(config: EngineConfig, layout: KVLayout) -> int:
     elif num_bytes is None:
         available = psutil.virtual_memory().available
         num_bytes = min(int(available * _CPU_MEMORY_SHARE), _MAX_CPU_CACHE_BYTES)
-    num_blocks = num_bytes // layout.block_bytes
+    # All sequences at their longest need no more than this.
+    useful = config.max_num_seqs * -(-max_model_len // config.block_size)
+    num_blocks = min(num_bytes // layout.block_bytes, useful)
     if num_blocks < 1:
         raise ConfigError(
             f"the KV cache has {num_bytes} bytes, but one block takes {layout.block_bytes}; give "

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from heads.medusa import SeenRows
+from server.config import AcceptanceName
 from server.engine.logits import LogitAdjuster
 from server.engine.request import Request, SpecDecodeStats
 from server.engine.text import TextStream
@@ -94,9 +95,11 @@ class Sequence:
     def stats(self) -> SpecDecodeStats:
         """A snapshot of what speculation did so far."""
         counters = self.counters
+        has_drafts = self.drafts_allowed > 1
         return SpecDecodeStats(
-            method="none" if self.drafts_allowed == 1 else "medusa",
-            acceptance=self.acceptance,
+            method="medusa" if has_drafts else "none",
+            # Without drafts every token is the target's own, whatever the rule.
+            acceptance=self.acceptance if has_drafts else "exact",
             num_steps=counters.num_steps,
             num_draft_tokens=counters.num_draft_tokens,
             num_accepted_tokens=sum(counters.accepted_per_depth),
@@ -105,16 +108,21 @@ class Sequence:
         )
 
 
-def acceptance_rule(request: Request, server_default: str) -> AcceptanceRule:
-    """Decide how a request's drafts are verified (design: lossless unless plainly sampled)."""
-    sampling = request.sampling
-    asked = request.speculation.acceptance
-    rule = server_default if asked == "auto" else asked
-    if sampling.is_greedy or rule == "exact":
+def acceptance_rule(request: Request, server_default: AcceptanceName) -> AcceptanceRule:
+    """Decide how a request's drafts are verified.
+
+    Greedy is always exact. A rule that the request names comes next. Otherwise a seed or
+    log-probabilities, which both speak of the target's own distribution, make it exact, and what
+    is left follows the server, whose `auto` is typical.
+    """
+    sampling, asked = request.sampling, request.speculation.acceptance
+    if sampling.is_greedy:
         return "exact"
-    if rule == "auto" and (sampling.seed is not None or sampling.logprobs is not None):
+    if asked != "auto":
+        return asked
+    if sampling.seed is not None or sampling.logprobs is not None:
         return "exact"
-    return "typical"
+    return "exact" if server_default == "exact" else "typical"
 
 
 def request_seed(request: Request) -> int:

@@ -1,5 +1,6 @@
 """What a request may ask of this server; checked before it is queued, from any thread."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from server.engine.request import Request
@@ -26,36 +27,44 @@ class RequestLimits:
         Raises:
             InvalidRequestError: Names the value and the remedy.
         """
-        prompt = request.prompt_token_ids
-        if not prompt:
-            raise InvalidRequestError("the prompt has no tokens; give at least one", "prompt")
-        for param, token_ids in (("prompt", prompt), ("logit_bias", request.sampling.logit_bias)):
-            for token_id in token_ids:
-                if not 0 <= token_id < self.vocab_size:
-                    raise InvalidRequestError(
-                        f"{param} has token id {token_id}, which is outside the model's "
-                        f"vocabulary; give 0 to {self.vocab_size - 1}",
-                        param,
-                    )
-        limit = self.max_model_len
-        if len(prompt) >= limit:
-            raise InvalidRequestError(
-                f"the prompt has {len(prompt)} tokens, but prompt and output together may have "
-                f"{limit}; shorten the prompt",
-                "prompt",
-                "context_length_exceeded",
-            )
-        if len(prompt) + request.sampling.max_tokens > limit:
-            raise InvalidRequestError(
-                f"the prompt has {len(prompt)} tokens and up to {request.sampling.max_tokens} are "
-                f"to be generated, but together they may be {limit}; ask for fewer new tokens or "
-                "shorten the prompt",
-                "max_tokens",
-                "context_length_exceeded",
-            )
+        # Lengths come first, so that a huge prompt is refused without being read.
+        self._check_lengths(len(request.prompt_token_ids), request.sampling.max_tokens)
+        self._check_ids("prompt", request.prompt_token_ids)
+        self._check_ids("logit_bias", request.sampling.logit_bias)
         if request.speculation.method == "medusa" and not self.has_heads:
             raise InvalidRequestError(
                 "speculation.method is 'medusa', but this server has no draft heads; give 'auto' "
                 "or 'none', or start the server with --heads",
                 "speculation.method",
             )
+
+    def _check_lengths(self, num_prompt_tokens: int, max_tokens: int) -> None:
+        limit = self.max_model_len
+        if not num_prompt_tokens:
+            raise InvalidRequestError("the prompt has no tokens; give at least one", "prompt")
+        if num_prompt_tokens >= limit:
+            raise InvalidRequestError(
+                f"the prompt has {num_prompt_tokens} tokens, but prompt and output together may "
+                f"have {limit}; shorten the prompt",
+                "prompt",
+                "context_length_exceeded",
+            )
+        if num_prompt_tokens + max_tokens > limit:
+            raise InvalidRequestError(
+                f"the prompt has {num_prompt_tokens} tokens and up to {max_tokens} are to be "
+                f"generated, but together they may be {limit}; ask for fewer new tokens or "
+                "shorten the prompt",
+                "max_tokens",
+                "context_length_exceeded",
+            )
+
+    def _check_ids(self, param: str, token_ids: Collection[int]) -> None:
+        if not token_ids:
+            return
+        for token_id in (min(token_ids), max(token_ids)):
+            if not 0 <= token_id < self.vocab_size:
+                raise InvalidRequestError(
+                    f"{param} has token id {token_id}, which is outside the model's vocabulary; "
+                    f"give 0 to {self.vocab_size - 1}",
+                    param,
+                )

@@ -4,8 +4,10 @@ One tensor `[layers, 2, blocks, block_size, kv_heads, C]`, allocated once. A *sl
 place, `block_id * block_size + offset`. Knows nothing of who owns a block.
 """
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,16 +40,16 @@ class KVCache:
 
     def __init__(self, layout: KVLayout, num_blocks: int) -> None:
         self.layout = layout
-        # Zeros, so that memory which nobody wrote can never hold a NaN.
-        self._data = torch.zeros(
-            layout.num_layers,
-            2,
-            num_blocks,
-            layout.block_size,
-            layout.num_kv_heads,
-            layout.head_dim,
-            dtype=layout.dtype,
-            device=layout.device,
+        self._data = _zeros(
+            (
+                layout.num_layers,
+                2,
+                num_blocks,
+                layout.block_size,
+                layout.num_kv_heads,
+                layout.head_dim,
+            ),
+            layout,
         )
         self._slots = self._data.flatten(2, 3)
         self.keys = [self._slots[i, 0] for i in range(layout.num_layers)]
@@ -69,3 +71,13 @@ class KVCache:
         source = torch.tensor(source_slots, device=device)
         target = torch.tensor(target_slots, device=device)
         self._slots[:, :, target] = self._slots[:, :, source]
+
+
+def _zeros(shape: tuple[int, ...], layout: KVLayout) -> Tensor:
+    """Zeros, so that memory which nobody wrote can never hold a NaN."""
+    if layout.device.type != "cpu":
+        return torch.zeros(shape, dtype=layout.dtype, device=layout.device)
+    # NumPy leaves zeroing to the operating system, which hands out pages on their first write; a
+    # cache of gigabytes takes neither time nor memory before it is used.
+    num_bytes = math.prod(shape) * layout.dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(layout.dtype).view(shape)

@@ -67,6 +67,7 @@ def test_the_model_is_required(server: RunningServer) -> None:
         ({"logit_bias": {"999999999": 1}}, "logit_bias"),
         ({"speculation": {"max_nodes": 1000}}, "speculation.max_nodes"),
         ({"speculation": {"method": "magic"}}, "speculation.method"),
+        ({"stream": False, "stream_options": {"include_usage": True}}, "stream_options"),
         ({"temprature": 1}, "temprature"),
         ({"tools": [{}]}, "tools"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
@@ -75,7 +76,7 @@ def test_the_model_is_required(server: RunningServer) -> None:
 def test_a_wrong_parameter_is_named(
     server: RunningServer, fields: dict[str, object], param: str, stream: bool
 ) -> None:
-    error = chat(server, **fields, stream=stream)
+    error = chat(server, **{"stream": stream, **fields})
     assert error["param"] == param
     assert error["type"] == "invalid_request_error"
     assert error["message"]
@@ -144,7 +145,10 @@ def test_an_unreadable_body_is_a_client_error(server: RunningServer, content: by
             "/v1/completions", content=content, headers={"Content-Type": "application/json"}
         )
     assert response.status_code in (400, 404)
-    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    if not content.startswith(b"{"):
+        assert (error["param"], error["code"]) == (None, "invalid_json")
 
 
 def test_a_body_that_is_not_declared_as_json_is_told_so(server: RunningServer) -> None:
@@ -203,4 +207,12 @@ def test_a_server_with_a_key_and_a_small_limit(
         with pytest.raises(openai.APIStatusError, match="longer than 2000 bytes") as caught:
             client.completions.create(model="mine", prompt="a" * 3000)
         assert caught.value.status_code == 413
+        assert caught.value.code == "request_too_large"
+        response = httpx.post(
+            f"{server.url}/v1/completions",
+            content=(b"a" * 1000 for _ in range(3)),
+            headers={"Authorization": "Bearer secret", "Content-Type": "application/json"},
+        )
+        assert response.status_code == 413
+        assert response.json()["error"]["code"] == "request_too_large"
         assert httpx.get(f"{server.url}/health").status_code == 200

@@ -101,6 +101,24 @@ def test_options_are_read_from_the_environment() -> None:
     assert_one_line_error(result, 2, "port is -5")
 
 
+def test_the_port_that_kubernetes_sets_for_a_service_of_our_name_is_ignored() -> None:
+    link = {"EURYALE_PORT": "tcp://10.96.0.17:8000"}
+    result = run("serve", "--drain-s", "-1", env=link)
+    assert_one_line_error(result, 2, "drain_s is -1")
+    assert_one_line_error(run("serve", "--port", "-5", env=link), 2, "port is -5")
+
+
+@pytest.mark.parametrize("value", ["udp://10.96.0.17:8000", "no port"])
+def test_any_other_port_that_is_no_number_is_refused(value: str) -> None:
+    result = run("serve", "--drain-s", "-1", env={"EURYALE_PORT": value})
+    assert result.exit_code == 2
+    assert value in result.stderr
+
+
+def test_an_address_as_the_option_itself_is_refused() -> None:
+    assert run("serve", "--port", "tcp://10.96.0.17:8000").exit_code == 2
+
+
 def test_a_taken_port_is_known_before_a_model_is_loaded() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))

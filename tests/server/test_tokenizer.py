@@ -1,11 +1,12 @@
 """Incremental decoding against decoding the whole text, and what the chat template may refuse."""
 
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, normalizers
@@ -85,8 +86,10 @@ def word_pieces() -> Tokenizer:
     return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=rust), [])
 
 
-def pieces_of(tokenizer: Tokenizer, token_ids: Sequence[int]) -> list[str]:
-    detokenizer = tokenizer.detokenizer()
+def pieces_of(
+    tokenizer: Tokenizer, token_ids: Sequence[int], prompt: Sequence[int] = ()
+) -> list[str]:
+    detokenizer = tokenizer.detokenizer(prompt)
     return [*(detokenizer.add(token_id) for token_id in token_ids), detokenizer.flush()]
 
 
@@ -183,6 +186,96 @@ def test_what_was_complete_before_a_broken_byte_run_is_not_revised() -> None:
     pieces = pieces_of(tokenizer, [*squid, squid[1], letter])
 
     assert pieces == ["", "", "", "🦑", "", f"{REPLACEMENT}h", ""]
+
+
+@pytest.mark.parametrize("make", [llama_like, gemma_like])
+def test_text_is_held_back_for_four_tokens_at_most(make: MakeTokenizer) -> None:
+    tokenizer = make()
+    (broken,) = tokenizer.encode("🦑", add_special_tokens=False)[-1:]
+    pieces = pieces_of(tokenizer, [broken] * 50)
+
+    for count in range(1, 51):
+        assert count - 4 < len("".join(pieces[:count])) <= count
+    assert "".join(pieces) == tokenizer.decode([broken] * 50) == REPLACEMENT * 50
+
+
+@pytest.mark.parametrize("make", [llama_like, gemma_like])
+@given(count=st.integers(0, 12), before=st.sampled_from(["", "h", "é"]), after=st.text("h🦑é"))
+def test_real_replacement_characters_are_counted_right(
+    make: MakeTokenizer, count: int, before: str, after: str
+) -> None:
+    tokenizer = make()
+    token_ids = tokenizer.encode(f"a{before}{REPLACEMENT * count}{after}")
+
+    assert "".join(pieces_of(tokenizer, token_ids)) == tokenizer.decode(token_ids)
+
+
+def test_a_token_costs_the_same_however_long_the_text_does_not_grow() -> None:
+    tokenizer = gemma_like()
+    tokenizer.decode([])
+    (broken,) = tokenizer.encode("🦑", add_special_tokens=False)[-1:]
+    special = tokenizer.encode("<s>")[-1]
+    for token_id in (broken, special, tokenizer.vocab_size + 3):
+        detokenizer = tokenizer.detokenizer()
+        started_s = time.perf_counter()
+        for _ in range(20_000):
+            detokenizer.add(token_id)
+        # A window of all tokens would take minutes.
+        assert time.perf_counter() - started_s < 15.0
+
+
+def test_tokens_without_text_do_not_part_a_word() -> None:
+    tokenizer = word_pieces()
+    beyond = [tokenizer.vocab_size] * 9
+
+    assert "".join(pieces_of(tokenizer, [2, *beyond, 4])) == "drafts"
+
+
+@pytest.mark.parametrize("make", [byte_level, llama_like, gemma_like])
+@given(prompt=texts.filter(bool), answer=texts)
+def test_after_a_prompt_the_pieces_continue_its_text(
+    make: MakeTokenizer, prompt: str, answer: str
+) -> None:
+    tokenizer = make()
+    token_ids, num_prompt = tokenizer.encode(prompt + answer), len(tokenizer.encode(prompt))
+    prompt_ids, answer_ids = token_ids[:num_prompt], token_ids[num_prompt:]
+    shown = tokenizer.decode(prompt_ids)
+    whole = tokenizer.decode(token_ids)
+    assume(REPLACEMENT not in whole + shown)
+
+    assert "".join(pieces_of(tokenizer, answer_ids, prompt_ids)) == whole.removeprefix(shown)
+
+
+def test_a_completion_keeps_the_space_that_the_model_wrote() -> None:
+    tokenizer = llama_like()
+    prompt, answer = tokenizer.encode("hello"), tokenizer.encode("world")
+
+    assert "".join(pieces_of(tokenizer, answer)) == "world"
+    assert "".join(pieces_of(tokenizer, answer, prompt)) == " world"
+
+
+def test_a_special_token_that_ends_the_prompt_is_looked_through() -> None:
+    tokenizer = llama_like()
+    special = tokenizer.encode("<s>")[-1]
+    answer = tokenizer.encode("world")
+
+    assert "".join(pieces_of(tokenizer, answer, [special])) == "world"
+    after_text = [*tokenizer.encode("hello"), special]
+    assert "".join(pieces_of(tokenizer, answer, after_text)) == " world"
+
+
+def test_a_word_that_the_prompt_began_is_continued() -> None:
+    assert "".join(pieces_of(word_pieces(), [4, 6], [2])) == "s verify"
+
+
+@pytest.mark.parametrize("make", [llama_like, gemma_like])
+def test_a_prompt_that_ends_inside_a_character_leaks_nothing(make: MakeTokenizer) -> None:
+    tokenizer = make()
+    squid = tokenizer.encode("🦑", add_special_tokens=False)[-4:]
+    (letter,) = tokenizer.encode("h", add_special_tokens=False)[-1:]
+
+    assert "".join(pieces_of(tokenizer, [letter], [letter, *squid[:2]])) == "h"
+    assert pieces_of(tokenizer, [], [letter, *squid[:2]]) == [""]
 
 
 def test_an_added_token_with_characters_outside_the_byte_alphabet_means_itself() -> None:

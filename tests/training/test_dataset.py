@@ -1,3 +1,4 @@
+import hashlib
 from collections import Counter
 from pathlib import Path
 
@@ -96,3 +97,13 @@ def test_frequent_tokens_are_those_of_the_answers_alone() -> None:
     found = frequent_tokens(documents, VOCAB_SIZE, 50)
     assert found.tolist() == by_rank[:50]
     assert found.dtype == torch.int64
+
+
+def test_a_file_in_the_order_of_its_ids_digests_is_split_evenly() -> None:
+    names = sorted(
+        (f"c{i}" for i in range(4000)), key=lambda name: hashlib.sha256(name.encode()).digest()
+    )
+    first = [document(6, (2, 5), name=name) for name in names[:400]]
+    held_out = split(Corpus(tuple(first)), 0.1).held_out.documents
+    # Binomial with 400 draws of 0.1: outside of these bounds less than once in a million runs.
+    assert 10 < len(held_out) < 80

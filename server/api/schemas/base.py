@@ -97,7 +97,8 @@ def describe_validation_error(error: Mapping[str, Any]) -> Problem:
         return Problem(message, param, _UNSUPPORTED)
     if kind == _UNSUPPORTED_VALUE:
         return Problem(f"{param}: {error['msg']}", param, _UNSUPPORTED)
-    if kind in ("model_type", "model_attributes_type") and not param:
+    # An empty body and null are a missing value without a name.
+    if kind in ("missing", "model_type", "model_attributes_type") and not param:
         return Problem(
             "the request body is not a JSON object; send one with the header "
             "Content-Type: application/json",

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from server.api.schemas.base import RequestBody, UnicodeText, invalid_value
 from server.config import AcceptanceName, Method, SamplingParams, SpeculationParams
@@ -96,6 +96,14 @@ class GenerationRequest(RequestBody):
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
     ignore_eos: bool = False
     speculation: SpeculationOptions = Field(default_factory=SpeculationOptions)
+
+    @field_validator("stream_options")
+    @classmethod
+    def _only_in_streams(cls, value: StreamOptions, info: ValidationInfo) -> StreamOptions:
+        # A stream of the wrong type is missing here and an error of its own.
+        if not info.data.get("stream", True):
+            raise invalid_value("give it only with stream: true")
+        return value
 
     @field_validator("stop", mode="before", json_schema_input_type=str | list[str])
     @classmethod

@@ -1,7 +1,12 @@
 import pytest
 
-from server.api.generation import check_num_choices, choice_seed
+from server.api.config import ApiConfig
+from server.api.context import ApiContext
+from server.api.generation import Job, check_num_choices, choice_seed, prepare_job
+from server.api.schemas.completions import CompletionRequest
+from server.engine.async_engine import AsyncEngine
 from server.errors import InvalidRequestError
+from tests.engine_tools import make_engine
 
 
 def test_without_a_seed_no_choice_has_one() -> None:
@@ -33,3 +38,44 @@ def test_too_many_choices_are_refused_with_their_number(num_prompts: int, n: int
 
 def test_as_many_choices_as_allowed_are_counted() -> None:
     assert check_num_choices(64, 2) == 128
+
+
+class CountedId(int):
+    """A token id that counts how often it is compared."""
+
+    num_compared = 0
+
+    def __lt__(self, other: int) -> bool:
+        CountedId.num_compared += 1
+        return super().__lt__(other)
+
+    def __gt__(self, other: int) -> bool:
+        CountedId.num_compared += 1
+        return super().__gt__(other)
+
+
+def job(prompts: list[list[int]], n: int) -> Job:
+    context = ApiContext.of(AsyncEngine(make_engine()), ApiConfig())
+    body = CompletionRequest.model_validate(
+        {"model": context.model_name, "prompt": "a", "n": n, "seed": 3}
+    )
+    return prepare_job(context, body, prompts, "cmpl", None, 4)
+
+
+def test_a_prompt_is_read_once_however_many_choices_it_has() -> None:
+    counts = []
+    for n in (1, 8):
+        CountedId.num_compared = 0
+        requests = job([[CountedId(5) for _ in range(50)]], n).requests
+        counts.append(CountedId.num_compared)
+        assert len({id(request.prompt_token_ids) for request in requests}) == 1
+        assert len(requests) == n
+    assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_every_prompt_is_checked(bad: int) -> None:
+    prompts = [[5, 6], [7], [8, 9]]
+    prompts[bad].append(10**6)
+    with pytest.raises(InvalidRequestError, match="token id 1000000"):
+        job(prompts, 2)

@@ -4,11 +4,13 @@ from collections.abc import AsyncIterator
 
 import httpx
 import pytest
+from fastapi import FastAPI
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
+from server.api.errors import install_error_handlers
 from server.api.middleware import ApiKeyMiddleware, BodyLimitMiddleware
 
 
@@ -71,6 +73,27 @@ def test_a_body_in_chunks_is_limited(num_chunks: int, status: int) -> None:
             yield b"x" * 5
 
     assert ask(app(), "POST", "/v1/work", content=chunks()).status_code == status
+
+
+def test_a_body_in_chunks_that_is_too_long_has_the_code_of_an_announced_one() -> None:
+    async def chunks() -> AsyncIterator[bytes]:
+        for _ in range(3):
+            yield b"[1, 2]"
+
+    application = FastAPI()
+
+    @application.post("/v1/work")
+    async def total(numbers: list[int]) -> int:
+        return sum(numbers)
+
+    install_error_handlers(application)
+    application.add_middleware(BodyLimitMiddleware, max_bytes=10)
+
+    announced = ask(application, "POST", "/v1/work", content=b"x" * 18)
+    chunked = ask(application, "POST", "/v1/work", content=chunks())
+    assert chunked.status_code == announced.status_code == 413
+    assert chunked.json() == announced.json()
+    assert chunked.json()["error"]["code"] == "request_too_large"
 
 
 def test_the_failure_body_is_openais() -> None:

@@ -115,6 +115,13 @@ def test_a_body_that_is_no_object_is_told_what_to_send(data: object) -> None:
     assert "Content-Type" in found.message
 
 
+@pytest.mark.parametrize("kind", ["missing", "model_attributes_type"])
+def test_no_body_at_all_is_invalid_json(kind: str) -> None:
+    found = describe_validation_error({"type": kind, "loc": ("body",), "msg": "m", "input": None})
+    assert (found.param, found.code) == (None, "invalid_json")
+    assert "not a JSON object" in found.message
+
+
 def test_long_values_are_cut_in_messages() -> None:
     assert len(problem({"size": "x" * 10_000}).message) < 200
 

@@ -131,7 +131,7 @@ HARMLESS = {
 
 @pytest.mark.parametrize("name", HARMLESS)
 def test_fields_that_openai_clients_send_anyway_are_accepted(name: str) -> None:
-    body(**{name: HARMLESS[name]})
+    body(stream=True, **{name: HARMLESS[name]})
 
 
 UNSUPPORTED = {
@@ -156,7 +156,22 @@ def test_unsupported_options_are_refused_by_name(name: str) -> None:
 
 def test_an_unknown_stream_option_is_refused() -> None:
     with pytest.raises(ValidationError, match="Extra inputs"):
-        body(stream_options={"include_usge": True})
+        body(stream=True, stream_options={"include_usge": True})
+
+
+@pytest.mark.parametrize("fields", [{}, {"stream": False}, {"stream": None}])
+def test_stream_options_need_a_stream(fields: dict[str, object]) -> None:
+    for options in ({}, {"include_usage": False}, {"include_usage": True}):
+        with pytest.raises(ValidationError, match="only with stream: true") as caught:
+            body(stream_options=options, **fields)
+        assert [error["loc"] for error in caught.value.errors()] == [("stream_options",)]
+    body(stream_options=None, **fields)
+
+
+def test_a_stream_of_the_wrong_type_is_the_only_error_beside_stream_options() -> None:
+    with pytest.raises(ValidationError) as caught:
+        body(stream="yes", stream_options={})
+    assert [error["loc"] for error in caught.value.errors()] == [("stream",)]
 
 
 def test_all_sampling_params_can_be_set_over_http() -> None:

@@ -269,6 +269,8 @@ class TestAdmission:
                     await collect(async_engine, make_request(()))
                 assert async_engine.num_in_flight == 0
                 assert async_engine.is_ready
+                assert 'euryale_requests_total{finish_reason="abort"}' not in samples(async_engine)
+                assert await collect(async_engine, make_request(PROMPT, max_tokens=2))
 
         run(test())
 

@@ -219,7 +219,7 @@ class TestTheMixesThemselves:
         assert totals["num_preemptions"] >= 5
         assert totals["num_cached_tokens"] >= 50
         assert totals["num_accepted_tokens"] >= 100
-        assert totals["num_draft_tokens"] >= 1000
+        assert totals["num_draft_tokens"] >= 500
         assert min(totals[reason] for reason in ("stop", "length", "aborted")) >= 10
 
     def test_unseeded_samples_run_beside_seeded_ones_without_disturbing_them(self) -> None:

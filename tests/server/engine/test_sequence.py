@@ -28,9 +28,14 @@ class TestAcceptanceRule:
             (SEEDED, "typical", "exact", "typical"),
             (LOGPROBS, "typical", "auto", "typical"),
             (GREEDY, "typical", "typical", "exact"),
+            (GREEDY, "auto", "typical", "exact"),
+            (SAMPLED, "auto", "typical", "typical"),
+            (SEEDED, "auto", "typical", "exact"),
+            (LOGPROBS, "auto", "typical", "exact"),
+            (SEEDED, "typical", "typical", "typical"),
         ],
     )
-    def test_the_request_is_asked_first_then_the_server_then_the_sampling(
+    def test_the_request_is_asked_first_then_the_sampling_then_the_server(
         self, sampling: SamplingParams, asked: AcceptanceName, server: AcceptanceName, rule: str
     ) -> None:
         request = Request("r", (1,), sampling, SpeculationParams(acceptance=asked))
@@ -68,6 +73,10 @@ class TestSequence:
 
     def test_stats_name_the_method_and_the_rule(self) -> None:
         sequence = make_sequence((1,), (), SAMPLED)
-        assert sequence.stats() == SpecDecodeStats(method="none", acceptance="typical")
         sequence.drafts_allowed = 8
-        assert sequence.stats().method == "medusa"
+        assert sequence.stats() == SpecDecodeStats(method="medusa", acceptance="typical")
+
+    def test_without_drafts_what_ran_was_exact_whatever_the_rule(self) -> None:
+        sequence = make_sequence((1,), (), SAMPLED)
+        assert sequence.acceptance == "typical"
+        assert sequence.stats() == SpecDecodeStats(method="none", acceptance="exact")

@@ -1,5 +1,8 @@
 """What a request may ask of this server, and messages that say what to change."""
 
+import time
+from collections.abc import Iterator
+
 import pytest
 
 from server.config import SamplingParams, SpeculationParams
@@ -8,6 +11,15 @@ from server.engine.validate import RequestLimits
 from server.errors import InvalidRequestError
 
 LIMITS = RequestLimits(max_model_len=10, vocab_size=50, has_heads=False)
+
+
+class UnreadablePrompt(tuple[int, ...]):
+    """A prompt whose length is all that may be looked at."""
+
+    __slots__ = ()
+
+    def __iter__(self) -> Iterator[int]:
+        raise AssertionError("the prompt was read")
 
 
 def request(
@@ -69,6 +81,20 @@ class TestRequestLimits:
             LIMITS.check(refused)
         assert caught.value.param == param
         assert caught.value.code == code
+
+    @pytest.mark.parametrize("max_tokens", [1, 6])
+    def test_a_prompt_that_is_too_long_is_refused_without_being_read(self, max_tokens: int) -> None:
+        prompt = UnreadablePrompt((-1,) * (11 - max_tokens))
+        with pytest.raises(InvalidRequestError, match="tokens") as caught:
+            LIMITS.check(request(prompt, max_tokens))
+        assert caught.value.code == "context_length_exceeded"
+
+    def test_a_prompt_of_the_longest_length_is_read_in_milliseconds(self) -> None:
+        limits = RequestLimits(max_model_len=200_001, vocab_size=50, has_heads=False)
+        long = request((7,) * 200_000)
+        started_s = time.perf_counter()
+        limits.check(long)
+        assert time.perf_counter() - started_s < 1.0
 
     def test_with_heads_medusa_may_be_asked_for(self) -> None:
         limits = RequestLimits(max_model_len=10, vocab_size=50, has_heads=True)
