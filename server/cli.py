@@ -44,6 +44,7 @@ ENGINE_OPTIONS: Mapping[str, str] = {
     "kv_cache_bytes": "Memory of the KV cache; a share of the free memory if not given.",
     "max_num_seqs": "Sequences that run at once.",
     "max_tokens_per_step": "Tokens of one forward pass, prompt chunks and tree nodes together.",
+    "max_prefill_tokens": "Prompt tokens of a step in which others decode; 64 on CPU if not given.",
     "max_model_len": "Longest prompt plus output; the model's own limit if not given.",
     "max_nodes": "Largest draft tree of a sequence, root included.",
     "tree": "Nodes of each draft tree; auto chooses from the measured step cost.",

@@ -31,32 +31,57 @@ class _SpeedColumn(ProgressColumn):
 
 
 class Bar:
-    """One progress bar, with a speed that may be of another unit than the bar."""
+    """One progress bar, with a speed that may be of another unit than the bar.
 
-    def __init__(self, progress: Progress, label: str, total: int | None, unit: str) -> None:
+    Where stderr is no terminal, a line every `log_interval_s` takes its place.
+    """
+
+    def __init__(
+        self, progress: Progress, label: str, total: int, unit: str, log_interval_s: float
+    ) -> None:
         self._progress = progress
+        self._label = label
+        self._total = total
         self._unit = unit
+        self._log_interval_s = log_interval_s
+        self._num_done = 0
         self._amount = 0
-        self._started_s = time.perf_counter()
+        self._started_s = self._logged_s = time.perf_counter()
         self._task = progress.add_task(label, total=total, speed="")
 
     def advance(self, count: int = 1) -> None:
         """Move the bar on."""
+        self._num_done += count
         self._progress.advance(self._task, count)
+        self._log()
 
     def add(self, amount: int) -> None:
         """Count units of speed."""
         self._amount += amount
         elapsed_s = max(time.perf_counter() - self._started_s, 1e-9)
-        self._progress.update(self._task, speed=f"{self._amount / elapsed_s:.0f} {self._unit}/s")
+        self.show(f"{self._amount / elapsed_s:.0f} {self._unit}/s")
 
     def show(self, text: str) -> None:
         """Show a text in place of the speed."""
         self._progress.update(self._task, speed=text)
 
+    def _log(self) -> None:
+        now_s = time.perf_counter()
+        is_due = now_s - self._logged_s >= self._log_interval_s
+        if is_due and not self._progress.console.is_terminal:
+            self._logged_s = now_s
+            task = self._progress.tasks[self._task]
+            left_s = (now_s - self._started_s) / self._num_done * (self._total - self._num_done)
+            note(
+                f"{self._label}: {self._num_done} of {self._total}, "
+                f"{task.fields['speed'] or 'going on'}, {left_s / 60:.0f} min left"
+            )
+
 
 @contextmanager
-def progress_bar(label: str, total: int | None, unit: str = "") -> Iterator[Bar]:
+def progress_bar(
+    label: str, total: int, unit: str = "", log_interval_s: float = 30.0
+) -> Iterator[Bar]:
     """Show a bar on stderr for as long as the context lasts."""
     columns = (
         TextColumn("{task.description}"),
@@ -67,4 +92,4 @@ def progress_bar(label: str, total: int | None, unit: str = "") -> Iterator[Bar]
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        yield Bar(progress, label, total, unit)
+        yield Bar(progress, label, total, unit, log_interval_s)

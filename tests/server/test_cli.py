@@ -112,7 +112,7 @@ def test_the_port_that_kubernetes_sets_for_a_service_of_our_name_is_ignored() ->
 def test_any_other_port_that_is_no_number_is_refused(value: str) -> None:
     result = run("serve", "--drain-s", "-1", env={"EURYALE_PORT": value})
     assert result.exit_code == 2
-    assert value in result.stderr
+    assert "EURYALE_PORT" in result.stderr
 
 
 def test_an_address_as_the_option_itself_is_refused() -> None:

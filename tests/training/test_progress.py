@@ -26,3 +26,15 @@ def test_a_note_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     note("odd [markup] 12")
     printed = capsys.readouterr()
     assert (printed.out, printed.err) == ("", "odd [markup] 12\n")
+
+
+def test_where_there_is_no_terminal_lines_tell_how_far_it_is(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with progress_bar("distilling", 4, "tokens", log_interval_s=0.0) as bar:
+        bar.add(40)
+        bar.advance()
+        bar.advance(2)
+    lines = [line for line in capsys.readouterr().err.splitlines() if " of 4" in line]
+    assert len(lines) == 2
+    assert re.match(r"distilling: 3 of 4, \d+ tokens/s, \d+ min left", lines[-1])

@@ -2,13 +2,17 @@
 
 import pytest
 import torch
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import decoders, models
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from server.config import SpeculationParams
 from server.engine.engine import Completion, Engine
 from server.engine.request import Request, RequestOutput
 from server.engine.sequence import Sequence
 from server.errors import InvalidRequestError
+from server.tokenizer import Tokenizer
 from tests.engine_tools import (
     NUM_HEADS,
     NUM_RANKS,
@@ -303,6 +307,19 @@ class TestRefusals:
         assert_as_expected(complete(engine, request), ORACLE.complete(request))
         with pytest.raises(InvalidRequestError, match="512"):
             engine.add_request(make_request(prompt, max_tokens=8))
+
+
+class TestText:
+    def test_the_text_continues_the_prompt_with_the_space_that_the_model_wrote(self) -> None:
+        vocab = {"<unk>": 0, "▁draft": 1, "▁tree": 2, "s": 3}
+        rust = RustTokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+        rust.decoder = decoders.Metaspace()
+        engine = make_engine()
+        engine.tokenizer = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=rust), [])
+        for token_id, text in ((2, " tree tree tree"), (3, "sss")):
+            request = make_request((1,), max_tokens=3, ignore_eos=True, logit_bias={token_id: 100})
+            completion = complete(engine, request)
+            assert (completion.token_ids, completion.text) == ((token_id,) * 3, text)
 
 
 class TestTotals:
