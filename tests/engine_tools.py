@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from heads.medusa import MedusaConfig, MedusaHeads
 from heads.tree_search import AcceptanceProfile
 from server.config import EngineConfig, SamplingParams, SpeculationParams
+from server.engine.cost_model import CostModel
 from server.engine.engine import Completion, Engine
 from server.engine.logits import make_adjuster
 from server.engine.model_runner import ModelRunner
@@ -115,8 +116,10 @@ def wide_profile(num_heads: int = NUM_HEADS, num_ranks: int = NUM_RANKS) -> Acce
 class ScriptedSpeculator(Speculator):
     """Drafts what a script says instead of what heads propose."""
 
-    def __init__(self, heads: MedusaHeads, max_nodes: int, script: DraftScript) -> None:
-        super().__init__(heads, wide_profile(), max_nodes, fixed_size=max_nodes)
+    def __init__(
+        self, heads: MedusaHeads, max_nodes: int, fixed_size: int | None, script: DraftScript
+    ) -> None:
+        super().__init__(heads, wide_profile(), max_nodes, fixed_size)
         self._script = script
 
     def propose(self, sequences: Seq[Sequence], hidden_BD: Tensor) -> None:
@@ -125,12 +128,16 @@ class ScriptedSpeculator(Speculator):
 
 
 def make_engine(
-    kind: TinyKind = "llama", script: DraftScript | None = None, **options: Any
+    kind: TinyKind = "llama",
+    script: DraftScript | None = None,
+    costs: CostModel | None = None,
+    **options: Any,
 ) -> Engine:
     """An engine over a tiny model with small sizes.
 
     Args:
         script: Where drafts come from; None takes untrained heads, which are mostly wrong.
+        costs: Chooses the tree size; without it trees are as large as the options allow.
         options: Of `EngineConfig`; `heads="none"` serves without drafts.
     """
     sizes: dict[str, Any] = {
@@ -141,18 +148,19 @@ def make_engine(
         "max_num_seqs": 4,
         "max_tokens_per_step": 32,
         "max_nodes": 8,
-        "tree": "auto",
+        "tree": "auto" if costs else (options.get("max_nodes", 8)),
     }
     config = EngineConfig(**(sizes | options))
     if config.num_blocks is None:
         raise ValueError("give num_blocks")
     loaded = tiny_loaded(kind)
     heads = None if config.heads == "none" else heads_for(loaded)
+    fixed = None if config.tree == "auto" else config.tree
     if heads is None or script is None:
-        fixed = config.max_nodes if config.tree == "auto" else config.tree
         speculator = Speculator(heads, wide_profile(), config.max_nodes, fixed)
     else:
-        speculator = ScriptedSpeculator(heads, config.max_nodes, script)
+        speculator = ScriptedSpeculator(heads, config.max_nodes, fixed, script)
+    speculator.cost_model = costs
     max_len = min(config.num_blocks * config.block_size, loaded.max_model_len)
     return Engine(
         EngineParts(

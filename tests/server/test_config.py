@@ -175,6 +175,7 @@ class TestEngineConfig:
             "num_blocks",
             "kv_cache_bytes",
             "max_num_seqs",
+            "max_prefill_tokens",
             "max_model_len",
             "num_threads",
         ],

@@ -241,6 +241,13 @@ class TestAgainstTheOracle:
         expected = step.values_GTC.repeat_interleave(2, dim=0).transpose(0, 1)
         torch.testing.assert_close(step.run(1), expected)
 
+    @pytest.mark.parametrize("is_tree", [False, True])
+    @pytest.mark.parametrize("num_queries", [64, 65])
+    def test_steps_of_many_queries(self, num_queries: int, is_tree: bool) -> None:
+        parents = random_tree(Random(3), num_queries) if is_tree else None
+        for window in (None, 5):
+            assert_same(build_step([Case(6, num_queries, parents)], seed=14), window)
+
     @pytest.mark.parametrize("window", [9, 10, 11])
     def test_decoding_at_the_edge_of_the_window(self, window: int) -> None:
         assert_same(build_step([Case(9, 1, None, is_scattered=True)], seed=7), window)

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from server.config import SpeculationParams
+from server.engine.cost_model import CostModel
 from server.engine.engine import Completion, Engine
 from server.engine.request import Request, RequestOutput
 from server.engine.sequence import Sequence
@@ -127,6 +128,33 @@ class TestDrafts:
                 )
             expected = output.hidden_states[-1][0, -1]
             torch.testing.assert_close(hidden_D, expected, rtol=1e-3, atol=1e-3)
+
+    def test_candidates_of_an_earlier_position_are_never_drafted(self) -> None:
+        # Alone a sequence gets a tree; for two together trees cost too much and no head runs.
+        costs = CostModel((1, 2, 3, 4), (1.0, 1.0, 50.0, 100.0), draft_s=0.0)
+        proposed_at: set[int] = set()
+
+        def propose(sequence: Sequence, hidden_D: Tensor) -> list[list[int]]:
+            proposed_at.add(len(sequence.token_ids))
+            return [[5, 6, 7]] * NUM_HEADS
+
+        engine = make_engine(script=propose, costs=costs)
+        long = make_request(PROMPT, max_tokens=30, ignore_eos=True)
+        engine.add_request(long)
+        length, num_drafted, loads = len(PROMPT), 0, []
+        while engine.has_unfinished:
+            if length == len(PROMPT) + 8:
+                engine.add_request(make_request(random_prompt(8, 5), max_tokens=9, ignore_eos=True))
+            outputs = {output.request_id: output for output in engine.step()}
+            loads.append(engine.num_running)
+            if long.request_id in outputs:
+                output = outputs[long.request_id]
+                if output.stats.num_draft_tokens > num_drafted:
+                    assert length in proposed_at
+                num_drafted = output.stats.num_draft_tokens
+                length += len(output.token_ids)
+        assert num_drafted > 10
+        assert loads.count(2) > 5
 
     def test_a_request_can_switch_drafts_off(self) -> None:
         request = make_request(PROMPT, SpeculationParams(method="none"), max_tokens=8)

@@ -146,6 +146,16 @@ class TestCacheSize:
         assert engine.blocks.num_blocks >= 1
         assert engine.max_model_len == 512, "the model's own limit"
 
+    def test_no_more_blocks_are_made_than_all_sequences_together_can_fill(
+        self, model_dir: Path
+    ) -> None:
+        engine = build(model_dir, num_blocks=None, kv_cache_bytes=10_000 * BLOCK_BYTES)
+        assert engine.blocks.num_blocks == 4 * 512 // 4
+
+    def test_on_a_cpu_prompts_beside_streams_come_in_small_chunks(self, model_dir: Path) -> None:
+        assert build(model_dir).config.max_prefill_tokens == 64
+        assert build(model_dir, max_prefill_tokens=9).config.max_prefill_tokens == 9
+
     def test_less_than_one_block_is_refused(self, model_dir: Path) -> None:
         with pytest.raises(ConfigError, match=f"one block takes {BLOCK_BYTES}"):
             build(model_dir, num_blocks=None, kv_cache_bytes=BLOCK_BYTES - 1)

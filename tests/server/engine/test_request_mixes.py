@@ -56,6 +56,7 @@ class Mix:
     block_size: int
     max_num_seqs: int
     extra_budget: int
+    max_prefill_tokens: int | None
     max_nodes: int
     prefix_caching: bool
     right_share: float | None
@@ -106,6 +107,7 @@ def random_mix(seed: int) -> Mix:
         block_size=block_size,
         max_num_seqs=rng.choice([1, 4, 4, 5]),
         extra_budget=rng.randint(0, 12),
+        max_prefill_tokens=rng.choice([None, None, 1, 3]),
         max_nodes=rng.choice([2, 4, 8]),
         prefix_caching=rng.random() < 0.7,
         right_share=rng.choice([None, 0.0, 0.5, 1.0, 1.0]),
@@ -134,6 +136,7 @@ def build(mix: Mix, expected: dict[str, SlowCompletion]) -> Engine:
         max_nodes=mix.max_nodes,
         max_tokens_per_step=max(mix.max_num_seqs, mix.max_nodes) + mix.extra_budget,
         prefix_caching=mix.prefix_caching,
+        max_prefill_tokens=mix.max_prefill_tokens,
     )
 
 
