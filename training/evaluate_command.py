@@ -2,14 +2,11 @@
 
 from typing import Any
 
-from heads.checkpoint import LoadedHeads, load_heads, save_heads
-from heads.errors import HeadsCheckpointError
-from heads.errors import HeadsMismatchError as CheckpointMismatchError
-from server.errors import HeadsMismatchError
-from server.model.loading import LoadedModel
+from heads.checkpoint import save_heads
+from server.model.draft_heads import load_draft_heads
 from training.base_model import check_base, load_base
 from training.dataset import load_corpus
-from training.errors import DataError, RunError
+from training.errors import DataError
 from training.evaluate import evaluate
 from training.hidden_states import HiddenStateEncoder
 from training.options import EvaluateOptions
@@ -21,13 +18,13 @@ def run(options: EvaluateOptions) -> dict[str, Any]:
 
     Raises:
         DataError: If the data is broken, empty or of another base model.
-        RunError: If the heads cannot be read.
+        ConfigError: If the heads cannot be read.
         HeadsMismatchError: If the heads belong to another base model.
         ModelError: If the base model cannot be loaded.
     """
     loaded = load_base(options)
     check_base(options.data, loaded)
-    found = _load_heads(options, loaded)
+    found = load_draft_heads(options.heads, loaded)
     corpus = load_corpus(options.data, loaded.vocab_size, options.limit)
     if corpus.num_examples == 0:
         raise DataError(f"{options.data} has no answer of two tokens; distill more")
@@ -36,19 +33,3 @@ def run(options: EvaluateOptions) -> dict[str, Any]:
     if options.save:
         save_heads(options.heads, found.heads, loaded.fingerprint, found.base_name, result.profile)
     return {"heads": str(options.heads), **summary(result)}
-
-
-def _load_heads(options: EvaluateOptions, loaded: LoadedModel) -> LoadedHeads:
-    try:
-        return load_heads(
-            options.heads,
-            loaded.unembedding(),
-            loaded.input_embedding(),
-            loaded.fingerprint,
-            loaded.device,
-            loaded.dtype,
-        )
-    except CheckpointMismatchError as error:
-        raise HeadsMismatchError(str(error)) from error
-    except HeadsCheckpointError as error:
-        raise RunError(str(error)) from error

@@ -8,9 +8,6 @@ import psutil
 import torch
 
 import heads as heads_package
-from heads.checkpoint import LoadedHeads, load_heads
-from heads.errors import HeadsCheckpointError
-from heads.errors import HeadsMismatchError as CheckpointMismatchError
 from server.attention.backend import AttentionBatch, AttentionSpan
 from server.config import EngineConfig
 from server.engine.batch import StepBatch
@@ -18,9 +15,10 @@ from server.engine.cost_model import CostModel, measure
 from server.engine.model_runner import ModelRunner
 from server.engine.speculator import Speculator
 from server.engine.validate import RequestLimits
-from server.errors import ConfigError, HeadsMismatchError
+from server.errors import ConfigError
 from server.kv.block_manager import BlockManager
 from server.kv.kv_cache import KVCache, KVLayout
+from server.model.draft_heads import load_draft_heads
 from server.model.loading import LoadedModel, load_model
 
 _MAX_CPU_CACHE_BYTES = 4 << 30
@@ -54,7 +52,7 @@ def build_parts(config: EngineConfig, report: Callable[[str], None]) -> EnginePa
     loaded_heads = None
     if heads_dir is not None:
         report(f"loading heads {heads_dir.name}")
-        loaded_heads = _load_heads(heads_dir, loaded)
+        loaded_heads = load_draft_heads(heads_dir, loaded)
     layout = KVLayout(
         num_layers=loaded.num_layers,
         num_kv_heads=loaded.num_kv_heads,
@@ -104,22 +102,6 @@ def _heads_directory(config: EngineConfig) -> Path | None:
             "or 'none'"
         )
     return path
-
-
-def _load_heads(directory: Path, loaded: LoadedModel) -> LoadedHeads:
-    try:
-        return load_heads(
-            directory,
-            loaded.unembedding(),
-            loaded.input_embedding(),
-            loaded.fingerprint,
-            loaded.device,
-            loaded.dtype,
-        )
-    except CheckpointMismatchError as error:
-        raise HeadsMismatchError(str(error)) from error
-    except HeadsCheckpointError as error:
-        raise ConfigError(str(error)) from error
 
 
 def _num_blocks(config: EngineConfig, layout: KVLayout, max_model_len: int) -> int:

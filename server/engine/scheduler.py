@@ -1,8 +1,9 @@
 """Which sequences take part in the next step, with how many tokens and which blocks.
 
-Older sequences come first. When blocks run out, drafts shrink to the root, then the newest
-sequence is preempted: its blocks are freed and its tokens recomputed later. The oldest sequence can
-always take all blocks and `add` refuses what would not fit alone, so every request ends.
+Older sequences come first. A sequence whose tree finds no blocks shrinks it to the root; if that
+finds none either, the newest sequence is preempted: its blocks are freed and its tokens recomputed
+later. The oldest sequence can always take all blocks, and requests that would not fit alone are
+refused before they are queued, so every request ends.
 """
 
 from collections import deque

@@ -15,7 +15,7 @@ from server.errors import ModelError
 
 ATTENTION_NAME = "euryale"
 # Keywords that change the result and that the backends do not compute.
-_UNSUPPORTED = ("softcap", "s_aux", "position_bias", "alibi")
+UNSUPPORTED_KEYWORDS = ("softcap", "s_aux", "position_bias", "alibi")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ def _attention(
 ) -> tuple[Tensor, None]:
     if attention_context is None:
         raise ModelError("the attention implementation 'euryale' only runs inside the engine")
-    for name in _UNSUPPORTED:
+    for name in UNSUPPORTED_KEYWORDS:
         if kwargs.get(name) is not None:
             raise ModelError(
                 f"{type(module).__name__} uses {name}, which the paged attention does not support; "

@@ -20,12 +20,12 @@ from transformers import (
 )
 
 from server.errors import ModelError
+from server.model.attention_hook import UNSUPPORTED_KEYWORDS
 
 _PROBE_NAME = "euryale_probe"
 _PROBE_LEN = 2
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _RECURRENT_LAYER_TYPES = {"linear_attention", "mamba", "mamba2", "conv", "recurrent", "hybrid"}
-_UNSUPPORTED_KEYWORDS = ("softcap", "s_aux", "position_bias", "alibi")
 _FORWARD_KEYWORDS = ("input_ids", "position_ids", "logits_to_keep")
 
 
@@ -146,7 +146,7 @@ def _probing_attention(
     attention_probe.layers.append(layer)
     attention_probe.windows[layer] = sliding_window
     attention_probe.shapes.add((key_BGTC.shape[1], key_BGTC.shape[3], value_BGTC.shape[3]))
-    used = [keyword for keyword in _UNSUPPORTED_KEYWORDS if kwargs.get(keyword) is not None]
+    used = [keyword for keyword in UNSUPPORTED_KEYWORDS if kwargs.get(keyword) is not None]
     attention_probe.problems += [f"layer {layer} uses {keyword}" for keyword in used]
     if attention_mask is not None:
         attention_probe.problems.append(f"layer {layer} brings an attention mask of its own")

@@ -1,0 +1,50 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from heads.checkpoint import save_heads
+from heads.medusa import MedusaConfig, MedusaHeads
+from server.errors import ConfigError, HeadsMismatchError
+from server.model.draft_heads import load_draft_heads
+from server.model.loading import LoadedModel, load_model
+from tests.tiny_models import save_tiny_model
+
+
+def load_tiny(directory: Path, seed: int) -> LoadedModel:
+    return load_model(str(save_tiny_model("llama", directory, seed)), "cpu", "float32")
+
+
+@pytest.fixture
+def loaded(tmp_path: Path) -> LoadedModel:
+    return load_tiny(tmp_path / "base", seed=0)
+
+
+@pytest.fixture
+def heads_dir(tmp_path: Path, loaded: LoadedModel) -> Path:
+    config = MedusaConfig(loaded.hidden_size, loaded.vocab_size, num_heads=2)
+    heads = MedusaHeads(config, loaded.unembedding(), loaded.input_embedding())
+    torch.nn.init.ones_(heads.block_biases)
+    save_heads(tmp_path / "heads", heads, loaded.fingerprint, loaded.name, None)
+    return tmp_path / "heads"
+
+
+def test_heads_of_the_base_model_come_in_its_dtype(heads_dir: Path, loaded: LoadedModel) -> None:
+    found = load_draft_heads(heads_dir, loaded)
+    assert found.heads.block_biases.dtype == loaded.dtype
+    assert bool((found.heads.block_biases == 1).all())
+
+
+def test_heads_of_another_base_model_are_refused(heads_dir: Path, tmp_path: Path) -> None:
+    other = load_tiny(tmp_path / "other", seed=1)
+    with pytest.raises(HeadsMismatchError, match="base"):
+        load_draft_heads(heads_dir, other)
+
+
+def test_a_missing_or_damaged_checkpoint_is_refused(heads_dir: Path, loaded: LoadedModel) -> None:
+    weights = heads_dir / "heads.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(ConfigError, match=r"heads\.safetensors"):
+        load_draft_heads(heads_dir, loaded)
+    with pytest.raises(ConfigError):
+        load_draft_heads(heads_dir / "nowhere", loaded)
