@@ -6,6 +6,7 @@ punctuation. Knows nothing of models and requests.
 """
 
 import codecs
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -81,6 +82,11 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Turn tokens into text; incomplete characters become U+FFFD, unknown ids nothing."""
         return self._rust.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    @property
+    def chat_template_sha256(self) -> str:
+        """Checksum of the chat template; of the empty text if there is none."""
+        return hashlib.sha256(str(self._transformers.chat_template or "").encode()).hexdigest()
 
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True

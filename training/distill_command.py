@@ -4,7 +4,9 @@ Owns the distilled file and its manifest. Each finished conversation is one appe
 killed run loses only what was in flight.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from training.errors import RunError
 from training.jsonl import LineAppender, drop_torn_line, file_sha256
 from training.options import DistillOptions
 from training.progress import Bar, note, progress_bar
+from training.prompt_order import PromptOrder, check_weights
 from training.prompts import Prompts, read_prompts
 from training.self_distill import SelfDistiller
 
@@ -28,6 +31,7 @@ class _Account:
     """What the file holds, and how many tokens this process has drawn."""
 
     ids: set[str]
+    num_tokens_of: list[tuple[str, int]]
     manifest: Manifest
     num_drawn: int = 0
 
@@ -46,28 +50,42 @@ def run(options: DistillOptions) -> dict[str, Any]:
             "without .gz and compress the file later"
         )
     prompts = list(read_prompts(options.data))[: options.limit]
+    check_weights(options.category_weights, prompts)
     engine = Engine.from_config(_engine_config(options), note)
     manifest = Manifest(
         model=options.model,
         fingerprint=engine.loaded.fingerprint,
         sampling=options.sampling,
         prompts_sha256=file_sha256(options.data),
+        chat_template_sha256=engine.tokenizer.chat_template_sha256,
     )
     account = _take_up(options.output, manifest)
     waiting = [item for item in prompts if item.id not in account.ids]
     if account.ids:
         note(f"{len(account.ids)} conversations are answered, {len(waiting)} are left")
+    order = PromptOrder(waiting, options.category_weights)
+    for category, num_tokens in account.num_tokens_of:
+        order.count(category, num_tokens)
     distiller = SelfDistiller(engine, options.sampling, options.method, options.concurrency)
-    with (
-        LineAppender(options.output) as file,
-        progress_bar("distilling", len(waiting), "tokens") as bar,
-    ):
+    with LineAppender(options.output) as file, _progress(len(waiting), account, options) as bar:
         try:
-            _answer(distiller, waiting, account, options, file, bar)
+            _answer(distiller, order, account, options, file, bar)
         finally:
             file.sync()
             account.manifest.save(options.output)
     return _result(options.output, account)
+
+
+@contextmanager
+def _progress(num_waiting: int, account: _Account, options: DistillOptions) -> Iterator[Bar]:
+    """A bar over tokens if their number ends the run, else over conversations."""
+    if options.max_tokens is None:
+        with progress_bar("distilling", num_waiting, "tokens") as bar:
+            yield bar
+    else:
+        num_left = max(0, options.max_tokens - account.manifest.num_tokens)
+        with progress_bar("distilling tokens", num_left, "tokens") as bar:
+            yield bar
 
 
 def _engine_config(options: DistillOptions) -> EngineConfig:
@@ -91,7 +109,7 @@ def _take_up(output: Path, manifest: Manifest) -> _Account:
     found = Manifest.load(output)
     if not output.exists() or output.stat().st_size == 0:
         manifest.save(output)
-        return _Account(set(), manifest)
+        return _Account(set(), [], manifest)
     if found is None:
         raise RunError(
             f"{output} exists, but {manifest_path(output).name} does not; give another --output"
@@ -106,21 +124,30 @@ def _take_up(output: Path, manifest: Manifest) -> _Account:
     if num_dropped:
         note(f"dropped {num_dropped} bytes of an unfinished last line of {output}")
     ids: set[str] = set()
+    num_tokens_of: list[tuple[str, int]] = []
     num_turns = num_tokens = 0
     if output.stat().st_size:
         for conversation in read_distilled(output):
             ids.add(conversation.id)
             num_turns += len(conversation.turns)
             num_tokens += conversation.num_tokens
+            num_tokens_of.append((conversation.category, conversation.num_tokens))
+    by_category: Counter[str] = Counter()
+    for category, num in num_tokens_of:
+        by_category[category] += num
     counted = replace(
-        manifest, num_conversations=len(ids), num_turns=num_turns, num_tokens=num_tokens
+        manifest,
+        num_conversations=len(ids),
+        num_turns=num_turns,
+        num_tokens=num_tokens,
+        tokens_by_category=dict(by_category),
     )
-    return _Account(ids, counted)
+    return _Account(ids, num_tokens_of, counted)
 
 
 def _answer(
     distiller: SelfDistiller,
-    waiting: Sequence[Prompts],
+    order: PromptOrder,
     account: _Account,
     options: DistillOptions,
     file: LineAppender,
@@ -129,7 +156,7 @@ def _answer(
     num_before = account.manifest.num_tokens
 
     def wanted() -> Iterator[Prompts]:
-        for item in waiting:
+        for item in order:
             if options.max_tokens and num_before + account.num_drawn >= options.max_tokens:
                 return
             yield item
@@ -137,9 +164,12 @@ def _answer(
     def count(num_tokens: int) -> None:
         account.num_drawn += num_tokens
         bar.add(num_tokens)
+        if options.max_tokens is not None:
+            bar.advance(num_tokens)
 
     for conversation in distiller.run(wanted(), count):
         manifest = account.manifest
+        order.finish(conversation.category, conversation.num_tokens)
         if conversation.turns:
             file.append(conversation.to_json())
             account.manifest = replace(
@@ -147,10 +177,16 @@ def _answer(
                 num_conversations=manifest.num_conversations + 1,
                 num_turns=manifest.num_turns + len(conversation.turns),
                 num_tokens=manifest.num_tokens + conversation.num_tokens,
+                tokens_by_category={
+                    **manifest.tokens_by_category,
+                    conversation.category: conversation.num_tokens
+                    + manifest.tokens_by_category.get(conversation.category, 0),
+                },
             )
         else:
             account.manifest = replace(manifest, num_skipped=manifest.num_skipped + 1)
-        bar.advance()
+        if options.max_tokens is None:
+            bar.advance()
         if account.manifest.num_conversations % _SAVE_INTERVAL == 0:
             account.manifest.save(options.output)
     account.manifest = replace(account.manifest, is_finished=True)

@@ -8,8 +8,8 @@ Text alone would not do: tokenising an answer again need not give the tokens tha
 """
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -134,11 +134,12 @@ class Sampling:
 
     Attributes:
         max_new_tokens: Longest answer.
+        temperatures: Each conversation has one of them, by its id; 0 is greedy.
         seed: Each answer's own seed derives from it.
     """
 
     max_new_tokens: int = 256
-    temperature: float = 0.0
+    temperatures: tuple[float, ...] = (0.0,)
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
@@ -153,6 +154,8 @@ class Manifest:
         model: Name of the base model.
         fingerprint: Of that base model.
         prompts_sha256: Of the prompts file as it lies on disk.
+        chat_template_sha256: Of the template that rendered the prompts; empty if not recorded.
+        tokens_by_category: Answer tokens of each category.
         num_skipped: Conversations whose first prompt does not fit the model's context.
         is_finished: Whether all prompts that were asked for are answered.
     """
@@ -161,6 +164,8 @@ class Manifest:
     fingerprint: BaseFingerprint
     sampling: Sampling
     prompts_sha256: str
+    chat_template_sha256: str = ""
+    tokens_by_category: Mapping[str, int] = field(default_factory=dict)
     num_conversations: int = 0
     num_turns: int = 0
     num_tokens: int = 0
@@ -178,6 +183,9 @@ class Manifest:
                 return f"{item.name}: {mine} against {theirs}"
         if self.prompts_sha256 != other.prompts_sha256:
             return f"the prompts: sha256 {self.prompts_sha256} against {other.prompts_sha256}"
+        templates = (self.chat_template_sha256, other.chat_template_sha256)
+        if all(templates) and templates[0] != templates[1]:
+            return f"the chat template: sha256 {templates[0]} against {templates[1]}"
         return None
 
     def save(self, data: Path) -> None:
@@ -202,7 +210,9 @@ class Manifest:
                 raise ValueError(f"format is {kind}, not {(FORMAT, FORMAT_VERSION)}")
             base = content["fingerprint"]
             content["fingerprint"] = BaseFingerprint(**base | {"samples": tuple(base["samples"])})
-            content["sampling"] = Sampling(**content["sampling"])
+            sampling = content["sampling"]
+            temperatures = tuple(sampling["temperatures"])
+            content["sampling"] = Sampling(**sampling | {"temperatures": temperatures})
             return cls(**content)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(

@@ -34,6 +34,8 @@ class DistillOptions(ModelOptions):
         output: Distilled file; a run that it holds is continued.
         limit: Number of conversations from the beginning of the file; None takes all.
         max_tokens: No conversation begins once there are so many answer tokens; None is no end.
+        category_weights: Share of answer tokens by category; None keeps the order of the file.
+        temperatures: Each conversation has one of them.
         method: Draft source; changes the speed but no token.
         heads: As `EngineConfig.heads`.
         concurrency: Conversations in flight.
@@ -43,8 +45,9 @@ class DistillOptions(ModelOptions):
     output: Path
     limit: int | None = None
     max_tokens: int | None = None
+    category_weights: Mapping[str, float] | None = None
     max_new_tokens: int = 256
-    temperature: float = 0.0
+    temperatures: tuple[float, ...] = (0.0,)
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
@@ -58,7 +61,7 @@ class DistillOptions(ModelOptions):
         """How answers are drawn."""
         return Sampling(
             max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
+            temperatures=self.temperatures,
             top_p=self.top_p,
             top_k=self.top_k,
             seed=self.seed,
@@ -170,8 +173,14 @@ def _add_distill(parser: argparse.ArgumentParser) -> None:
     add("output", type=Path, metavar="FILE", help="JSON lines to write; an earlier run goes on")
     add("limit", type=_count, metavar="N", help="conversations, from the beginning of PROMPTS")
     add("max-tokens", type=_count, metavar="N", help="begin none after so many answer tokens")
+    add(
+        "category-weights",
+        type=_weights,
+        metavar="NAME=W,NAME=W",
+        help="balance answer tokens over categories; 1 if not named",
+    )
     add("max-new-tokens", type=_count, metavar="N", help="longest answer")
-    add("temperature", type=_between(0.0, 2.0), metavar="T", help="0 is greedy")
+    add("temperatures", type=_temperatures, metavar="T,T", help="one per conversation; 0 is greedy")
     add("top-p", type=_between(0.0, 1.0), metavar="P", help="nucleus mass")
     add("top-k", type=_whole, metavar="K", help="most probable tokens kept; 0 is off")
     add("seed", type=_whole, metavar="S", help="each answer's own seed derives from it")
@@ -257,6 +266,20 @@ def _whole(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number; give one from 0")
     return int(text)
+
+
+def _temperatures(text: str) -> tuple[float, ...]:
+    return tuple(_between(0.0, 2.0)(part) for part in text.split(","))
+
+
+def _weights(text: str) -> dict[str, float]:
+    weights: dict[str, float] = {}
+    for part in text.split(","):
+        name, equals, value = part.partition("=")
+        if not equals:
+            raise argparse.ArgumentTypeError(f"{part!r} is no weight; give NAME=WEIGHT")
+        weights[name.strip()] = _between(0.0, 1000.0)(value)
+    return weights
 
 
 def _between(low: float, high: float) -> Callable[[str], float]:

@@ -71,7 +71,8 @@ class Bar:
         if is_due and not self._progress.console.is_terminal:
             self._logged_s = now_s
             task = self._progress.tasks[self._task]
-            left_s = (now_s - self._started_s) / self._num_done * (self._total - self._num_done)
+            per_unit_s = (now_s - self._started_s) / max(1, self._num_done)
+            left_s = per_unit_s * (self._total - self._num_done)
             note(
                 f"{self._label}: {self._num_done} of {self._total}, "
                 f"{task.fields['speed'] or 'going on'}, {left_s / 60:.0f} min left"

@@ -141,16 +141,21 @@ class SelfDistiller:
 
     def _params(self, conversation_id: str, turn: int) -> SamplingParams:
         sampling = self._sampling
-        key = f"{sampling.seed}/{conversation_id}/{turn}".encode()
         # A seed of its own makes an answer the same whenever and beside whatever it is drawn.
-        seed = int.from_bytes(hashlib.sha256(key).digest()[:8], "big", signed=True)
+        seed = _number(f"{sampling.seed}/{conversation_id}/{turn}")
+        choice = _number(f"{sampling.seed}/{conversation_id}") % len(sampling.temperatures)
         return SamplingParams(
             max_tokens=sampling.max_new_tokens,
-            temperature=sampling.temperature,
+            temperature=sampling.temperatures[choice],
             top_p=sampling.top_p,
             top_k=sampling.top_k,
             seed=seed,
         )
+
+
+def _number(key: str) -> int:
+    """A signed 64-bit number that hangs on the key alone."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big", signed=True)
 
 
 def _messages(dialogue: _Dialogue) -> list[dict[str, str]]:

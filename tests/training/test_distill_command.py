@@ -40,6 +40,9 @@ def test_every_prompt_is_answered_and_counted(distilled_file: Path) -> None:
     assert manifest.num_turns == sum(len(c.turns) for c in conversations) == len(PROMPT_LINES) + 3
     assert manifest.num_tokens == sum(c.num_tokens for c in conversations)
     assert manifest.is_finished
+    assert sum(manifest.tokens_by_category.values()) == manifest.num_tokens
+    assert set(manifest.tokens_by_category) == {"", "chat", "qa"}
+    assert len(manifest.chat_template_sha256) == 64
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.3, 0.8, 1.0])
@@ -97,6 +100,35 @@ def test_no_conversation_begins_after_enough_tokens(
     assert result(capsys)["num_conversations"] == len(PROMPT_LINES)
 
 
+def test_categories_are_balanced_by_weight(
+    prompts_file: Path, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "qa.jsonl"
+    only = ("--category-weights", "chat=0,qa=3,=0", "--concurrency", "2")
+    assert distill(prompts_file, output, model_dir, *only) == 0
+    assert {c.category for c in read_distilled(output)} == {"qa"}
+    # What is answered already counts when the run goes on, here with all categories.
+    assert distill(prompts_file, output, model_dir) == 0
+    assert len(by_id(output)) == len(PROMPT_LINES)
+    assert distill(prompts_file, output, model_dir, "--category-weights", "maths=1") == 2
+    assert "'maths' has a weight, but no prompt is of it" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
+def test_each_conversation_takes_one_of_the_temperatures(
+    prompts_file: Path, distilled_file: Path, model_dir: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "mixed.jsonl"
+    assert distill(prompts_file, output, model_dir, "--temperatures", "0,1.5") == 0
+    greedy, mixed = by_id(distilled_file), by_id(output)
+    num_greedy = sum(mixed[name] == line for name, line in greedy.items())
+    assert 0 < num_greedy < len(greedy)
+    manifest = Manifest.load(output)
+    assert manifest is not None
+    assert manifest.sampling.temperatures == (0.0, 1.5)
+
+
 def test_the_limit_counts_from_the_beginning_of_the_file(
     prompts_file: Path, model_dir: Path, tmp_path: Path
 ) -> None:
@@ -118,7 +150,7 @@ def test_prompts_that_do_not_fit_are_counted(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--temperature", "0.5"), "temperature: 0.0 against 0.5"),
+        (("--temperatures", "0.5"), "temperatures: (0.0,) against (0.5,)"),
         (("--seed", "7"), "seed: 0 against 7"),
     ],
 )

@@ -19,7 +19,7 @@ from training.distilled import (
 from training.errors import DataError
 
 BASE = BaseFingerprint("llama", 2, 8, 32, (0.5, -0.25))
-MANIFEST = Manifest("tiny", BASE, Sampling(), "0" * 64, num_conversations=3)
+MANIFEST = Manifest("tiny", BASE, Sampling(), "0" * 64, "a", {"chat": 7}, num_conversations=3)
 TURN = {"prompt_token_ids": [1, 2], "token_ids": [3]}
 
 
@@ -100,9 +100,13 @@ def test_counts_do_not_keep_two_runs_apart() -> None:
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (replace(MANIFEST, sampling=Sampling(temperature=0.5)), "temperature: 0.0 against 0.5"),
+        (
+            replace(MANIFEST, sampling=Sampling(temperatures=(0.5,))),
+            r"temperatures: \(0.0,\) against \(0.5,\)",
+        ),
         (replace(MANIFEST, sampling=Sampling(max_new_tokens=8)), "max_new_tokens: 256 against 8"),
         (replace(MANIFEST, prompts_sha256="1" * 64), "the prompts: sha256"),
+        (replace(MANIFEST, chat_template_sha256="b"), "the chat template: sha256 a against b"),
         (
             replace(MANIFEST, model="big", fingerprint=replace(BASE, hidden_size=16)),
             "the base model: tiny against big .*hidden_size is 8 against 16",

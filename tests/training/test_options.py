@@ -49,8 +49,10 @@ def test_options_arrive_where_they_are_used() -> None:
             *DISTILL,
             "--max-new-tokens",
             "9",
-            "--temperature",
-            "0.5",
+            "--temperatures",
+            "0,0.5",
+            "--category-weights",
+            "math=2,chat=0.5",
             "--seed",
             "3",
             "--no-stop-repeats",
@@ -58,8 +60,9 @@ def test_options_arrive_where_they_are_used() -> None:
     )
     assert isinstance(distill, DistillOptions)
     assert distill.sampling == Sampling(
-        max_new_tokens=9, temperature=0.5, seed=3, stop_repeats=False
+        max_new_tokens=9, temperatures=(0.0, 0.5), seed=3, stop_repeats=False
     )
+    assert distill.category_weights == {"math": 2.0, "chat": 0.5}
     train = parse_options([*TRAIN, "--epochs", "7", "--batch-size", "5", "--no-cache"])
     assert isinstance(train, TrainOptions)
     assert train.train_config.epochs == 7
@@ -70,7 +73,10 @@ def test_options_arrive_where_they_are_used() -> None:
     ("argv", "message"),
     [
         ([*DISTILL, "--limit", "0"], "'0' is no count"),
-        ([*DISTILL, "--temperature", "3"], "3 is out of range; give 0 to 2"),
+        ([*DISTILL, "--temperatures", "0,3"], "3 is out of range; give 0 to 2"),
+        ([*DISTILL, "--temperatures", "0,warm"], "'warm' is no number"),
+        ([*DISTILL, "--category-weights", "math"], "'math' is no weight; give NAME=WEIGHT"),
+        ([*DISTILL, "--category-weights", "math=-1"], "-1 is out of range"),
         ([*DISTILL, "--method", "magic"], "invalid choice: 'magic'"),
         ([*TRAIN, "--learning-rate", "fast"], "'fast' is no number"),
         ([*TRAIN, "--draft-vocab-size", "-1"], "'-1' is no whole number|expected one argument"),

@@ -65,7 +65,7 @@ def test_a_system_message_opens_every_prompt() -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_answers_do_not_depend_on_what_runs_beside_them(temperature: float) -> None:
-    sampling = Sampling(max_new_tokens=6, temperature=temperature, stop_repeats=False)
+    sampling = Sampling(max_new_tokens=6, temperatures=(temperature,), stop_repeats=False)
     together = distill(prompts(5, num_turns=2), sampling, max_in_flight=5)
     alone = distill(reversed(prompts(5, num_turns=2)), sampling, max_in_flight=1)
     assert together == alone
@@ -73,8 +73,8 @@ def test_answers_do_not_depend_on_what_runs_beside_them(temperature: float) -> N
 
 def test_sampled_answers_differ_by_seed_and_by_conversation() -> None:
     asked = [Prompts("a", "", ("Why?",)), Prompts("b", "", ("Why?",))]
-    found = distill(asked, Sampling(max_new_tokens=12, temperature=1.5))
-    other = distill(asked, Sampling(max_new_tokens=12, temperature=1.5, seed=1))
+    found = distill(asked, Sampling(max_new_tokens=12, temperatures=(1.5,)))
+    other = distill(asked, Sampling(max_new_tokens=12, temperatures=(1.5,), seed=1))
     texts = {c.turns[0].token_ids for c in (*found.values(), *other.values())}
     assert len(texts) == 4
 
