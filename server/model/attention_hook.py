@@ -61,8 +61,13 @@ def _no_mask(*args: Any, **kwargs: Any) -> None:
     """The backend masks by itself."""
 
 
-def install_attention(model: PreTrainedModel) -> None:
-    """Make the model attend through the context that its forward gets as `attention_context`."""
+def register_attention() -> None:
+    """Make the name known to `transformers`; may be called again."""
     AttentionInterface.register(ATTENTION_NAME, _attention)
     AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
+
+
+def install_attention(model: PreTrainedModel) -> None:
+    """Make the model attend through the context that its forward gets as `attention_context`."""
+    register_attention()
     model.set_attn_implementation(ATTENTION_NAME)

@@ -1,0 +1,144 @@
+"""The MTP module: one decoder block that drafts a token at a time from its own output.
+
+Slot i of the module's attention belongs to token i, and its input is that token with the hidden
+state *before* it:
+
+    depth 1   u_i = M [RMSNorm(h_{i-1}); RMSNorm(Emb(x_i))]      h from the base model
+    depth d   the same with the module's own output at i - 1, of depth d - 1, in place of h_{i-1}
+
+then the block, a final norm, and the base model's frozen unembedding over a draft vocabulary. The
+output at i drafts the token i + 1. The root's hidden state is known when it is drafted for, so the
+root runs at depth 1; after verification the accepted tokens run again at depth 1.
+
+Source: DeepSeek-V3, arXiv:2412.19437, 2.2; the slot of a pair is that of its token, not of its
+hidden state, so that base and module share block tables.
+
+Owns the weights, and knows neither the block's class nor its attention: the caller brings both.
+
+Shape suffixes: T flat tokens, D model width, U draft vocabulary, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True, slots=True)
+class MTPConfig:
+    """Shape of an MTP module.
+
+    Attributes:
+        hidden_size: Width of the base model and of the block.
+        vocab_size: Rows of the base model's unembedding.
+        draft_vocab_size: Tokens that the module can draft.
+        norm_eps: Of the RMS norms.
+
+    Raises:
+        ValueError: If a size is less than 1, or the draft vocabulary exceeds the vocabulary.
+    """
+
+    hidden_size: int
+    vocab_size: int
+    draft_vocab_size: int
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "vocab_size", "draft_vocab_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give at least 1")
+        if self.draft_vocab_size > self.vocab_size:
+            raise ValueError(
+                f"draft_vocab_size is {self.draft_vocab_size}; give at most vocab_size "
+                f"({self.vocab_size})"
+            )
+
+
+class MTPModule(nn.Module):
+    """One level of drafting: states and tokens in, states of the next level out.
+
+    Fresh modules pass the hidden state to the block as it is, and the token not at all.
+
+    Args:
+        block: A decoder block of the base model's shape, not shared with it.
+        unembedding_VD: The base model's, by reference; frozen.
+        input_embedding_VD: Likewise.
+        draft_vocab_ids: Distinct ids, `config.draft_vocab_size` of them.
+
+    Attributes:
+        draft_vocab_ids: Int64 [U]; in the state dict.
+
+    Raises:
+        ValueError: If a matrix or the draft vocabulary does not fit the config.
+    """
+
+    draft_vocab_ids: Tensor
+    draft_rows_UD: Tensor
+
+    def __init__(
+        self,
+        config: MTPConfig,
+        block: nn.Module,
+        unembedding_VD: Tensor,
+        input_embedding_VD: Tensor,
+        draft_vocab_ids: Tensor,
+    ) -> None:
+        super().__init__()
+        expected = (config.vocab_size, config.hidden_size)
+        for name, matrix in (
+            ("unembedding_VD", unembedding_VD),
+            ("input_embedding_VD", input_embedding_VD),
+        ):
+            if tuple(matrix.shape) != expected:
+                raise ValueError(f"{name} has shape {tuple(matrix.shape)}; give {expected}")
+        if draft_vocab_ids.shape != (config.draft_vocab_size,):
+            raise ValueError(
+                f"draft_vocab_ids has shape {tuple(draft_vocab_ids.shape)}; give "
+                f"{config.draft_vocab_size} ids"
+            )
+        self.config = config
+        self._unembedding_VD = unembedding_VD.detach()
+        self._input_embedding_VD = input_embedding_VD.detach()
+        width, eps = config.hidden_size, config.norm_eps
+        self.hidden_norm = nn.RMSNorm(width, eps)
+        self.embedding_norm = nn.RMSNorm(width, eps)
+        self.projection = nn.Linear(2 * width, width, bias=False)
+        self.block = block
+        self.final_norm = nn.RMSNorm(width, eps)
+        with torch.no_grad():
+            self.projection.weight.zero_()
+            self.projection.weight[:, :width].fill_diagonal_(1.0)
+        self.register_buffer("draft_vocab_ids", draft_vocab_ids.to(torch.int64))
+        self._gather_draft_rows()
+        self.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
+            lambda module, _: module._gather_draft_rows()
+        )
+
+    def _gather_draft_rows(self) -> None:
+        rows_UD = self._unembedding_VD.index_select(0, self.draft_vocab_ids)
+        self.register_buffer("draft_rows_UD", rows_UD, persistent=False)
+
+    def forward(
+        self, states_TD: Tensor, token_ids_T: Tensor, run_block: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Return the states TD from which the tokens after `token_ids_T` are drafted.
+
+        Args:
+            states_TD: For each token the state before it: the base model's last hidden state after
+                its final norm, or this module's output.
+            token_ids_T: Int64.
+            run_block: Runs `block` on TD with positions, attention and KV of these tokens.
+        """
+        embedded_TD = F.embedding(token_ids_T, self._input_embedding_VD)
+        dtype = self.projection.weight.dtype
+        joined_TX = torch.cat(
+            (self.hidden_norm(states_TD.to(dtype)), self.embedding_norm(embedded_TD.to(dtype))), 1
+        )
+        states: Tensor = self.final_norm(run_block(self.projection(joined_TX)))
+        return states
+
+    def draft_logits(self, states_TD: Tensor) -> Tensor:
+        """Return logits over the draft vocabulary, TU, in the order of `draft_vocab_ids`."""
+        return F.linear(states_TD, self.draft_rows_UD.to(states_TD.dtype))
