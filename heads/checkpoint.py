@@ -278,6 +278,9 @@ def _read_base(config: Mapping[str, Any], directory: Path) -> tuple[str, BaseFin
 def _medusa_config(config: Mapping[str, Any]) -> MedusaConfig:
     sizes = config["heads"]
     known = {field.name for field in fields(MedusaConfig)}
+    if isinstance(sizes, dict):
+        # Heads that were saved before there were others do not say it.
+        sizes = {"own_unembedding": False} | sizes
     if not isinstance(sizes, dict) or set(sizes) != known:
         raise ValueError(f"the heads' config is {sizes!r}; exactly {sorted(known)} are known")
     return MedusaConfig(**sizes)

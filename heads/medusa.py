@@ -38,9 +38,12 @@ class MedusaConfig:
         num_blocks: Residual blocks of each head.
         root_conditioned: Whether the heads see the root token's embedding.
         draft_vocab_size: Tokens that the heads can draft; None for the whole vocabulary.
+        own_unembedding: Whether each head has a vocabulary matrix of its own, as the original
+            Medusa does, instead of the base model's.
 
     Raises:
-        ValueError: If a size is less than 1, or the draft vocabulary exceeds the vocabulary.
+        ValueError: If a size is less than 1, the draft vocabulary exceeds the vocabulary, or heads
+            with matrices of their own are restricted to one.
     """
 
     hidden_size: int
@@ -49,6 +52,7 @@ class MedusaConfig:
     num_blocks: int = 1
     root_conditioned: bool = True
     draft_vocab_size: int | None = None
+    own_unembedding: bool = False
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "vocab_size", "num_heads", "num_blocks"):
@@ -58,6 +62,11 @@ class MedusaConfig:
             raise ValueError(
                 f"draft_vocab_size is {self.draft_vocab_size}; give 1 to vocab_size "
                 f"({self.vocab_size}), or None for the whole vocabulary"
+            )
+        if self.own_unembedding and self.draft_vocab_size is not None:
+            raise ValueError(
+                f"draft_vocab_size is {self.draft_vocab_size}, but heads with vocabulary matrices "
+                "of their own draft from the whole vocabulary; give None"
             )
 
 
@@ -117,6 +126,10 @@ class MedusaHeads(nn.Module):
         self.root_weights: nn.Parameter | None = None
         if config.root_conditioned:
             self.root_weights = nn.Parameter(like.new_zeros(config.num_heads, width, width))
+        self.unembedding_KVD: nn.Parameter | None = None
+        if config.own_unembedding:
+            matrices = (config.num_heads, config.vocab_size, width)
+            self.unembedding_KVD = nn.Parameter(like.new_zeros(matrices))
         ids_U = _checked_draft_vocab(draft_vocab_ids, config).to(like.device)
         is_restricted = config.draft_vocab_size is not None
         self.register_buffer("draft_vocab_ids", ids_U, persistent=is_restricted)
@@ -155,7 +168,13 @@ class MedusaHeads(nn.Module):
 
     def draft_logits(self, head_hidden_KTD: Tensor) -> Tensor:
         """Return logits over the draft vocabulary, KTU, in the order of `draft_vocab_ids`."""
+        if self.unembedding_KVD is not None:
+            return torch.bmm(head_hidden_KTD, self.unembedding_KVD.transpose(1, 2))
         return F.linear(head_hidden_KTD, self.draft_rows_UD)
+
+    def draft_rows(self, head: int) -> Tensor:
+        """Return the unembedding UD of one head, in the order of `draft_vocab_ids`; no copy."""
+        return self.draft_rows_UD if self.unembedding_KVD is None else self.unembedding_KVD[head]
 
     def _frozen_unembedding(self) -> FrozenLinear:
         # Built on first use, and again when the module has moved to another device or dtype.
@@ -206,8 +225,12 @@ class MedusaHeads(nn.Module):
             raise ValueError(f"num_ranks is {num_ranks}; give at least 1")
         if len(seen) != len(hidden_BD):
             raise ValueError(f"seen has {len(seen)} entries; give {len(hidden_BD)}, one a sequence")
-        head_hidden_BKD = self(hidden_BD, root_tokens_B).transpose(0, 1)
-        logits_BKU = self._frozen_unembedding()(head_hidden_BKD)
+        head_hidden_KBD = self(hidden_BD, root_tokens_B)
+        head_hidden_BKD = head_hidden_KBD.transpose(0, 1)
+        if self.unembedding_KVD is None:
+            logits_BKU = self._frozen_unembedding()(head_hidden_BKD)
+        else:
+            logits_BKU = self.draft_logits(head_hidden_KBD).transpose(0, 1)
         num_seen = max(0 if rows is None else len(rows.token_ids_E) for rows in seen)
         num_extra = max(num_seen, num_ranks - logits_BKU.shape[2])
         if num_extra == 0:

@@ -10,9 +10,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from server.errors import EuryaleError
-from training import distill_command, evaluate_command, train_command
+from training import convert_command, distill_command, evaluate_command, train_command
 from training.errors import DivergedError
-from training.options import DistillOptions, EvaluateOptions, Options, TrainOptions, parse_options
+from training.options import (
+    ConvertOptions,
+    DistillOptions,
+    EvaluateOptions,
+    Options,
+    TrainOptions,
+    parse_options,
+)
 from training.progress import note
 
 
@@ -42,6 +49,8 @@ def _run(options: Options) -> dict[str, Any]:
             return train_command.run(options)
         case EvaluateOptions():
             return evaluate_command.run(options)
+        case ConvertOptions():
+            return convert_command.run(options)
 
 
 if __name__ == "__main__":

@@ -90,17 +90,18 @@ def _ranks(
     head_hidden_KND: Tensor, labels_NK: Tensor, heads: MedusaHeads, prompt: Sequence[int]
 ) -> Tensor:
     """Ranks NK among the draft vocabulary and the prompt's tokens, as `propose` orders them."""
-    token_ids_U, rows_UD = heads.draft_vocab_ids, heads.draft_rows_UD
+    token_ids_U = heads.draft_vocab_ids
     seen = heads.seen_rows(prompt)
     if seen is not None:
         token_ids_U = torch.cat((token_ids_U, seen.token_ids_E))
-        rows_UD = torch.cat((rows_UD, seen.rows_ED))
     index_V = token_ids_U.new_full((heads.config.vocab_size + 1,), NO_LABEL)
     index_V[token_ids_U] = torch.arange(len(token_ids_U), device=token_ids_U.device)
     index_NK = index_V[labels_NK.clamp(min=-1)]
     ranks_NK = torch.full_like(index_NK, UNRANKED)
     for head, hidden_ND in enumerate(head_hidden_KND):
-        logits_NU = F.linear(hidden_ND, rows_UD)
+        logits_NU = F.linear(hidden_ND, heads.draft_rows(head))
+        if seen is not None:
+            logits_NU = torch.cat((logits_NU, F.linear(hidden_ND, seen.rows_ED)), dim=1)
         index_N1 = index_NK[:, head : head + 1]
         drawn_N1 = logits_NU.gather(1, index_N1.clamp(min=0))
         ranks_N = (logits_NU > drawn_N1).sum(dim=1)

@@ -143,7 +143,22 @@ class EvaluateOptions(ModelOptions):
     save: bool = True
 
 
-Options = DistillOptions | TrainOptions | EvaluateOptions
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertOptions(ModelOptions):
+    """What `convert` was asked to do.
+
+    Attributes:
+        source: Directory of heads in the original Medusa layout.
+        output: Directory of the heads.
+        overwrite: Replace heads that `output` holds.
+    """
+
+    source: Path
+    output: Path
+    overwrite: bool = False
+
+
+Options = DistillOptions | TrainOptions | EvaluateOptions | ConvertOptions
 
 
 def parse_options(argv: Sequence[str]) -> Options:
@@ -225,6 +240,13 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     _add_switch(parser, "save", default["save"], "write the profile into the checkpoint")
 
 
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    add, _ = _adder(parser, ConvertOptions)
+    add("source", type=Path, metavar="DIR", help="config.json and medusa_lm_head.pt/.safetensors")
+    add("output", type=Path, metavar="DIR", help="heads to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace what --output holds")
+
+
 def _add_model(parser: argparse.ArgumentParser) -> None:
     add, _ = _adder(parser, ModelOptions)
     add("model", help="hub id, directory, .gguf file or smollm2")
@@ -298,7 +320,7 @@ def _between(low: float, high: float) -> Callable[[str], float]:
 @dataclass(frozen=True, slots=True)
 class _Command:
     summary: str
-    type: type[DistillOptions] | type[TrainOptions] | type[EvaluateOptions]
+    type: type[Options]
     add_options: Callable[[argparse.ArgumentParser], None]
 
 
@@ -308,4 +330,5 @@ _COMMANDS: Mapping[str, _Command] = {
     "evaluate": _Command(
         "measure heads on answers they were not trained on", EvaluateOptions, _add_evaluate
     ),
+    "convert": _Command("import heads of the original Medusa", ConvertOptions, _add_convert),
 }

@@ -139,8 +139,16 @@ class TestFingerprint:
 
 
 class TestRoundTrip:
-    @pytest.mark.parametrize("restricted", [True, False])
-    @pytest.mark.parametrize("options", [{}, {"root_conditioned": False, "num_blocks": 2}])
+    @pytest.mark.parametrize(
+        ("restricted", "options"),
+        [
+            (True, {}),
+            (False, {}),
+            (True, {"root_conditioned": False, "num_blocks": 2}),
+            (False, {"root_conditioned": False, "num_blocks": 2}),
+            (False, {"own_unembedding": True}),
+        ],
+    )
     def test_heads_come_back_as_they_were(
         self, tmp_path: Path, restricted: bool, options: dict[str, Any]
     ) -> None:
@@ -160,6 +168,13 @@ class TestRoundTrip:
         expected = heads.propose(hidden_BD, roots_B, 3, [None, None])
         proposed = loaded.heads.propose(hidden_BD, roots_B, 3, [None, None])
         assert torch.equal(proposed.token_ids_BKR, expected.token_ids_BKR)
+
+    def test_heads_saved_before_there_were_own_matrices_load(self, saved: Path) -> None:
+        path = saved / "config.json"
+        config = json.loads(path.read_text())
+        del config["heads"]["own_unembedding"]
+        path.write_text(json.dumps(config))
+        assert not load(saved, tiny_base()).heads.config.own_unembedding
 
     def test_a_checkpoint_is_three_files(self, saved: Path) -> None:
         names = sorted(path.name for path in saved.iterdir())

@@ -316,3 +316,8 @@ class TestState:
         before = heads.propose(*arguments)
         again = copy.deepcopy(heads).propose(*arguments)
         assert torch.equal(before.log_probs_BKR, again.log_probs_BKR)
+
+
+def test_heads_with_matrices_of_their_own_take_no_draft_vocabulary() -> None:
+    with pytest.raises(ValueError, match="draft_vocab_size is 3, but heads with vocabulary"):
+        MedusaConfig(8, 20, draft_vocab_size=3, own_unembedding=True)

@@ -6,11 +6,18 @@ import pytest
 
 from training.distilled import Sampling
 from training.examples import BatchPlan
-from training.options import DistillOptions, EvaluateOptions, TrainOptions, parse_options
+from training.options import (
+    ConvertOptions,
+    DistillOptions,
+    EvaluateOptions,
+    TrainOptions,
+    parse_options,
+)
 
 DISTILL = ["distill", "--data", "p.jsonl", "--output", "d.jsonl"]
 TRAIN = ["train", "--data", "d.jsonl", "--output", "heads"]
 EVALUATE = ["evaluate", "--heads", "heads", "--data", "d.jsonl"]
+CONVERT = ["convert", "--source", "original", "--output", "heads"]
 
 
 def test_defaults_are_those_of_the_types() -> None:
@@ -18,9 +25,11 @@ def test_defaults_are_those_of_the_types() -> None:
     assert parse_options(DISTILL) == DistillOptions(data=Path("p.jsonl"), output=data)
     assert parse_options(TRAIN) == TrainOptions(data=data, output=Path("heads"))
     assert parse_options(EVALUATE) == EvaluateOptions(heads=Path("heads"), data=data)
+    heads = ConvertOptions(source=Path("original"), output=Path("heads"))
+    assert parse_options(CONVERT) == heads
 
 
-@pytest.mark.parametrize("argv", [DISTILL, TRAIN, EVALUATE])
+@pytest.mark.parametrize("argv", [DISTILL, TRAIN, EVALUATE, CONVERT])
 def test_every_field_is_an_option_with_help(
     argv: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -35,7 +44,7 @@ def test_every_field_is_an_option_with_help(
 
 
 def test_required_options_are_those_without_a_default() -> None:
-    for argv in (DISTILL, TRAIN, EVALUATE):
+    for argv in (DISTILL, TRAIN, EVALUATE, CONVERT):
         required = [f.name for f in fields(parse_options(argv)) if f.default is MISSING]
         assert [f"--{name}" for name in required] == [a for a in argv if a.startswith("--")]
         for position in range(1, len(argv), 2):

@@ -1,0 +1,99 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from server.config import EngineConfig, SamplingParams, SpeculationParams
+from server.engine.engine import Completion, Engine
+from server.engine.request import Request
+from server.model.draft_heads import load_draft_heads
+from server.model.loading import LoadedModel
+from training.__main__ import main
+
+
+def original_heads(directory: Path, loaded: LoadedModel, shared: bool) -> Path:
+    """Two heads of one block in the original layout, some of whose drafts are accepted."""
+    generator = torch.Generator().manual_seed(0)
+    width, tensors = loaded.hidden_size, {}
+    for head in range(2):
+        weight = torch.randn(width, width, generator=generator) * 0.05
+        tensors[f"{head}.0.linear.weight"] = weight
+        tensors[f"{head}.0.linear.bias"] = torch.zeros(width)
+        if not shared:
+            tensors[f"{head}.1.weight"] = loaded.unembedding().clone()
+    directory.mkdir()
+    torch.save(tensors, directory / "medusa_lm_head.pt")
+    sizes = {"medusa_num_heads": 2, "medusa_num_layers": 1}
+    (directory / "config.json").write_text(json.dumps(sizes))
+    return directory
+
+
+def convert(source: Path, output: Path, model: Path, *more: str) -> int:
+    argv = ["convert", "--source", str(source), "--output", str(output), "--model", str(model)]
+    return main([*argv, "--device", "cpu", *more])
+
+
+def generated(model: Path, heads: str) -> list[Completion]:
+    config = EngineConfig(model=str(model), heads=heads, device="cpu", num_blocks=64, tree=6)
+    engine = Engine.from_config(config)
+    return engine.generate(
+        [
+            Request(
+                str(i),
+                (1, 40 + i, 60),
+                SamplingParams(max_tokens=24, temperature=0.0),
+                SpeculationParams(),
+            )
+            for i in range(4)
+        ]
+    )
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_converted_heads_are_served_and_change_no_token(
+    shared: bool,
+    model_dir: Path,
+    loaded: LoadedModel,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = original_heads(tmp_path / "original", loaded, shared)
+    output = tmp_path / "heads"
+    assert convert(source, output, model_dir) == 0
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (printed["num_heads"], printed["own_unembedding"]) == (2, not shared)
+    assert load_draft_heads(output, loaded).heads.config.own_unembedding is not shared
+    plain, drafted = generated(model_dir, "none"), generated(model_dir, str(output))
+    assert [c.token_ids for c in drafted] == [c.token_ids for c in plain]
+    assert sum(c.stats.num_draft_tokens for c in drafted) > 0
+
+
+def test_converted_heads_can_be_evaluated(
+    model_dir: Path, loaded: LoadedModel, distilled_file: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "heads"
+    assert convert(original_heads(tmp_path / "original", loaded, False), output, model_dir) == 0
+    argv = ["evaluate", "--heads", str(output), "--data", str(distilled_file)]
+    assert main([*argv, "--model", str(model_dir), "--device", "cpu"]) == 0
+    assert load_draft_heads(output, loaded).profile is not None
+
+
+def test_heads_that_are_there_are_kept(
+    model_dir: Path, loaded: LoadedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = original_heads(tmp_path / "original", loaded, True)
+    output = tmp_path / "heads"
+    assert convert(source, output, model_dir) == 0
+    assert convert(source, output, model_dir) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert convert(source, output, model_dir, "--overwrite") == 0
+
+
+def test_a_source_that_is_none_is_named(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert(tmp_path / "nothing", tmp_path / "heads", model_dir) == 2
+    # A long path may be broken over lines.
+    assert "config.json" in "".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "heads").exists()
