@@ -10,13 +10,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from server.errors import EuryaleError
-from training import convert_command, distill_command, evaluate_command, train_command
+from training import (
+    convert_command,
+    distill_command,
+    evaluate_command,
+    report_command,
+    train_command,
+)
 from training.errors import DivergedError
 from training.options import (
     ConvertOptions,
     DistillOptions,
     EvaluateOptions,
     Options,
+    ReportOptions,
     TrainOptions,
     parse_options,
 )
@@ -51,6 +58,8 @@ def _run(options: Options) -> dict[str, Any]:
             return evaluate_command.run(options)
         case ConvertOptions():
             return convert_command.run(options)
+        case ReportOptions():
+            return report_command.run(options)
 
 
 if __name__ == "__main__":

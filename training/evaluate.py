@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from heads.medusa import MedusaHeads
 from heads.tree import DraftTree
 from heads.tree_search import AcceptanceProfile, best_tree, expected_tokens_per_step
+from training.calibration import CalibrationCounter
 from training.dataset import Corpus, Document
 from training.errors import DataError
 from training.examples import NO_LABEL, document_examples
@@ -25,7 +26,9 @@ from training.hidden_states import HiddenStateEncoder
 
 # No candidate of any tree: the token is not drafted at all, or the answer ends before it.
 UNRANKED = -1
-TREE_SIZES = (1, 2, 4, 8, 16, 32)
+TREE_SIZES = (1, 2, 4, 8, 16, 32, 64)
+# Of the tree that accept rates and categories are measured with; the server's largest by default.
+PROFILE_TREE_SIZE = 32
 _DOCUMENTS_AT_ONCE = 64
 # Rates are conditional on an accepted parent, hence on a tree; each round takes the tree of the
 # round before, and the tree hardly changes after two.
@@ -52,6 +55,7 @@ def rank_answers(
     corpus: Corpus,
     encoder: HiddenStateEncoder,
     heads: MedusaHeads,
+    calibration: CalibrationCounter,
     on_documents: Callable[[int], None],
 ) -> list[RankedAnswer]:
     """Rank every token of every answer.
@@ -60,34 +64,40 @@ def rank_answers(
         corpus: Answers of the base model that the heads belong to.
         encoder: Of that model.
         heads: In eval mode, on the encoder's device.
+        calibration: Counts the heads' candidates on the way.
         on_documents: Called with the number of documents that are done.
     """
     answers: list[RankedAnswer] = []
     for start in range(0, len(corpus.documents), _DOCUMENTS_AT_ONCE):
         documents = corpus.documents[start : start + _DOCUMENTS_AT_ONCE]
         for document, hidden_ND in zip(documents, encoder.encode(documents), strict=True):
-            answers += _rank_document(document, hidden_ND, heads)
+            answers += _rank_document(document, hidden_ND, heads, calibration)
         on_documents(len(documents))
     return answers
 
 
-def _rank_document(document: Document, hidden_ND: Tensor, heads: MedusaHeads) -> list[RankedAnswer]:
+def _rank_document(
+    document: Document, hidden_ND: Tensor, heads: MedusaHeads, calibration: CalibrationCounter
+) -> list[RankedAnswer]:
     examples = document_examples(document, hidden_ND, heads.config.num_heads)
     head_hidden_KND = heads(examples.hidden_ND, examples.roots_N)
     answers, first = [], 0
     for span in document.spans:
         last = first + span.num_examples
         prompt = document.token_ids_T[: span.start].tolist()
-        ranks_NK = _ranks(
-            head_hidden_KND[:, first:last], examples.labels_NK[first:last], heads, prompt
-        )
+        labels_NK = examples.labels_NK[first:last]
+        ranks_NK = _ranks(head_hidden_KND[:, first:last], labels_NK, heads, prompt, calibration)
         answers.append(RankedAnswer(document.category, ranks_NK.tolist(), span.end - span.start))
         first = last
     return answers
 
 
 def _ranks(
-    head_hidden_KND: Tensor, labels_NK: Tensor, heads: MedusaHeads, prompt: Sequence[int]
+    head_hidden_KND: Tensor,
+    labels_NK: Tensor,
+    heads: MedusaHeads,
+    prompt: Sequence[int],
+    calibration: CalibrationCounter,
 ) -> Tensor:
     """Ranks NK among the draft vocabulary and the prompt's tokens, as `propose` orders them."""
     token_ids_U = heads.draft_vocab_ids
@@ -106,6 +116,7 @@ def _ranks(
         drawn_N1 = logits_NU.gather(1, index_N1.clamp(min=0))
         ranks_N = (logits_NU > drawn_N1).sum(dim=1)
         ranks_NK[:, head] = torch.where(index_N1[:, 0] >= 0, ranks_N, UNRANKED)
+        calibration.add(head, logits_NU, index_N1[:, 0], labels_NK[:, head] != NO_LABEL)
     return ranks_NK
 
 
@@ -240,12 +251,14 @@ class EvaluationResult:
     """What the heads are worth.
 
     Attributes:
-        by_category: Mean acceptance length of each category with the largest tree.
+        by_category: Mean acceptance length of each category with `tree`.
+        tree: The best tree of `PROFILE_TREE_SIZE` nodes.
     """
 
     profile: AcceptanceProfile
     trees: tuple[TreeResult, ...]
     by_category: dict[str, float]
+    tree: DraftTree
     num_answers: int
     num_answer_tokens: int
 
@@ -256,7 +269,7 @@ def evaluate(answers: Sequence[RankedAnswer], num_ranks: int) -> EvaluationResul
     Raises:
         DataError: If no answer has two tokens.
     """
-    profile = measure_profile(answers, num_ranks, max(TREE_SIZES))
+    profile = measure_profile(answers, num_ranks, PROFILE_TREE_SIZE)
     trees = {size: best_tree(profile, size) for size in TREE_SIZES}
     categories = sorted({answer.category for answer in answers})
     return EvaluationResult(
@@ -272,10 +285,11 @@ def evaluate(answers: Sequence[RankedAnswer], num_ranks: int) -> EvaluationResul
         by_category={
             category: walk(
                 [answer for answer in answers if answer.category == category],
-                trees[max(TREE_SIZES)],
+                trees[PROFILE_TREE_SIZE],
             ).mean_acceptance_length
             for category in categories
         },
+        tree=trees[PROFILE_TREE_SIZE],
         num_answers=len(answers),
         num_answer_tokens=sum(answer.num_tokens for answer in answers),
     )

@@ -7,10 +7,10 @@ from server.model.draft_heads import load_draft_heads
 from training.base_model import check_base, load_base
 from training.dataset import load_corpus
 from training.errors import DataError
-from training.evaluate import evaluate
 from training.hidden_states import HiddenStateEncoder
+from training.jsonl import file_sha256
 from training.options import EvaluateOptions
-from training.report import rank_with_progress, summary
+from training.report import measure, save_acceptance, summary
 
 
 def run(options: EvaluateOptions) -> dict[str, Any]:
@@ -28,8 +28,10 @@ def run(options: EvaluateOptions) -> dict[str, Any]:
     corpus = load_corpus(options.data, loaded.vocab_size, options.limit)
     if corpus.num_examples == 0:
         raise DataError(f"{options.data} has no answer of two tokens; distill more")
-    answers = rank_with_progress(corpus, HiddenStateEncoder(loaded), found.heads.float())
-    result = evaluate(answers, options.num_ranks)
+    encoder = HiddenStateEncoder(loaded)
+    measured = measure(corpus, encoder, found.heads.float(), options.num_ranks)
     if options.save:
-        save_heads(options.heads, found.heads, loaded.fingerprint, found.base_name, result.profile)
-    return {"heads": str(options.heads), **summary(result)}
+        profile = measured.result.profile
+        save_heads(options.heads, found.heads, loaded.fingerprint, found.base_name, profile)
+        save_acceptance(options.heads, measured, found.base_name, file_sha256(options.data))
+    return {"heads": str(options.heads), **summary(measured.result)}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from server.config import METHODS, DeviceName, DtypeName, Method
+from training.arguments import between, count, temperatures, weights, whole
 from training.distilled import Sampling
 from training.examples import BatchPlan
 from training.trainer import TrainConfig
@@ -158,7 +159,20 @@ class ConvertOptions(ModelOptions):
     overwrite: bool = False
 
 
-Options = DistillOptions | TrainOptions | EvaluateOptions | ConvertOptions
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportOptions:
+    """What `report` was asked to do.
+
+    Attributes:
+        heads: Directory of heads that were trained or evaluated.
+        output: Page to write; None is `report.html` beside the heads.
+    """
+
+    heads: Path
+    output: Path | None = None
+
+
+Options = DistillOptions | TrainOptions | EvaluateOptions | ConvertOptions | ReportOptions
 
 
 def parse_options(argv: Sequence[str]) -> Options:
@@ -175,7 +189,8 @@ def parse_options(argv: Sequence[str]) -> Options:
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
         command.add_options(subparser)
-        _add_model(subparser)
+        if issubclass(command.type, ModelOptions):
+            _add_model(subparser)
     values = vars(parser.parse_args(argv))
     return _COMMANDS[values.pop("command")].type(**values)
 
@@ -186,22 +201,22 @@ def _add_distill(parser: argparse.ArgumentParser) -> None:
         "data", type=Path, metavar="PROMPTS", help="JSON lines with messages, turns or prompt (.gz)"
     )
     add("output", type=Path, metavar="FILE", help="JSON lines to write; an earlier run goes on")
-    add("limit", type=_count, metavar="N", help="conversations, from the beginning of PROMPTS")
-    add("max-tokens", type=_count, metavar="N", help="begin none after so many answer tokens")
+    add("limit", type=count, metavar="N", help="conversations, from the beginning of PROMPTS")
+    add("max-tokens", type=count, metavar="N", help="begin none after so many answer tokens")
     add(
         "category-weights",
-        type=_weights,
+        type=weights,
         metavar="NAME=W,NAME=W",
         help="balance answer tokens over categories; 1 if not named",
     )
-    add("max-new-tokens", type=_count, metavar="N", help="longest answer")
-    add("temperatures", type=_temperatures, metavar="T,T", help="one per conversation; 0 is greedy")
-    add("top-p", type=_between(0.0, 1.0), metavar="P", help="nucleus mass")
-    add("top-k", type=_whole, metavar="K", help="most probable tokens kept; 0 is off")
-    add("seed", type=_whole, metavar="S", help="each answer's own seed derives from it")
+    add("max-new-tokens", type=count, metavar="N", help="longest answer")
+    add("temperatures", type=temperatures, metavar="T,T", help="one per conversation; 0 is greedy")
+    add("top-p", type=between(0.0, 1.0), metavar="P", help="nucleus mass")
+    add("top-k", type=whole, metavar="K", help="most probable tokens kept; 0 is off")
+    add("seed", type=whole, metavar="S", help="each answer's own seed derives from it")
     add("method", choices=METHODS, help="draft source; changes no token")
     add("heads", help="directory of draft heads, auto or none, if METHOD is not none")
-    add("concurrency", type=_count, metavar="N", help="conversations in flight")
+    add("concurrency", type=count, metavar="N", help="conversations in flight")
     _add_switch(parser, "stop-repeats", default["stop_repeats"], "end answers that go in circles")
 
 
@@ -209,21 +224,21 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add, default = _adder(parser, TrainOptions)
     add("data", type=Path, metavar="FILE", help="what distill wrote (.gz too)")
     add("output", type=Path, metavar="DIR", help="run and heads; an unfinished run goes on")
-    add("limit", type=_count, metavar="N", help="conversations, from the beginning of FILE")
-    add("num-heads", type=_count, metavar="K", help="draft heads, hence the largest depth")
-    add("num-blocks", type=_count, metavar="N", help="residual blocks per head")
-    add("draft-vocab-size", type=_whole, metavar="N", help="tokens to draft from; 0 is all")
-    add("epochs", type=_count, metavar="N", help="passes over the examples")
-    add("batch-size", type=_count, metavar="N", help="examples per step")
-    add("learning-rate", type=_between(0.0, 1.0), metavar="LR", help="at its peak")
-    add("root-rate-factor", type=_between(0.0, 1000.0), metavar="F", help="of the root maps' rate")
-    add("warmup-fraction", type=_between(0.0, 1.0), metavar="F", help="share of the steps")
-    add("weight-decay", type=_between(0.0, 1.0), metavar="W", help="of AdamW")
-    add("head-decay", type=_between(0.0, 1.0), metavar="L", help="weight of head k is L ** k")
-    add("held-out", type=_between(0.0, 0.5), metavar="F", help="share of conversations to measure")
-    add("save-interval", type=_count, metavar="N", help="steps between saved states")
-    add("log-interval", type=_count, metavar="N", help="steps between lines of metrics")
-    add("seed", type=_whole, metavar="S", help="of the order of the examples")
+    add("limit", type=count, metavar="N", help="conversations, from the beginning of FILE")
+    add("num-heads", type=count, metavar="K", help="draft heads, hence the largest depth")
+    add("num-blocks", type=count, metavar="N", help="residual blocks per head")
+    add("draft-vocab-size", type=whole, metavar="N", help="tokens to draft from; 0 is all")
+    add("epochs", type=count, metavar="N", help="passes over the examples")
+    add("batch-size", type=count, metavar="N", help="examples per step")
+    add("learning-rate", type=between(0.0, 1.0), metavar="LR", help="at its peak")
+    add("root-rate-factor", type=between(0.0, 1000.0), metavar="F", help="of the root maps' rate")
+    add("warmup-fraction", type=between(0.0, 1.0), metavar="F", help="share of the steps")
+    add("weight-decay", type=between(0.0, 1.0), metavar="W", help="of AdamW")
+    add("head-decay", type=between(0.0, 1.0), metavar="L", help="weight of head k is L ** k")
+    add("held-out", type=between(0.0, 0.5), metavar="F", help="share of conversations to measure")
+    add("save-interval", type=count, metavar="N", help="steps between saved states")
+    add("log-interval", type=count, metavar="N", help="steps between lines of metrics")
+    add("seed", type=whole, metavar="S", help="of the order of the examples")
     _add_switch(
         parser, "root-conditioned", default["root_conditioned"], "show heads the root token"
     )
@@ -235,8 +250,8 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     add, default = _adder(parser, EvaluateOptions)
     add("heads", type=Path, metavar="DIR", help="heads checkpoint")
     add("data", type=Path, metavar="FILE", help="held-out answers that distill wrote (.gz too)")
-    add("limit", type=_count, metavar="N", help="conversations, from the beginning of FILE")
-    add("num-ranks", type=_count, metavar="R", help="candidates per head in the profile")
+    add("limit", type=count, metavar="N", help="conversations, from the beginning of FILE")
+    add("num-ranks", type=count, metavar="R", help="candidates per head in the profile")
     _add_switch(parser, "save", default["save"], "write the profile into the checkpoint")
 
 
@@ -247,16 +262,22 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace what --output holds")
 
 
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    add, _ = _adder(parser, ReportOptions)
+    add("heads", type=Path, metavar="DIR", help="heads with acceptance.json")
+    add("output", type=Path, metavar="FILE", help="page to write; DIR/report.html if not given")
+
+
 def _add_model(parser: argparse.ArgumentParser) -> None:
     add, _ = _adder(parser, ModelOptions)
     add("model", help="hub id, directory, .gguf file or smollm2")
     add("device", choices=get_args(DeviceName), help="where the model runs")
     add("dtype", choices=get_args(DtypeName), help="type of its weights")
-    add("num-threads", type=_count, metavar="N", help="CPU threads")
+    add("num-threads", type=count, metavar="N", help="CPU threads")
 
 
 def _adder(
-    parser: argparse.ArgumentParser, options: type[ModelOptions]
+    parser: argparse.ArgumentParser, options: type[ModelOptions] | type[ReportOptions]
 ) -> tuple[Callable[..., None], Mapping[str, Any]]:
     """An `add_argument` that takes the option's default, or that it is required, from the type."""
     default = {item.name: item.default for item in fields(options) if item.default is not MISSING}
@@ -278,45 +299,6 @@ def _add_switch(parser: argparse.ArgumentParser, name: str, default: bool, summa
     )
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no count; give a whole number from 1")
-    return int(text)
-
-
-def _whole(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number; give one from 0")
-    return int(text)
-
-
-def _temperatures(text: str) -> tuple[float, ...]:
-    return tuple(_between(0.0, 2.0)(part) for part in text.split(","))
-
-
-def _weights(text: str) -> dict[str, float]:
-    weights: dict[str, float] = {}
-    for part in text.split(","):
-        name, equals, value = part.partition("=")
-        if not equals:
-            raise argparse.ArgumentTypeError(f"{part!r} is no weight; give NAME=WEIGHT")
-        weights[name.strip()] = _between(0.0, 1000.0)(value)
-    return weights
-
-
-def _between(low: float, high: float) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{text!r} is no number") from error
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is out of range; give {low:g} to {high:g}")
-        return value
-
-    return parse
-
-
 @dataclass(frozen=True, slots=True)
 class _Command:
     summary: str
@@ -330,5 +312,6 @@ _COMMANDS: Mapping[str, _Command] = {
     "evaluate": _Command(
         "measure heads on answers they were not trained on", EvaluateOptions, _add_evaluate
     ),
+    "report": _Command("plot a training run and its heads", ReportOptions, _add_report),
     "convert": _Command("import heads of the original Medusa", ConvertOptions, _add_convert),
 }

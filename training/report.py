@@ -1,28 +1,71 @@
-"""What a measurement of heads looks like while it runs and in the result that is printed."""
+"""What a measurement of heads looks like: while it runs, printed, and as `acceptance.json`."""
 
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from heads.medusa import MedusaHeads
+from heads.tree_search import node_values
+from training.calibration import CalibrationBin, CalibrationCounter
 from training.dataset import Corpus
-from training.evaluate import EvaluationResult, RankedAnswer, rank_answers
+from training.errors import DataError
+from training.evaluate import EvaluationResult, evaluate, rank_answers
 from training.hidden_states import HiddenStateEncoder
+from training.jsonl import replace_file
 from training.progress import progress_bar
 
 # Candidates per head that a profile covers: more than the largest tree takes of any.
 NUM_RANKS = 16
+ACCEPTANCE_FILE = "acceptance.json"
+FORMAT = "euryale-acceptance"
+FORMAT_VERSION = 1
 _DIGITS = 4
+_FIELDS = {
+    "format",
+    "format_version",
+    "base",
+    "data_sha256",
+    "mean_acceptance_length",
+    "expected_tokens_per_step",
+    "accept_rates",
+    "by_category",
+    "num_answers",
+    "num_answer_tokens",
+    "calibration",
+    "tree",
+}
 
 
-def rank_with_progress(
-    corpus: Corpus, encoder: HiddenStateEncoder, heads: MedusaHeads
-) -> list[RankedAnswer]:
-    """Rank the tokens of all answers while a bar shows how far it is."""
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """Heads on answers that they were not trained on.
+
+    Attributes:
+        calibration: For each head its bins.
+    """
+
+    result: EvaluationResult
+    calibration: tuple[tuple[CalibrationBin, ...], ...]
+
+
+def measure(
+    corpus: Corpus, encoder: HiddenStateEncoder, heads: MedusaHeads, num_ranks: int = NUM_RANKS
+) -> Measurement:
+    """Measure heads while a bar shows how far it is.
+
+    Raises:
+        DataError: If no answer has two tokens.
+    """
+    counter = CalibrationCounter(heads.config.num_heads)
     with progress_bar("measuring", len(corpus.documents)) as bar:
-        return rank_answers(corpus, encoder, heads, bar.advance)
+        answers = rank_answers(corpus, encoder, heads, counter, bar.advance)
+    return Measurement(evaluate(answers, num_ranks), counter.result())
 
 
 def summary(result: EvaluationResult) -> dict[str, Any]:
-    """Turn a measurement into a JSON object."""
+    """Turn a measurement into the JSON object that is printed."""
     return {
         "mean_acceptance_length": _by_size(result, "mean_acceptance_length"),
         "expected_tokens_per_step": _by_size(result, "expected_tokens_per_step"),
@@ -37,3 +80,44 @@ def summary(result: EvaluationResult) -> dict[str, Any]:
 
 def _by_size(result: EvaluationResult, figure: str) -> dict[str, float]:
     return {str(tree.num_nodes): round(getattr(tree, figure), _DIGITS) for tree in result.trees}
+
+
+def save_acceptance(directory: Path, found: Measurement, base_name: str, data_sha256: str) -> None:
+    """Write `acceptance.json` beside the heads, whole or not at all."""
+    tree = found.result.tree
+    content = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "base": base_name,
+        "data_sha256": data_sha256,
+        **summary(found.result),
+        "calibration": [[asdict(item) for item in bins] for bins in found.calibration],
+        "tree": {
+            "parents": tree.parents,
+            "ranks": tree.ranks,
+            "values": [round(v, _DIGITS) for v in node_values(found.result.profile, tree)],
+        },
+    }
+    replace_file(directory / ACCEPTANCE_FILE, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def load_acceptance(directory: Path) -> Mapping[str, Any]:
+    """Read what `save_acceptance` wrote.
+
+    Raises:
+        DataError: If it is missing, damaged or of another format.
+    """
+    path = directory / ACCEPTANCE_FILE
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path} cannot be read ({error}); `python -m training evaluate` writes it"
+        ) from error
+    is_ours = isinstance(content, dict) and set(content) == _FIELDS
+    if not is_ours or (content["format"], content["format_version"]) != (FORMAT, FORMAT_VERSION):
+        raise DataError(
+            f"{path} is not of format {FORMAT} {FORMAT_VERSION}; `python -m training evaluate` "
+            "writes it anew"
+        )
+    return dict(content)

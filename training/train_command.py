@@ -15,14 +15,13 @@ from server.model.loading import LoadedModel
 from training.base_model import check_base, load_base
 from training.dataset import Corpus, frequent_tokens, load_corpus, split
 from training.errors import DataError, RunError
-from training.evaluate import EvaluationResult, evaluate
 from training.examples import ExampleSource
 from training.hidden_states import HiddenStateEncoder
 from training.jsonl import file_sha256
 from training.metrics import METRICS_FILE
 from training.options import TrainOptions
 from training.progress import note, progress_bar
-from training.report import NUM_RANKS, rank_with_progress, summary
+from training.report import Measurement, measure, save_acceptance, summary
 from training.run_state import STATE_FILE
 from training.trainer import StepMetrics, Trainer
 
@@ -60,10 +59,12 @@ def run(options: TrainOptions) -> dict[str, Any]:
         heads,
         loaded.fingerprint,
         options.model,
-        None if found is None else found.profile,
+        None if found is None else found.result.profile,
     )
+    if found is not None:
+        save_acceptance(options.output, found, options.model, file_sha256(options.data))
     trainer.discard_state()
-    evaluation = {} if found is None else summary(found)
+    evaluation = {} if found is None else summary(found.result)
     return {"output": str(options.output), "num_steps": trainer.num_steps, **evaluation}
 
 
@@ -129,9 +130,9 @@ def _trained(
 
 def _measured(
     held_out: Corpus, encoder: HiddenStateEncoder, heads: MedusaHeads
-) -> EvaluationResult | None:
+) -> Measurement | None:
     """Measure the heads; None if nothing was held out."""
     if held_out.num_examples == 0:
         note("nothing was held out: the heads get no acceptance profile; run evaluate")
         return None
-    return evaluate(rank_with_progress(held_out, encoder, heads), NUM_RANKS)
+    return measure(held_out, encoder, heads)

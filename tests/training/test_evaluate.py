@@ -8,8 +8,10 @@ from heads.tree import DraftTree
 from heads.tree_search import AcceptanceProfile, best_tree, expected_tokens_per_step
 from server.model.loading import LoadedModel
 from tests.training.corpora import corpus
+from training.calibration import CalibrationCounter
 from training.errors import DataError
 from training.evaluate import (
+    PROFILE_TREE_SIZE,
     TREE_SIZES,
     UNRANKED,
     RankedAnswer,
@@ -70,7 +72,11 @@ def test_ranks_are_places_among_the_proposed_candidates(
     loaded: LoadedModel, encoder: HiddenStateEncoder, draft_vocab_size: int | None
 ) -> None:
     heads, documents = make_heads(loaded, draft_vocab_size), corpus(5)
-    answers = iter(rank_answers(documents, encoder, heads, lambda _: None))
+    answers = iter(
+        rank_answers(
+            documents, encoder, heads, CalibrationCounter(heads.config.num_heads), lambda _: None
+        )
+    )
     for doc, hidden_ND in zip(
         documents.documents, encoder.encode(documents.documents), strict=True
     ):
@@ -92,7 +98,9 @@ def test_ranks_are_places_among_the_proposed_candidates(
 
 def test_every_document_is_reported(loaded: LoadedModel, encoder: HiddenStateEncoder) -> None:
     counts: list[int] = []
-    rank_answers(corpus(70), encoder, make_heads(loaded, None), counts.append)
+    heads = make_heads(loaded, None)
+    counter = CalibrationCounter(heads.config.num_heads)
+    rank_answers(corpus(70), encoder, heads, counter, counts.append)
     assert sum(counts) == 70
 
 
@@ -162,6 +170,7 @@ def test_an_evaluation_has_all_sizes_and_categories() -> None:
     assert lengths == sorted(lengths)
     assert set(result.by_category) == {"even", "odd"}
     low, high = sorted(result.by_category.values())
-    assert low <= lengths[-1] <= high
+    assert low <= lengths[TREE_SIZES.index(PROFILE_TREE_SIZE)] <= high
+    assert result.tree.num_nodes <= PROFILE_TREE_SIZE
     assert result.num_answers == 100
     assert result.num_answer_tokens == sum(answer.num_tokens for answer in answers)

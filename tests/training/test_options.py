@@ -10,6 +10,7 @@ from training.options import (
     ConvertOptions,
     DistillOptions,
     EvaluateOptions,
+    ReportOptions,
     TrainOptions,
     parse_options,
 )
@@ -17,6 +18,7 @@ from training.options import (
 DISTILL = ["distill", "--data", "p.jsonl", "--output", "d.jsonl"]
 TRAIN = ["train", "--data", "d.jsonl", "--output", "heads"]
 EVALUATE = ["evaluate", "--heads", "heads", "--data", "d.jsonl"]
+REPORT = ["report", "--heads", "heads"]
 CONVERT = ["convert", "--source", "original", "--output", "heads"]
 
 
@@ -27,9 +29,10 @@ def test_defaults_are_those_of_the_types() -> None:
     assert parse_options(EVALUATE) == EvaluateOptions(heads=Path("heads"), data=data)
     heads = ConvertOptions(source=Path("original"), output=Path("heads"))
     assert parse_options(CONVERT) == heads
+    assert parse_options(REPORT) == ReportOptions(heads=Path("heads"))
 
 
-@pytest.mark.parametrize("argv", [DISTILL, TRAIN, EVALUATE, CONVERT])
+@pytest.mark.parametrize("argv", [DISTILL, TRAIN, EVALUATE, CONVERT, REPORT])
 def test_every_field_is_an_option_with_help(
     argv: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -44,7 +47,7 @@ def test_every_field_is_an_option_with_help(
 
 
 def test_required_options_are_those_without_a_default() -> None:
-    for argv in (DISTILL, TRAIN, EVALUATE, CONVERT):
+    for argv in (DISTILL, TRAIN, EVALUATE, CONVERT, REPORT):
         required = [f.name for f in fields(parse_options(argv)) if f.default is MISSING]
         assert [f"--{name}" for name in required] == [a for a in argv if a.startswith("--")]
         for position in range(1, len(argv), 2):

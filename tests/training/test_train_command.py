@@ -20,7 +20,10 @@ from tests.tiny_models import save_tiny_model
 from tests.training.corpora import write_lines
 from training.__main__ import main
 from training.distilled import Manifest, manifest_path
+from training.evaluate import TREE_SIZES
+from training.jsonl import file_sha256
 from training.metrics import read_metrics
+from training.report import load_acceptance
 from training.run_state import STATE_FILE
 
 SMALL = ("--draft-vocab-size", "100", "--num-heads", "2", "--batch-size", "32", "--epochs", "30")
@@ -202,8 +205,11 @@ def test_evaluation_writes_the_profile_and_keeps_the_weights(
     assert [len(rates_R) for rates_R in profile.accept_rates_KR] == [5, 5]
     assert profile.accept_rates_KR[0][0] == pytest.approx(printed["accept_rates"][0][0], abs=1e-4)
     assert (output / "heads.safetensors").read_bytes() == before
-    assert set(printed["mean_acceptance_length"]) == {"1", "2", "4", "8", "16", "32"}
+    assert set(printed["mean_acceptance_length"]) == set(map(str, TREE_SIZES))
     assert printed["mean_acceptance_length"]["1"] == 1.0
+    saved = load_acceptance(output)
+    assert saved["accept_rates"] == printed["accept_rates"]
+    assert saved["data_sha256"] == file_sha256(distilled_file)
 
 
 def test_data_of_another_base_is_refused_by_both_names(

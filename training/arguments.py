@@ -1,0 +1,49 @@
+"""Values of command lines: each function reads one kind of value or says what is wrong with it."""
+
+import argparse
+from collections.abc import Callable
+
+
+def count(text: str) -> int:
+    """A whole number from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no count; give a whole number from 1")
+    return int(text)
+
+
+def whole(text: str) -> int:
+    """A whole number from 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number; give one from 0")
+    return int(text)
+
+
+def temperatures(text: str) -> tuple[float, ...]:
+    """Temperatures from 0 to 2, apart by commas."""
+    return tuple(between(0.0, 2.0)(part) for part in text.split(","))
+
+
+def weights(text: str) -> dict[str, float]:
+    """Pairs NAME=WEIGHT, apart by commas."""
+    weights: dict[str, float] = {}
+    for part in text.split(","):
+        name, equals, value = part.partition("=")
+        if not equals:
+            raise argparse.ArgumentTypeError(f"{part!r} is no weight; give NAME=WEIGHT")
+        weights[name.strip()] = between(0.0, 1000.0)(value)
+    return weights
+
+
+def between(low: float, high: float) -> Callable[[str], float]:
+    """Return a reader of numbers of that interval, both ends included."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is no number") from error
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is out of range; give {low:g} to {high:g}")
+        return value
+
+    return parse
