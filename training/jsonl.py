@@ -10,12 +10,13 @@ import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from training.errors import DataError
+from training.errors import DataError, RunError
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _EXCERPT_CHARS = 60
@@ -99,18 +100,31 @@ class LineAppender:
     """Appends JSON objects to a file, each handed to the operating system as one whole line."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("ab")
+        self._path = path
+        with _writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Without a buffer, which would be written again on closing after a failed write.
+            self._file = path.open("ab", buffering=0)
 
     def append(self, value: Mapping[str, Any]) -> None:
-        """Write one line."""
-        line = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-        self._file.write(line.encode() + b"\n")
-        self._file.flush()
+        """Write one line.
+
+        Raises:
+            RunError: If the disk is full or fails; the line may be torn, those before it are whole.
+        """
+        line = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+        with _writing(self._path):
+            while line:
+                line = line[self._file.write(line) or 0 :]
 
     def sync(self) -> None:
-        """Wait until all lines are on the disk."""
-        os.fsync(self._file.fileno())
+        """Wait until all lines are on the disk.
+
+        Raises:
+            RunError: If the disk is full or fails.
+        """
+        with _writing(self._path):
+            os.fsync(self._file.fileno())
 
     def __enter__(self) -> Self:
         return self
@@ -131,11 +145,28 @@ def file_sha256(path: Path) -> str:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file whole or not at all.
+
+    Raises:
+        RunError: If the disk is full or fails; a file that was there stays as it was.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(data)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Name the file and the remedy where the system only says what went wrong."""
     try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{path} cannot be written: {error.strerror}; make room or give another path, then run "
+            "the same command again: it goes on from what is saved"
+        ) from error

@@ -10,7 +10,7 @@ from training.errors import DataError
 from training.jsonl import replace_file
 from training.metrics import METRICS_FILE, read_metrics
 from training.options import ReportOptions
-from training.report import load_acceptance
+from training.report import ACCEPTANCE_FILE, load_acceptance
 
 _STYLE = (
     "body{font-family:sans-serif;max-width:1320px;margin:2em auto;padding:0 1em}"
@@ -29,7 +29,14 @@ def run(options: ReportOptions) -> dict[str, Any]:
     acceptance = load_acceptance(options.heads)
     metrics = _metrics(options.heads)
     output = options.output or options.heads / "report.html"
-    replace_file(output, _page(options.heads.name, acceptance, metrics).encode())
+    try:
+        page = _page(options.heads.name, acceptance, metrics)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"{ACCEPTANCE_FILE} or {METRICS_FILE} in {options.heads} is damaged ({error!r}); "
+            "evaluate the heads again, or remove the metrics"
+        ) from error
+    replace_file(output, page.encode())
     return {"report": str(output), "has_metrics": bool(metrics)}
 
 

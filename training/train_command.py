@@ -21,7 +21,7 @@ from training.jsonl import file_sha256
 from training.metrics import METRICS_FILE
 from training.options import TrainOptions
 from training.progress import note, progress_bar
-from training.report import Measurement, measure, save_acceptance, summary
+from training.report import ACCEPTANCE_FILE, Measurement, measure, save_acceptance, summary
 from training.run_state import STATE_FILE
 from training.trainer import StepMetrics, Trainer
 
@@ -76,7 +76,7 @@ def _prepare_output(options: TrainOptions) -> None:
     """
     directory = options.output
     if options.overwrite:
-        for name in (CONFIG_FILE, STATE_FILE, METRICS_FILE):
+        for name in (CONFIG_FILE, STATE_FILE, METRICS_FILE, ACCEPTANCE_FILE):
             (directory / name).unlink(missing_ok=True)
     is_done = (directory / CONFIG_FILE).exists() and not (directory / STATE_FILE).exists()
     if is_done:

@@ -200,3 +200,25 @@ def test_a_model_that_is_not_there_is_one_line(
 ) -> None:
     assert distill(prompts_file, tmp_path / "d.jsonl", tmp_path / "absent") == 2
     assert "error: " in capsys.readouterr().err
+
+
+def test_a_disk_that_fills_up_ends_the_run_and_keeps_what_is_whole(
+    distilled_file: Path, prompts_file: Path, model_dir: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "full.jsonl"
+    limit = len(distilled_file.read_bytes()) // 2
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}));"
+        "from training.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
+    argv = ["distill", "--data", str(prompts_file), "--output", str(output)]
+    argv += ["--model", str(model_dir), "--device", "cpu", "--max-new-tokens", "24"]
+    run = subprocess.run(
+        [sys.executable, "-c", code, *argv], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 2
+    assert "cannot be written" in " ".join(run.stderr.split())
+    assert 0 < len(output.read_bytes()) <= limit
+    assert distill(prompts_file, output, model_dir) == 0
+    assert by_id(output) == by_id(distilled_file)

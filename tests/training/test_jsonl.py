@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.training.corpora import write_lines
-from training.errors import DataError
+from training.errors import DataError, RunError
 from training.jsonl import LineAppender, drop_torn_line, file_sha256, read_rows, replace_file
 
 
@@ -100,3 +100,19 @@ def test_the_digest_is_that_of_the_bytes_on_disk(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"abc")
     assert file_sha256(path).startswith("ba7816bf8f01cfea414140de5dae2223")
+
+
+def test_a_full_disk_is_named_with_the_remedy() -> None:
+    with (
+        LineAppender(Path("/dev/full")) as file,
+        pytest.raises(RunError, match=r"/dev/full cannot be written: No space left.*make room"),
+    ):
+        file.append({"a": 1})
+
+
+def test_a_file_that_cannot_be_replaced_stays_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "directory"
+    path.mkdir()
+    with pytest.raises(RunError, match="directory cannot be written: Is a directory"):
+        replace_file(path, b"data")
+    assert list(tmp_path.iterdir()) == [path]
