@@ -47,7 +47,7 @@ def load_original_heads(
     """
     num_heads, num_blocks = _read_sizes(directory / CONFIG_FILE)
     path = _weights_path(directory)
-    tensors = {name.removeprefix(_PREFIX): value for name, value in _read_weights(path).items()}
+    tensors = _without_prefix(path, _read_weights(path))
     vocab_size, width = unembedding_VD.shape
     own_names = [f"{head}.{num_blocks}.weight" for head in range(num_heads)]
     num_own = sum(name in tensors for name in own_names)
@@ -103,12 +103,22 @@ def _read_sizes(path: Path) -> tuple[int, int]:
 
 
 def _weights_path(directory: Path) -> Path:
-    for name in WEIGHT_FILES:
-        if (directory / name).exists():
-            return directory / name
-    raise HeadsCheckpointError(
-        f"{directory} has none of {', '.join(WEIGHT_FILES)}; copy the file of weights there"
-    )
+    found = [directory / name for name in WEIGHT_FILES if (directory / name).exists()]
+    if len(found) != 1:
+        raise HeadsCheckpointError(
+            f"{directory} has {len(found)} of the files {', '.join(WEIGHT_FILES)}; leave exactly "
+            "one file of weights there"
+        )
+    return found[0]
+
+
+def _without_prefix(path: Path, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    found = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+    if len(found) != len(tensors):
+        raise HeadsCheckpointError(
+            f"{path} has entries both with and without {_PREFIX!r}; save the heads alone"
+        )
+    return found
 
 
 def _read_weights(path: Path) -> Mapping[str, Tensor]:
@@ -128,9 +138,12 @@ def _read_weights(path: Path) -> Mapping[str, Tensor]:
             f"{path} is damaged or holds more than weights ({type(error).__name__}); copy it "
             "again, or save its state dict as .safetensors"
         ) from error
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+    is_state = isinstance(tensors, dict) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
+    )
+    if not is_state:
         raise HeadsCheckpointError(f"{path} is no state dict of tensors; save heads.state_dict()")
-    return tensors
+    return dict(tensors)
 
 
 def _check(
@@ -144,6 +157,11 @@ def _check(
             f"{path} {what}; its config.json must belong to another file of weights"
         )
     for name, shape in shapes.items():
+        if not tensors[name].is_floating_point():
+            raise HeadsCheckpointError(
+                f"{path}: {name!r} is of type {tensors[name].dtype}; quantised heads are not read, "
+                "give floating-point weights"
+            )
         if tuple(tensors[name].shape) != shape:
             raise HeadsCheckpointError(
                 f"{path}: {name!r} has shape {tuple(tensors[name].shape)}, the base model asks for "

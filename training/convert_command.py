@@ -15,10 +15,15 @@ def run(options: ConvertOptions) -> dict[str, Any]:
     """Convert heads; returns the result to print.
 
     Raises:
-        RunError: If `output` holds heads already.
+        RunError: If `output` holds heads already, or is the source.
         ConfigError: If the source cannot be read or does not fit the base model.
         ModelError: If the base model cannot be loaded.
     """
+    if options.output.resolve() == options.source.resolve():
+        raise RunError(
+            f"output is {options.output}, the source itself, which would be overwritten; give "
+            "another --output"
+        )
     if (options.output / CONFIG_FILE).exists() and not options.overwrite:
         raise RunError(
             f"{options.output} holds heads already; give another --output or --overwrite"

@@ -4,6 +4,7 @@ Knows no model and no engine beyond the names of their options.
 """
 
 import argparse
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -82,6 +83,7 @@ class TrainOptions(ModelOptions):
         held_out: Fraction of the conversations that the heads are measured on.
         cache: Keep all hidden states in memory.
         overwrite: Drop the run and the heads that `output` holds.
+        max_grad_norm: Longer gradients are scaled down to this norm; 0 leaves them.
     """
 
     data: Path
@@ -97,6 +99,7 @@ class TrainOptions(ModelOptions):
     root_rate_factor: float = 16.0
     warmup_fraction: float = 0.03
     weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
     head_decay: float = 0.8
     held_out: float = 0.03
     cache: bool = True
@@ -114,6 +117,7 @@ class TrainOptions(ModelOptions):
             root_rate_factor=self.root_rate_factor,
             warmup_fraction=self.warmup_fraction,
             weight_decay=self.weight_decay,
+            clip_norm=self.max_grad_norm or math.inf,
             head_decay=self.head_decay,
             save_interval=self.save_interval,
             log_interval=self.log_interval,
@@ -234,6 +238,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("root-rate-factor", type=between(0.0, 1000.0), metavar="F", help="of the root maps' rate")
     add("warmup-fraction", type=between(0.0, 1.0), metavar="F", help="share of the steps")
     add("weight-decay", type=between(0.0, 1.0), metavar="W", help="of AdamW")
+    add("max-grad-norm", type=between(0.0, 1e6), metavar="N", help="clip gradients; 0 is off")
     add("head-decay", type=between(0.0, 1.0), metavar="L", help="weight of head k is L ** k")
     add("held-out", type=between(0.0, 0.5), metavar="F", help="share of conversations to measure")
     add("save-interval", type=count, metavar="N", help="steps between saved states")

@@ -127,8 +127,29 @@ def test_a_file_cut_short_is_refused(suffix: str, tmp_path: Path) -> None:
 
 def test_something_else_than_a_state_dict_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path, {})
-    torch.save([torch.zeros(1)], path)
-    with pytest.raises(HeadsCheckpointError, match="no state dict"):
+    for content in ([torch.zeros(1)], {0: torch.zeros(1)}, {"0.0.linear.bias": 1}):
+        torch.save(content, path)
+        with pytest.raises(HeadsCheckpointError, match="no state dict"):
+            load(tmp_path)
+
+
+def test_what_is_ambiguous_is_refused(tmp_path: Path) -> None:
+    tensors = dict(original(True).state_dict())
+    save(tmp_path, tensors | {f"medusa_head.{name}": value for name, value in tensors.items()})
+    with pytest.raises(HeadsCheckpointError, match="both with and without"):
+        load(tmp_path)
+    save(tmp_path, tensors, ".safetensors")
+    with pytest.raises(HeadsCheckpointError, match="has 2 of the files"):
+        load(tmp_path)
+
+
+def test_quantised_weights_and_wrong_matrices_are_refused(tmp_path: Path) -> None:
+    tensors = dict(original(False).state_dict())
+    save(tmp_path, tensors | {"1.0.linear.bias": torch.zeros(WIDTH, dtype=torch.int8)})
+    with pytest.raises(HeadsCheckpointError, match=r"'1\.0\.linear\.bias' is of type torch\.int8"):
+        load(tmp_path)
+    save(tmp_path, tensors | {"2.2.weight": torch.zeros(VOCAB + 1, WIDTH)})
+    with pytest.raises(HeadsCheckpointError, match=r"'2\.2\.weight' has shape \(31, 8\)"):
         load(tmp_path)
 
 
@@ -136,7 +157,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(HeadsCheckpointError, match=r"config\.json cannot be read"):
         load(tmp_path)
     save(tmp_path, {}).unlink()
-    with pytest.raises(HeadsCheckpointError, match=r"none of medusa_lm_head\.safetensors"):
+    with pytest.raises(HeadsCheckpointError, match=r"has 0 of the files medusa_lm_head"):
         load(tmp_path)
 
 

@@ -97,3 +97,13 @@ def test_a_source_that_is_none_is_named(
     # A long path may be broken over lines.
     assert "config.json" in "".join(capsys.readouterr().err.split())
     assert not (tmp_path / "heads").exists()
+
+
+def test_the_source_is_never_overwritten(
+    model_dir: Path, loaded: LoadedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = original_heads(tmp_path / "original", loaded, True)
+    before = (source / "config.json").read_bytes()
+    assert convert(source, source, model_dir, "--overwrite") == 2
+    assert "give another --output" in " ".join(capsys.readouterr().err.split())
+    assert (source / "config.json").read_bytes() == before

@@ -1,3 +1,4 @@
+import math
 import re
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -78,6 +79,10 @@ def test_options_arrive_where_they_are_used() -> None:
     train = parse_options([*TRAIN, "--epochs", "7", "--batch-size", "5", "--no-cache"])
     assert isinstance(train, TrainOptions)
     assert train.train_config.epochs == 7
+    assert train.train_config.clip_norm == 1.0
+    unclipped = parse_options([*TRAIN, "--max-grad-norm", "0"])
+    assert isinstance(unclipped, TrainOptions)
+    assert unclipped.train_config.clip_norm == math.inf
     assert train.batch_plan == BatchPlan(batch_size=5, is_cached=False)
 
 

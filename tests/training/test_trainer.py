@@ -182,3 +182,16 @@ def test_the_maps_of_the_root_embedding_learn_faster_by_their_factor(
     assert moved == pytest.approx(7.0 * config.learning_rate, rel=0.01)
     others = float(trainer.heads.block_weights.detach().abs().max())
     assert others == pytest.approx(config.learning_rate, rel=0.01)
+
+
+@pytest.mark.parametrize("limit", [0.01, math.inf])
+def test_gradients_are_clipped_to_the_norm_and_not_at_all_without_one(
+    limit: float, loaded: LoadedModel, encoder: HiddenStateEncoder, tmp_path: Path
+) -> None:
+    trainer = make_trainer(loaded, encoder, tmp_path, replace(CONFIG, clip_norm=limit))
+    found: list[float] = []
+    trainer.train(lambda metrics: found.append(metrics.gradient_norm))
+    gradients = [p.grad for p in trainer.heads.parameters() if p.grad is not None]
+    norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))
+    assert found[-1] > 0.01
+    assert norm == pytest.approx(min(found[-1], limit), rel=1e-3)
