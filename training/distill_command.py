@@ -6,7 +6,7 @@ killed run loses only what was in flight.
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -76,16 +76,14 @@ def run(options: DistillOptions) -> dict[str, Any]:
     return _result(options.output, account)
 
 
-@contextmanager
-def _progress(num_waiting: int, account: _Account, options: DistillOptions) -> Iterator[Bar]:
+def _progress(
+    num_waiting: int, account: _Account, options: DistillOptions
+) -> AbstractContextManager[Bar]:
     """A bar over tokens if their number ends the run, else over conversations."""
     if options.max_tokens is None:
-        with progress_bar("distilling", num_waiting, "tokens") as bar:
-            yield bar
-    else:
-        num_left = max(0, options.max_tokens - account.manifest.num_tokens)
-        with progress_bar("distilling tokens", num_left, "tokens") as bar:
-            yield bar
+        return progress_bar("distilling", num_waiting, "tokens")
+    num_left = max(0, options.max_tokens - account.manifest.num_tokens)
+    return progress_bar("distilling tokens", num_left, "tokens")
 
 
 def _engine_config(options: DistillOptions) -> EngineConfig:
