@@ -10,10 +10,9 @@ Owns the heads' weights. The base model's matrices are used by reference: they a
 are in no state dict, and stay on their device when the module moves.
 
 Shape suffixes: B sequences, T flat tokens, D model width, K draft heads, R top-k ranks,
-V vocabulary, U draft vocabulary, E tokens seen in a prompt outside the draft vocabulary.
+V vocabulary, U draft vocabulary.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,10 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from heads.candidates import PAD_TOKEN, Candidates
+from heads.candidates import Candidates
 from heads.frozen_linear import FrozenLinear
-
-MAX_SEEN_ROWS = 1024
+from heads.seen_rows import SeenRows, gather_seen_rows, top_candidates
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,19 +66,6 @@ class MedusaConfig:
                 f"draft_vocab_size is {self.draft_vocab_size}, but heads with vocabulary matrices "
                 "of their own draft from the whole vocabulary; give None"
             )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class SeenRows:
-    """Unembedding rows of a prompt's tokens that are outside the draft vocabulary.
-
-    Attributes:
-        token_ids_E: Int64, without repetition.
-        rows_ED: Their rows, in the draft rows' dtype.
-    """
-
-    token_ids_E: Tensor
-    rows_ED: Tensor
 
 
 class MedusaHeads(nn.Module):
@@ -192,13 +177,8 @@ class MedusaHeads(nn.Module):
             At most `MAX_SEEN_ROWS` tokens, the most recent ones of the prompt; None if the whole
             prompt is in the draft vocabulary.
         """
-        recent_first = dict.fromkeys(reversed(prompt_token_ids))
-        token_ids = [token for token in recent_first if token not in self._draft_vocab]
-        if not token_ids:
-            return None
-        token_ids_E = self.draft_vocab_ids.new_tensor(token_ids[:MAX_SEEN_ROWS])
-        rows_ED = self._unembedding_VD.index_select(0, token_ids_E)
-        return SeenRows(token_ids_E, rows_ED.to(self.draft_rows_UD.dtype))
+        found = gather_seen_rows(prompt_token_ids, self._draft_vocab, self._unembedding_VD)
+        return None if found is None else found.to(self.draft_rows_UD.dtype)
 
     @torch.inference_mode()
     def propose(
@@ -231,42 +211,7 @@ class MedusaHeads(nn.Module):
             logits_BKU = self._frozen_unembedding()(head_hidden_BKD)
         else:
             logits_BKU = self.draft_logits(head_hidden_KBD).transpose(0, 1)
-        num_seen = max(0 if rows is None else len(rows.token_ids_E) for rows in seen)
-        num_extra = max(num_seen, num_ranks - logits_BKU.shape[2])
-        if num_extra == 0:
-            log_probs_BKR, indices_BKR = logits_BKU.float().log_softmax(dim=2).topk(num_ranks)
-            return Candidates(self.draft_vocab_ids[indices_BKR], log_probs_BKR)
-        extra = _extra_candidates(head_hidden_BKD, seen, num_extra)
-        logits_BKX = torch.cat((logits_BKU, extra.logits_BKE), dim=2)
-        log_probs_BKR, indices_BKR = logits_BKX.float().log_softmax(dim=2).topk(num_ranks)
-        drafted_BU = self.draft_vocab_ids.expand(len(seen), -1)
-        token_ids_BX = torch.cat((drafted_BU, extra.token_ids_BE), dim=1)
-        token_ids_BKR = token_ids_BX.gather(1, indices_BKR.flatten(1)).view_as(indices_BKR)
-        return Candidates(token_ids_BKR, log_probs_BKR)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _ExtraCandidates:
-    """The seen tokens of a batch, padded with -1 and logits of -inf."""
-
-    token_ids_BE: Tensor
-    logits_BKE: Tensor
-
-
-def _extra_candidates(
-    head_hidden_BKD: Tensor, seen: Sequence[SeenRows | None], num_extra: int
-) -> _ExtraCandidates:
-    shape = head_hidden_BKD.shape[:2]
-    logits_BKE = head_hidden_BKD.new_full((*shape, num_extra), -math.inf)
-    token_ids_BE = torch.full(
-        (shape[0], num_extra), PAD_TOKEN, dtype=torch.int64, device=head_hidden_BKD.device
-    )
-    for sequence, rows in enumerate(seen):
-        if rows is not None:
-            num_rows = len(rows.token_ids_E)
-            logits_BKE[sequence, :, :num_rows] = F.linear(head_hidden_BKD[sequence], rows.rows_ED)
-            token_ids_BE[sequence, :num_rows] = rows.token_ids_E
-    return _ExtraCandidates(token_ids_BE, logits_BKE)
+        return top_candidates(head_hidden_BKD, logits_BKU, self.draft_vocab_ids, num_ranks, seen)
 
 
 def _check_matrix(name: str, matrix_VD: Tensor, config: MedusaConfig) -> None:

@@ -10,7 +10,7 @@ import secrets
 from dataclasses import dataclass, field
 from typing import Literal
 
-from heads.medusa import SeenRows
+from heads.seen_rows import SeenRows
 from server.config import AcceptanceName
 from server.engine.logits import LogitAdjuster
 from server.engine.request import Request, SpecDecodeStats

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from heads.candidates import DraftTokens, draft_tokens
-from heads.medusa import MedusaHeads, SeenRows
+from heads.medusa import MedusaHeads
+from heads.seen_rows import SeenRows
 from heads.tree import DraftTree
 from heads.tree_search import AcceptanceProfile, best_tree, node_values
 from server.engine.cost_model import CostModel

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from heads.medusa import MAX_SEEN_ROWS, MedusaConfig, MedusaHeads
+from heads.medusa import MedusaConfig, MedusaHeads
+from heads.seen_rows import MAX_SEEN_ROWS
 
 WIDTH, VOCAB_SIZE = 16, 60
 DRAFT_VOCAB = torch.tensor([3, 0, 17, 40, 8, 59, 21, 33])
