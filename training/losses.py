@@ -1,19 +1,19 @@
 """The Medusa-1 loss: every head's cross-entropy over the draft vocabulary, backbone frozen.
 
-Source: Medusa, arXiv:2401.10774, 2.2.1: head k (from 0) weighs decay ** k.
+Source: Medusa, arXiv:2401.10774, 2.2.1; the trainer weighs head k (from 0) by decay ** k.
 
 Shape suffixes: N examples, D model width, K draft heads, U draft vocabulary, V vocabulary.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from heads.medusa import MedusaHeads
 from training.examples import NO_LABEL, Examples
+from training.objective import ParameterGroup
 
 
 class _FrozenCrossEntropy(torch.autograd.Function):
@@ -56,53 +56,56 @@ def frozen_cross_entropy(hidden_ND: Tensor, rows_UD: Tensor, labels_N: Tensor) -
     return loss
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class MedusaLoss:
-    """Loss of a batch.
+def draft_vocab_index(draft_vocab_ids: Tensor, vocab_size: int) -> Tensor:
+    """Return for each token its place in the draft vocabulary, int64 [V + 1].
 
-    Attributes:
-        total: Scalar with gradient: the weighted sum of the heads' losses.
-        per_head_K: Float32, detached: mean cross-entropy in nats of each head over its labels;
-            0.0 for a head without labels.
+    `NO_LABEL` for tokens outside of it. The last entry too, so that -1 can be looked up.
     """
+    index_V = draft_vocab_ids.new_full((vocab_size + 1,), NO_LABEL)
+    index_V[draft_vocab_ids] = torch.arange(len(draft_vocab_ids), device=draft_vocab_ids.device)
+    return index_V
 
-    total: Tensor
-    per_head_K: Tensor
+
+def medusa_groups(heads: MedusaHeads, root_rate_factor: float) -> tuple[ParameterGroup, ...]:
+    """Split the heads' parameters: the maps of the root embedding have a factor of their own."""
+    others: list[nn.Parameter] = []
+    roots: list[nn.Parameter] = []
+    for name, parameter in heads.named_parameters():
+        (roots if name == "root_weights" else others).append(parameter)
+    groups = (ParameterGroup(tuple(others)), ParameterGroup(tuple(roots), root_rate_factor))
+    return tuple(group for group in groups if group.parameters)
 
 
 class MedusaObjective:
-    """Computes the loss of heads in a given compute dtype.
+    """Computes the losses of heads in a given compute dtype.
 
     Args:
         heads: Their draft vocabulary must not change any more; labels outside of it count for
             nothing.
-        decay: Weight of a head relative to the one before it.
         compute_dtype: Of the matrix products; the weights keep theirs.
     """
 
-    def __init__(self, heads: MedusaHeads, decay: float, compute_dtype: torch.dtype) -> None:
+    def __init__(self, heads: MedusaHeads, compute_dtype: torch.dtype) -> None:
         self._heads = heads
-        self._decay = decay
         self._dtype = compute_dtype
         self._rows_UD = heads.draft_rows_UD.to(compute_dtype)
-        ids_U = heads.draft_vocab_ids
-        # One more entry, so that `NO_LABEL` can be looked up too.
-        index_V = ids_U.new_full((heads.config.vocab_size + 1,), NO_LABEL)
-        index_V[ids_U] = torch.arange(len(ids_U), device=ids_U.device)
-        self._index_V = index_V
+        self._index_V = draft_vocab_index(heads.draft_vocab_ids, heads.config.vocab_size)
 
-    def __call__(self, examples: Examples) -> MedusaLoss:
-        """Compute the loss of a batch on the heads' device."""
+    def num_labels(self, examples: Examples) -> Tensor:
+        """Count each head's labels in the draft vocabulary, int64 K."""
+        return (self._labels(examples) >= 0).sum(dim=1)
+
+    def __call__(self, examples: Examples) -> Tensor:
+        """Sum each head's cross-entropy, K, on the heads' device."""
         device_type = self._index_V.device.type
         is_mixed = self._dtype != torch.float32
         with torch.autocast(device_type, self._dtype, enabled=is_mixed):
             head_hidden_KND = self._heads(examples.hidden_ND, examples.roots_N)
-        labels_KN = self._index_V[examples.labels_NK.clamp(min=-1)].T
         losses = [
             frozen_cross_entropy(hidden_ND.to(self._dtype), self._rows_UD, labels_N)
-            / (labels_N >= 0).sum().clamp(min=1)
-            for hidden_ND, labels_N in zip(head_hidden_KND, labels_KN, strict=True)
+            for hidden_ND, labels_N in zip(head_hidden_KND, self._labels(examples), strict=True)
         ]
-        per_head_K = torch.stack(losses)
-        weights_K = self._decay ** torch.arange(len(losses), device=per_head_K.device)
-        return MedusaLoss((weights_K * per_head_K).sum(), per_head_K.detach())
+        return torch.stack(losses)
+
+    def _labels(self, examples: Examples) -> Tensor:
+        return self._index_V[examples.labels_NK.clamp(min=-1)].T

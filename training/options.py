@@ -80,6 +80,9 @@ class TrainOptions(ModelOptions):
         output: Directory of the run and of the heads.
         limit: Number of conversations from the beginning of the file; None takes all.
         draft_vocab_size: Most frequent tokens that the heads can draft; 0 takes all.
+        root_rate_factor: Multiplies the learning rate of the maps of the root embedding. Embeddings
+            are an order of magnitude smaller than hidden states, so that their maps' weights have
+            a longer way to go.
         held_out: Fraction of the conversations that the heads are measured on.
         cache: Keep all hidden states in memory.
         overwrite: Drop the run and the heads that `output` holds.
@@ -114,7 +117,6 @@ class TrainOptions(ModelOptions):
         return TrainConfig(
             epochs=self.epochs,
             learning_rate=self.learning_rate,
-            root_rate_factor=self.root_rate_factor,
             warmup_fraction=self.warmup_fraction,
             weight_decay=self.weight_decay,
             clip_norm=self.max_grad_norm or math.inf,

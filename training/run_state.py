@@ -1,4 +1,4 @@
-"""A training run's state on disk: heads, optimiser and step, written whole or not at all.
+"""A training run's state on disk: weights, optimiser and step, written whole or not at all.
 
 One safetensors file; its metadata holds the step and the options that the run was begun with.
 """
@@ -11,9 +11,8 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
-from heads.medusa import MedusaHeads
 from training.errors import RunError
 from training.jsonl import replace_file
 
@@ -36,7 +35,7 @@ class Progress:
 
 def save_state(
     directory: Path,
-    heads: MedusaHeads,
+    module: nn.Module,
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     options: Mapping[str, object],
@@ -45,12 +44,12 @@ def save_state(
 
     Args:
         directory: Of the run.
-        heads: Their parameters are saved in full precision.
-        optimizer: Over the heads' parameters.
+        module: Its parameters are saved in full precision.
+        optimizer: Over these parameters.
         progress: Where the run stands.
         options: What must be the same when the run is taken up again; JSON values.
     """
-    tensors = {f"heads.{name}": parameter for name, parameter in heads.named_parameters()}
+    tensors = {f"heads.{name}": parameter for name, parameter in module.named_parameters()}
     for index, values in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
     stored = {name: value.detach().to("cpu").contiguous() for name, value in tensors.items()}
@@ -65,11 +64,11 @@ def save_state(
 
 def load_state(
     directory: Path,
-    heads: MedusaHeads,
+    module: nn.Module,
     optimizer: torch.optim.Optimizer,
     options: Mapping[str, object],
 ) -> Progress | None:
-    """Take up a run: set heads and optimiser; None, and nothing set, if there is no state.
+    """Take up a run: set module and optimiser; None, and nothing set, if there is no state.
 
     Raises:
         RunError: If the state is damaged, or of a run with other options.
@@ -91,7 +90,7 @@ def load_state(
         ) from error
     _check_options(path, saved, options)
     try:
-        _set(heads, optimizer, tensors)
+        _set(module, optimizer, tensors)
     except (KeyError, RuntimeError, ValueError) as error:
         raise RunError(
             f"{path} does not fit the heads ({error}); remove it to start over"
@@ -111,9 +110,9 @@ def _check_options(path: Path, saved: Mapping[str, object], options: Mapping[str
 
 
 def _set(
-    heads: MedusaHeads, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
+    module: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
 ) -> None:
-    parameters = dict(heads.named_parameters())
+    parameters = dict(module.named_parameters())
     state: dict[int, dict[str, Tensor]] = {index: {} for index in range(len(parameters))}
     loaded: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

@@ -4,7 +4,7 @@ The output directory first holds a run (state and metrics), then the heads with 
 measured on the held-out conversations.
 """
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -15,10 +15,12 @@ from server.model.loading import LoadedModel
 from training.base_model import check_base, load_base
 from training.dataset import Corpus, frequent_tokens, load_corpus, split
 from training.errors import DataError, RunError
-from training.examples import ExampleSource
+from training.examples import Examples, ExampleSource
 from training.hidden_states import HiddenStateEncoder
 from training.jsonl import file_sha256
+from training.losses import MedusaObjective, medusa_groups
 from training.metrics import METRICS_FILE
+from training.objective import Trainable
 from training.options import TrainOptions
 from training.progress import note, progress_bar
 from training.report import ACCEPTANCE_FILE, Measurement, measure, save_acceptance, summary
@@ -104,17 +106,21 @@ def _fresh_heads(options: TrainOptions, loaded: LoadedModel, train: Corpus) -> M
 
 def _trained(
     options: TrainOptions, heads: MedusaHeads, encoder: HiddenStateEncoder, train: Corpus
-) -> Trainer:
+) -> Trainer[Examples]:
     source = ExampleSource(train, encoder, options.num_heads, options.batch_plan)
     if options.cache:
         with progress_bar("hidden states", len(train.documents)) as bar:
             source.fill_cache(bar.advance)
     kept = {k: v for k, v in asdict(options).items() if k not in _FREE_OPTIONS}
     kept["data_sha256"] = file_sha256(options.data)
-    config = options.train_config
-    if encoder.dtype != torch.float32:
-        config = replace(config, compute_dtype=torch.bfloat16)
-    trainer = Trainer(heads, source, config, options.output, kept)
+    compute_dtype = torch.float32 if encoder.dtype == torch.float32 else torch.bfloat16
+    trainable = Trainable(
+        heads,
+        medusa_groups(heads, options.root_rate_factor),
+        source,
+        MedusaObjective(heads, compute_dtype),
+    )
+    trainer = Trainer(trainable, options.train_config, options.output, kept)
     if trainer.resume():
         note(f"the run in {options.output} goes on after step {trainer.step}")
     with progress_bar("training", trainer.num_steps) as bar:

@@ -1,9 +1,9 @@
-"""Trains Medusa heads on a frozen base model: AdamW, warm-up and cosine decay, resumable.
+"""Trains draft heads of any kind: AdamW, warm-up and cosine decay, resumable.
 
 A run that is killed and taken up again ends with the same weights as one that was not, on the same
 machine with the same number of threads.
 
-Shape suffixes: K draft heads.
+Shape suffixes: K draft depths.
 """
 
 import math
@@ -11,16 +11,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Generic
 
 import torch
+from torch import Tensor
 
-from heads.medusa import MedusaHeads
 from training.errors import DivergedError
-from training.examples import Examples, ExampleSource
 from training.jsonl import LineAppender
-from training.losses import MedusaLoss, MedusaObjective
 from training.metrics import open_metrics
+from training.objective import Batch, Trainable
 from training.run_state import STATE_FILE, Progress, load_state, save_state
 
 
@@ -31,28 +30,22 @@ class TrainConfig:
     Attributes:
         epochs: Passes over the examples.
         learning_rate: At its peak.
-        root_rate_factor: Multiplies the learning rate of the maps of the root embedding. Embeddings
-            are an order of magnitude smaller than hidden states, so that their maps' weights have
-            a longer way to go.
         warmup_fraction: Share of the steps in which the learning rate rises from 0.
         weight_decay: Of AdamW.
-        head_decay: Weight of a head's loss relative to the one before it.
+        head_decay: Weight of a depth's loss relative to the one before it.
         clip_norm: Largest norm of the gradient.
         save_interval: Steps between two saved states.
         log_interval: Steps between two lines of metrics.
-        compute_dtype: Of the matrix products; the weights are float32 in any case.
     """
 
     epochs: int = 4
     learning_rate: float = 2e-3
-    root_rate_factor: float = 16.0
     warmup_fraction: float = 0.03
     weight_decay: float = 0.0
     head_decay: float = 0.8
     clip_norm: float = 1.0
     save_interval: int = 200
     log_interval: int = 10
-    compute_dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +54,8 @@ class StepMetrics:
 
     Attributes:
         step: From 1.
-        loss: Weighted sum of the heads' losses, in nats.
-        loss_per_head: Each head's cross-entropy, in nats.
+        loss: Weighted sum of the depths' losses, in nats.
+        loss_per_head: Each depth's mean cross-entropy, in nats; 0.0 for one without labels.
         gradient_norm: Before clipping.
         examples_per_s: Since this process began to train.
     """
@@ -77,46 +70,50 @@ class StepMetrics:
     examples_per_s: float
 
 
-class Trainer:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Loss:
+    """Loss of a batch: the weighted sum, with gradient, and the mean of each depth, without."""
+
+    total: Tensor
+    per_depth_K: Tensor
+
+
+class Trainer(Generic[Batch]):
     """One run in one directory.
 
     Args:
-        heads: Float32 weights; trained in place.
-        source: Their examples.
+        trainable: What to train.
         config: How to train.
         directory: Gets the state and the metrics.
         options: What must be the same when the run is taken up again; JSON values.
 
     Attributes:
-        heads: As they are after the last step.
+        module: As it is after the last step.
     """
 
     def __init__(
         self,
-        heads: MedusaHeads,
-        source: ExampleSource,
+        trainable: Trainable[Batch],
         config: TrainConfig,
         directory: Path,
         options: Mapping[str, object],
     ) -> None:
-        self.heads = heads
-        self._source = source
+        self.module = trainable.module
+        self._source = trainable.source
+        self._objective = trainable.objective
         self._config = config
         self._directory = directory
         self._options = options
         self._optimizer = torch.optim.AdamW(
-            self._parameter_groups(), betas=(0.9, 0.95), weight_decay=config.weight_decay
+            [
+                {"params": list(group.parameters), "rate_factor": group.rate_factor}
+                for group in trainable.groups
+            ],
+            betas=(0.9, 0.95),
+            weight_decay=config.weight_decay,
         )
-        self._objective = MedusaObjective(heads, config.head_decay, config.compute_dtype)
-        self._batches_per_epoch = [source.num_batches(e) for e in range(config.epochs)]
+        self._batches_per_epoch = [self._source.num_batches(e) for e in range(config.epochs)]
         self._progress = Progress(step=0, num_examples=0)
-
-    def _parameter_groups(self) -> list[dict[str, Any]]:
-        roots: dict[str, Any] = {"params": [], "rate_factor": self._config.root_rate_factor}
-        others: dict[str, Any] = {"params": [], "rate_factor": 1.0}
-        for name, parameter in self.heads.named_parameters():
-            (roots if name == "root_weights" else others)["params"].append(parameter)
-        return [group for group in (others, roots) if group["params"]]
 
     @property
     def num_steps(self) -> int:
@@ -134,7 +131,7 @@ class Trainer:
         Raises:
             RunError: If its state is damaged or of a run with other options.
         """
-        found = load_state(self._directory, self.heads, self._optimizer, self._options)
+        found = load_state(self._directory, self.module, self._optimizer, self._options)
         self._progress = found or self._progress
         return found is not None
 
@@ -147,43 +144,48 @@ class Trainer:
         Raises:
             DivergedError: If the loss is no longer a number; the last saved state stays.
         """
-        self.heads.train()
+        self.module.train()
         with open_metrics(self._directory, self.step) as metrics:
             started_s, num_before = time.perf_counter(), self._progress.num_examples
-            for epoch, examples in self._remaining_batches():
-                loss = self._objective(examples)
+            for epoch, batch in self._remaining_batches():
+                loss = self._loss(batch)
                 gradient_norm = self._update(loss)
-                self._progress = Progress(
-                    self.step + 1, self._progress.num_examples + len(examples)
-                )
+                self._progress = Progress(self.step + 1, self._progress.num_examples + len(batch))
                 rate = (self._progress.num_examples - num_before) / (
                     time.perf_counter() - started_s
                 )
                 found = self._metrics(epoch, loss, gradient_norm, rate)
                 on_step(found)
                 self._record(found, metrics)
-        self.heads.eval()
+        self.module.eval()
 
     def discard_state(self) -> None:
         """Remove the saved state of a run that has ended."""
         (self._directory / STATE_FILE).unlink(missing_ok=True)
 
-    def _remaining_batches(self) -> Iterator[tuple[int, Examples]]:
+    def _remaining_batches(self) -> Iterator[tuple[int, Batch]]:
         first = self.step
         for epoch, num_batches in enumerate(self._batches_per_epoch):
             if first < num_batches:
-                for examples in self._source.batches(epoch, first):
-                    yield epoch, examples
+                for batch in self._source.batches(epoch, first):
+                    yield epoch, batch
             first = max(0, first - num_batches)
 
-    def _update(self, loss: MedusaLoss) -> float:
+    def _loss(self, batch: Batch) -> _Loss:
+        num_labels_K = self._objective.num_labels(batch)
+        per_depth_K = self._objective(batch) / num_labels_K.clamp(min=1)
+        depths_K = torch.arange(len(per_depth_K), device=per_depth_K.device)
+        total = (self._config.head_decay**depths_K * per_depth_K).sum()
+        return _Loss(total, per_depth_K.detach())
+
+    def _update(self, loss: _Loss) -> float:
         """Take one optimiser step; returns the gradient's norm."""
         for group in self._optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step) * group["rate_factor"]
         self._optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss.total)
         norm = float(
-            torch.nn.utils.clip_grad_norm_(self.heads.parameters(), self._config.clip_norm)
+            torch.nn.utils.clip_grad_norm_(self.module.parameters(), self._config.clip_norm)
         )
         total = float(loss.total.detach())
         if not (math.isfinite(total) and math.isfinite(norm)):
@@ -203,14 +205,12 @@ class Trainer:
         share = (step - num_warmup) / max(1, self.num_steps - num_warmup)
         return self._config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * share))
 
-    def _metrics(
-        self, epoch: int, loss: MedusaLoss, gradient_norm: float, rate: float
-    ) -> StepMetrics:
+    def _metrics(self, epoch: int, loss: _Loss, gradient_norm: float, rate: float) -> StepMetrics:
         return StepMetrics(
             step=self.step,
             epoch=epoch,
             loss=float(loss.total.detach()),
-            loss_per_head=loss.per_head_K.tolist(),
+            loss_per_head=loss.per_depth_K.tolist(),
             learning_rate=self.learning_rate(self.step - 1),
             gradient_norm=gradient_norm,
             num_examples=self._progress.num_examples,
@@ -222,4 +222,4 @@ class Trainer:
         if is_last or self.step % self._config.log_interval == 0:
             file.append(asdict(metrics))
         if is_last or self.step % self._config.save_interval == 0:
-            save_state(self._directory, self.heads, self._optimizer, self._progress, self._options)
+            save_state(self._directory, self.module, self._optimizer, self._progress, self._options)

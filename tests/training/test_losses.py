@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from heads.medusa import MedusaConfig, MedusaHeads
 from training.examples import NO_LABEL, Examples
-from training.losses import MedusaObjective, frozen_cross_entropy
+from training.losses import MedusaObjective, frozen_cross_entropy, medusa_groups
 
 N, D, V, U, K = 13, 8, 40, 12, 3
 
@@ -50,6 +50,11 @@ def loss_slowly(heads: MedusaHeads, examples: Examples, decay: float) -> Tensor:
     return total
 
 
+def weighted(objective: MedusaObjective, examples: Examples, decay: float) -> Tensor:
+    means_K = objective(examples) / objective.num_labels(examples).clamp(min=1)
+    return (decay ** torch.arange(K) * means_K).sum()
+
+
 def frozen(hidden_ND: Tensor, rows_UD: Tensor, labels_N: Tensor) -> Tensor:
     return frozen_cross_entropy(hidden_ND, rows_UD, labels_N)
 
@@ -88,38 +93,52 @@ def test_the_loss_and_its_gradients_are_those_of_a_slow_loop(
     draft_vocab_size: int | None, decay: float
 ) -> None:
     heads, expected_heads = make_heads(draft_vocab_size), make_heads(draft_vocab_size)
-    loss = MedusaObjective(heads, decay, torch.float32)(make_examples())
-    torch.autograd.backward(loss.total)
+    loss = weighted(MedusaObjective(heads, torch.float32), make_examples(), decay)
+    torch.autograd.backward(loss)
     expected = loss_slowly(expected_heads, make_examples(), decay)
     torch.autograd.backward(expected)
-    torch.testing.assert_close(loss.total, expected)
+    torch.testing.assert_close(loss, expected)
     for ours, theirs in zip(heads.parameters(), expected_heads.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
 
 
-def test_the_loss_per_head_is_unweighted_and_has_no_gradient() -> None:
-    objective = MedusaObjective(make_heads(), 0.5, torch.float32)
-    loss = objective(make_examples())
-    weights_K = torch.tensor([1.0, 0.5, 0.25])
-    torch.testing.assert_close((weights_K * loss.per_head_K).sum(), loss.total)
-    assert not loss.per_head_K.requires_grad
+def test_parts_of_a_batch_add_up_to_the_whole() -> None:
+    objective, examples = MedusaObjective(make_heads(), torch.float32), make_examples()
+    parts = [examples.take(torch.arange(4)), examples.take(torch.arange(4, N))]
+    sums_K = objective(parts[0]) + objective(parts[1])
+    torch.testing.assert_close(sums_K, objective(examples))
+    num_labels_K = objective.num_labels(parts[0]) + objective.num_labels(parts[1])
+    assert torch.equal(num_labels_K, objective.num_labels(examples))
 
 
 def test_a_batch_without_labels_for_a_head_costs_that_head_nothing() -> None:
     examples = make_examples()
     examples.labels_NK[:, 2] = NO_LABEL
     heads = make_heads()
-    loss = MedusaObjective(heads, 0.8, torch.float32)(examples)
-    torch.autograd.backward(loss.total)
-    assert loss.per_head_K[2] == 0.0
+    objective = MedusaObjective(heads, torch.float32)
+    sums_K = objective(examples)
+    torch.autograd.backward(sums_K.sum())
+    assert sums_K[2] == 0.0
+    assert objective.num_labels(examples)[2] == 0
     assert heads.block_weights.grad is not None
     assert bool((heads.block_weights.grad[:, 2] == 0).all())
 
 
 def test_bfloat16_products_come_close_and_leave_the_weights_in_float32() -> None:
     heads = make_heads()
-    exact = MedusaObjective(heads, 0.8, torch.float32)(make_examples())
-    rough = MedusaObjective(heads, 0.8, torch.bfloat16)(make_examples(torch.bfloat16))
-    torch.testing.assert_close(rough.total, exact.total, rtol=0.03, atol=0.0)
-    torch.autograd.backward(rough.total)
+    exact_K = MedusaObjective(heads, torch.float32)(make_examples())
+    rough_K = MedusaObjective(heads, torch.bfloat16)(make_examples(torch.bfloat16))
+    torch.testing.assert_close(rough_K, exact_K, rtol=0.03, atol=0.0)
+    torch.autograd.backward(rough_K.sum())
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in heads.parameters())
+
+
+@pytest.mark.parametrize("root_conditioned", [True, False])
+def test_every_parameter_is_in_one_group(root_conditioned: bool) -> None:
+    matrix_VD = torch.zeros(V, D)
+    config = MedusaConfig(D, V, num_heads=K, root_conditioned=root_conditioned)
+    heads = MedusaHeads(config, matrix_VD, matrix_VD)
+    groups = medusa_groups(heads, 7.0)
+    found = [id(parameter) for group in groups for parameter in group.parameters]
+    assert sorted(found) == sorted(map(id, heads.parameters()))
+    assert [group.rate_factor for group in groups] == ([1.0, 7.0] if root_conditioned else [1.0])

@@ -1,4 +1,5 @@
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +11,11 @@ from server.model.loading import LoadedModel
 from tests.training.corpora import corpus
 from training.dataset import Corpus
 from training.errors import DivergedError, RunError
-from training.examples import BatchPlan, ExampleSource
+from training.examples import BatchPlan, Examples, ExampleSource
 from training.hidden_states import HiddenStateEncoder
+from training.losses import MedusaObjective, medusa_groups
 from training.metrics import read_metrics
+from training.objective import ParameterGroup, Trainable
 from training.run_state import STATE_FILE
 from training.trainer import StepMetrics, TrainConfig, Trainer
 
@@ -36,17 +39,25 @@ def make_trainer(
     config: TrainConfig = CONFIG,
     is_cached: bool = True,
     documents: Corpus | None = None,
-) -> Trainer:
+    root_rate_factor: float = 16.0,
+    options: dict[str, object] = OPTIONS,
+) -> Trainer[Examples]:
     plan = BatchPlan(batch_size=16, group_size=4, is_cached=is_cached)
-    source = ExampleSource(documents or corpus(9), encoder, 2, plan)
-    return Trainer(make_heads(loaded), source, config, directory, OPTIONS)
+    heads = make_heads(loaded)
+    trainable = Trainable(
+        heads,
+        medusa_groups(heads, root_rate_factor),
+        ExampleSource(documents or corpus(9), encoder, 2, plan),
+        MedusaObjective(heads, torch.float32),
+    )
+    return Trainer(trainable, config, directory, options)
 
 
-def weights(trainer: Trainer) -> list[torch.Tensor]:
-    return [parameter.detach().clone() for parameter in trainer.heads.parameters()]
+def weights(trainer: Trainer[Examples]) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in trainer.module.parameters()]
 
 
-def train_until(trainer: Trainer, last_step: int) -> None:
+def train_until(trainer: Trainer[Examples], last_step: int) -> None:
     def stop(metrics: StepMetrics) -> None:
         if metrics.step == last_step:
             raise Killed
@@ -104,8 +115,7 @@ def test_a_run_with_other_options_is_not_taken_up(
     loaded: LoadedModel, encoder: HiddenStateEncoder, tmp_path: Path
 ) -> None:
     make_trainer(loaded, encoder, tmp_path).train(lambda _: None)
-    source = ExampleSource(corpus(9), encoder, 2, BatchPlan(batch_size=16))
-    other = Trainer(make_heads(loaded), source, CONFIG, tmp_path, {"model": "other"})
+    other = make_trainer(loaded, encoder, tmp_path, options={"model": "other"})
     with pytest.raises(RunError, match="model 'tiny', but now it is 'other'"):
         other.resume()
 
@@ -137,7 +147,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_state(
     def spoil(metrics: StepMetrics) -> None:
         if metrics.step == bad_step - 1:
             with torch.no_grad():
-                next(trainer.heads.parameters()).fill_(math.nan)
+                next(trainer.module.parameters()).fill_(math.nan)
 
     spoil(StepMetrics(0, 0, 0.0, [], 0.0, 0.0, 0, 0.0))
     with pytest.raises(DivergedError, match=rf"step {bad_step}: the loss is nan .*0\.01"):
@@ -174,13 +184,12 @@ def test_the_maps_of_the_root_embedding_learn_faster_by_their_factor(
     loaded: LoadedModel, encoder: HiddenStateEncoder, tmp_path: Path
 ) -> None:
     # The first step of AdamW moves every weight by the learning rate.
-    config = replace(CONFIG, root_rate_factor=7.0, warmup_fraction=0.0)
-    trainer = make_trainer(loaded, encoder, tmp_path, config)
+    config = replace(CONFIG, warmup_fraction=0.0)
+    trainer = make_trainer(loaded, encoder, tmp_path, config, root_rate_factor=7.0)
     train_until(trainer, 1)
-    assert trainer.heads.root_weights is not None
-    moved = float(trainer.heads.root_weights.detach().abs().max())
+    moved = float(trainer.module.get_parameter("root_weights").detach().abs().max())
     assert moved == pytest.approx(7.0 * config.learning_rate, rel=0.01)
-    others = float(trainer.heads.block_weights.detach().abs().max())
+    others = float(trainer.module.get_parameter("block_weights").detach().abs().max())
     assert others == pytest.approx(config.learning_rate, rel=0.01)
 
 
@@ -191,7 +200,54 @@ def test_gradients_are_clipped_to_the_norm_and_not_at_all_without_one(
     trainer = make_trainer(loaded, encoder, tmp_path, replace(CONFIG, clip_norm=limit))
     found: list[float] = []
     trainer.train(lambda metrics: found.append(metrics.gradient_norm))
-    gradients = [p.grad for p in trainer.heads.parameters() if p.grad is not None]
+    gradients = [p.grad for p in trainer.module.parameters() if p.grad is not None]
     norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))
     assert found[-1] > 0.01
     assert norm == pytest.approx(min(found[-1], limit), rel=1e-3)
+
+
+class StoredLosses:
+    """An objective of two depths that knows its answer: a batch is its labels and summed losses."""
+
+    def __init__(self, weight: torch.nn.Parameter) -> None:
+        self.weight = weight
+
+    def num_labels(self, batch: torch.Tensor) -> torch.Tensor:
+        return batch[0].long()
+
+    def __call__(self, batch: torch.Tensor) -> torch.Tensor:
+        return batch[1] * self.weight[0]
+
+
+class OneBatch:
+    def __init__(self, batch: torch.Tensor) -> None:
+        self.batch = batch
+
+    def num_batches(self, epoch: int) -> int:
+        return 1
+
+    def batches(self, epoch: int, first: int = 0) -> Iterator[torch.Tensor]:
+        yield self.batch
+
+
+@pytest.mark.parametrize("num_labels", [(4, 2), (4, 0)])
+def test_each_depths_sum_is_divided_by_its_labels_then_weighted(
+    num_labels: tuple[int, int], tmp_path: Path
+) -> None:
+    module = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.ones_(module.weight)
+    sums = (8.0, 6.0 * bool(num_labels[1]))
+    weight = module.get_parameter("weight")
+    trainable = Trainable(
+        module,
+        (ParameterGroup((weight,)),),
+        OneBatch(torch.tensor([num_labels, sums])),
+        StoredLosses(weight),
+    )
+    config = TrainConfig(epochs=1, head_decay=0.5, warmup_fraction=0.0)
+    found: list[StepMetrics] = []
+    Trainer(trainable, config, tmp_path, {}).train(found.append)
+    expected = [2.0, 3.0 if num_labels[1] else 0.0]
+    assert found[0].loss_per_head == expected
+    assert found[0].loss == expected[0] + 0.5 * expected[1]
+    assert found[0].gradient_norm == pytest.approx(found[0].loss)

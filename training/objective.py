@@ -1,0 +1,66 @@
+"""What a trainer needs to know of the module that it trains: batches, and a loss for each depth.
+
+Losses are sums beside the numbers of their labels, so that the parts of a batch (micro-batches,
+processes) can be added up before anything is divided.
+
+Shape suffixes: K draft depths.
+"""
+
+from collections.abc import Iterator, Sized
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from torch import Tensor, nn
+
+Batch = TypeVar("Batch", bound=Sized)
+Batch_co = TypeVar("Batch_co", bound=Sized, covariant=True)
+Batch_contra = TypeVar("Batch_contra", bound=Sized, contravariant=True)
+
+
+class BatchSource(Protocol[Batch_co]):
+    """The batches of each epoch; they hang on the epoch alone, so that a run can be resumed."""
+
+    def num_batches(self, epoch: int) -> int:
+        """Count the batches of an epoch."""
+
+    def batches(self, epoch: int, first: int = 0) -> Iterator[Batch_co]:
+        """Yield an epoch's batches from number `first` on; a batch's length is its examples."""
+
+
+class Objective(Protocol[Batch_contra]):
+    """A module's losses on a batch."""
+
+    def num_labels(self, batch: Batch_contra, /) -> Tensor:
+        """Count the labels that each depth learns from, int64 K, without running the module."""
+
+    def __call__(self, batch: Batch_contra, /) -> Tensor:
+        """Sum each depth's cross-entropy over its labels, in nats: float32 K with gradient."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ParameterGroup:
+    """Parameters with a learning rate of their own.
+
+    Attributes:
+        rate_factor: Multiplies the run's learning rate.
+    """
+
+    parameters: tuple[nn.Parameter, ...]
+    rate_factor: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trainable(Generic[Batch]):
+    """A module, what it learns from, and how well it does.
+
+    Attributes:
+        module: Float32 weights; trained in place.
+        groups: All parameters that are trained, each once.
+        source: Batches.
+        objective: Runs `module`.
+    """
+
+    module: nn.Module
+    groups: tuple[ParameterGroup, ...]
+    source: BatchSource[Batch]
+    objective: Objective[Batch]
