@@ -20,6 +20,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from bench.errors import BenchError
 from bench.stopwatch import device_waiter
 from bench.timing import Timing
 from server.model.loading import LoadedModel
@@ -35,9 +36,17 @@ class ReferenceModel:
 
     Attributes:
         model: In evaluation mode.
+
+    Raises:
+        BenchError: If an adapter is merged into what the engine runs.
     """
 
     def __init__(self, loaded: LoadedModel) -> None:
+        if loaded.adapter_sha256 is not None:
+            raise BenchError(
+                f"the heads bring an adapter for {loaded.name}, which transformers' model would "
+                "lack; give heads without one"
+            )
         with quiet_transformers():
             model: Any = AutoModelForCausalLM.from_pretrained(
                 resolve_model(loaded.name),

@@ -3,8 +3,10 @@
     config.json               format, type, sizes, the base's name and fingerprint, file digests
     heads.safetensors         the weights, and the draft vocabulary as int32
     acceptance_profile.json   measured accept rates; only if there are any
+    adapter/                  LoRA adapter that the base is served with, in PEFT's format; only if
+                              the heads were trained with one
 
-Nothing is unpickled. config.json is written last and holds the digests of the other two, so that
+Nothing is unpickled. config.json is written last and holds the digests of the others, so that
 an interrupted save is never taken for a whole one. Loading is strict: whatever is missing, unknown
 or damaged is an error, and so are heads of another base model, which would only never be accepted.
 
@@ -26,6 +28,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from heads.errors import HeadsCheckpointError, HeadsMismatchError
+from heads.lora import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, AdapterFiles
 from heads.medusa import MedusaConfig, MedusaHeads
 from heads.tree_search import AcceptanceProfile
 
@@ -35,8 +38,12 @@ MEDUSA_TYPE = "medusa"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "heads.safetensors"
 PROFILE_FILE = "acceptance_profile.json"
+ADAPTER_DIR = "adapter"
 
 _CONFIG_KEYS = {"format", "format_version", "type", "heads", "base", "sha256"}
+_ADAPTER_CONFIG = f"{ADAPTER_DIR}/{ADAPTER_CONFIG_FILE}"
+_ADAPTER_WEIGHTS = f"{ADAPTER_DIR}/{ADAPTER_WEIGHTS_FILE}"
+_KNOWN_FILES = {WEIGHTS_FILE, PROFILE_FILE, _ADAPTER_CONFIG, _ADAPTER_WEIGHTS}
 _MAX_SAMPLED_PARAMETERS = 64
 _SAMPLES_PER_PARAMETER = 4
 # A weight that went through bfloat16 or float16 is still taken for the same.
@@ -130,12 +137,14 @@ class LoadedHeads:
         profile: Measured accept rates, if the checkpoint has them.
         base_name: Name of the base model that the heads were trained for.
         config: The whole of config.json.
+        adapter: What is merged into that base model, if anything.
     """
 
     heads: MedusaHeads
     profile: AcceptanceProfile | None
     base_name: str
     config: Mapping[str, Any]
+    adapter: AdapterFiles | None
 
 
 def save_heads(
@@ -145,6 +154,7 @@ def save_heads(
     base_name: str,
     profile: AcceptanceProfile | None,
     dtype: torch.dtype = torch.bfloat16,
+    adapter: AdapterFiles | None = None,
 ) -> None:
     """Write a checkpoint, replacing one that is there; other files of the directory stay.
 
@@ -155,11 +165,15 @@ def save_heads(
         base_name: How to call that base in messages.
         profile: Accept rates measured for these heads, if any.
         dtype: Type of the weights on disk.
+        adapter: What was merged into that base model, if anything; the fingerprint is without it.
     """
     directory.mkdir(parents=True, exist_ok=True)
     contents = {WEIGHTS_FILE: safetensors.torch.save(_tensors_to_store(heads, dtype))}
     if profile is not None:
         contents[PROFILE_FILE] = _to_json_bytes(profile.to_json())
+    if adapter is not None:
+        (directory / ADAPTER_DIR).mkdir(exist_ok=True)
+        contents |= {_ADAPTER_CONFIG: adapter.config, _ADAPTER_WEIGHTS: adapter.weights}
     config = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -170,8 +184,8 @@ def save_heads(
     }
     for name, data in (contents | {CONFIG_FILE: _to_json_bytes(config)}).items():
         _replace_file(directory / name, data)
-    if profile is None:
-        (directory / PROFILE_FILE).unlink(missing_ok=True)
+    for name in _KNOWN_FILES - contents.keys():
+        (directory / name).unlink(missing_ok=True)
 
 
 def _tensors_to_store(heads: MedusaHeads, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -217,14 +231,7 @@ def load_heads(
         HeadsMismatchError: If the heads were trained for another base model.
     """
     config = _read_config(directory)
-    base_name, trained_for = _read_base(config, directory)
-    difference = trained_for.difference(base)
-    if difference is not None:
-        raise HeadsMismatchError(
-            f"the heads in {directory} were trained for {base_name} ({trained_for.describe()}), "
-            f"but the loaded base model is another one ({base.describe()}): {difference}; "
-            "serve the model they were trained for, or train heads for this one"
-        )
+    base_name = _check_base(directory, config, base)
     matrices = (unembedding_VD.to(device, dtype), input_embedding_VD.to(device, dtype))
     try:
         tensors = safetensors.torch.load(_read_verified(directory, WEIGHTS_FILE, config))
@@ -238,7 +245,33 @@ def load_heads(
         raise
     except (RuntimeError, TypeError, ValueError, SafetensorError) as error:
         raise HeadsCheckpointError(f"the heads in {directory} cannot be loaded: {error}") from error
-    return LoadedHeads(heads.eval(), profile, base_name, config)
+    adapter = _read_adapter(directory, config)
+    return LoadedHeads(heads.eval(), profile, base_name, config, adapter)
+
+
+def load_adapter(directory: Path, base: BaseFingerprint) -> AdapterFiles | None:
+    """Read what is to be merged into the base model of some heads; None if nothing is.
+
+    Args:
+        directory: What `save_heads` wrote.
+        base: Fingerprint of the loaded base model, nothing merged.
+
+    Raises:
+        HeadsCheckpointError: If the checkpoint is missing, incomplete, damaged or unknown.
+        HeadsMismatchError: If the heads were trained for another base model.
+    """
+    config = _read_config(directory)
+    _check_base(directory, config, base)
+    return _read_adapter(directory, config)
+
+
+def _read_adapter(directory: Path, config: Mapping[str, Any]) -> AdapterFiles | None:
+    if not config["sha256"].keys() & {_ADAPTER_CONFIG, _ADAPTER_WEIGHTS}:
+        return None
+    return AdapterFiles(
+        _read_verified(directory, _ADAPTER_CONFIG, config),
+        _read_verified(directory, _ADAPTER_WEIGHTS, config),
+    )
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -261,7 +294,25 @@ def _read_config(directory: Path) -> dict[str, Any]:
         raise HeadsCheckpointError(
             f"{path} has the keys {sorted(config)}; exactly {sorted(_CONFIG_KEYS)} are known"
         )
+    unknown = sorted(config["sha256"].keys() - _KNOWN_FILES)
+    if unknown:
+        raise HeadsCheckpointError(
+            f"{path} lists the files {unknown}; this release knows {sorted(_KNOWN_FILES)}"
+        )
     return config
+
+
+def _check_base(directory: Path, config: Mapping[str, Any], base: BaseFingerprint) -> str:
+    """Check that the heads belong to a base model; returns what they call it."""
+    base_name, trained_for = _read_base(config, directory)
+    difference = trained_for.difference(base)
+    if difference is not None:
+        raise HeadsMismatchError(
+            f"the heads in {directory} were trained for {base_name} ({trained_for.describe()}), "
+            f"but the loaded base model is another one ({base.describe()}): {difference}; "
+            "serve the model they were trained for, or train heads for this one"
+        )
+    return base_name
 
 
 def _read_base(config: Mapping[str, Any], directory: Path) -> tuple[str, BaseFingerprint]:

@@ -11,16 +11,25 @@ from training.options import ModelOptions
 from training.progress import note
 
 
-def load_base(options: ModelOptions) -> LoadedModel:
+def load_base(
+    options: ModelOptions, heads: Path | None = None, is_packed: bool = True
+) -> LoadedModel:
     """Load the base model that the options name.
+
+    Args:
+        options: Name, device and dtype.
+        heads: A heads checkpoint; an adapter that it carries is merged in.
+        is_packed: As `load_model` takes it.
 
     Raises:
         ModelError: If that fails.
+        ConfigError: If the heads or their adapter cannot be read.
+        HeadsMismatchError: If the heads belong to another base model.
     """
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
     note(f"loading model {options.model}")
-    return load_model(options.model, options.device, options.dtype)
+    return load_model(options.model, options.device, options.dtype, heads, is_packed)
 
 
 def check_base(data: Path, loaded: LoadedModel) -> None:

@@ -41,7 +41,7 @@ def run(options: DistillOptions) -> dict[str, Any]:
 
     Raises:
         DataError: If the prompts or the manifest are broken.
-        RunError: If `output` holds something else.
+        RunError: If `output` holds something else, or the heads change the model.
         EuryaleError: If the engine cannot be built or refuses a prompt.
     """
     if options.output.suffix == ".gz":
@@ -52,6 +52,11 @@ def run(options: DistillOptions) -> dict[str, Any]:
     prompts = list(read_prompts(options.data))[: options.limit]
     check_weights(options.category_weights, prompts)
     engine = Engine.from_config(_engine_config(options), note)
+    if engine.loaded.adapter_sha256 is not None:
+        raise RunError(
+            f"the heads {options.heads} bring an adapter, so the answers would not be those of "
+            f"{options.model} itself; give other --heads or --method none"
+        )
     manifest = Manifest(
         model=options.model,
         fingerprint=engine.loaded.fingerprint,

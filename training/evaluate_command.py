@@ -22,7 +22,7 @@ def run(options: EvaluateOptions) -> dict[str, Any]:
         HeadsMismatchError: If the heads belong to another base model.
         ModelError: If the base model cannot be loaded.
     """
-    loaded = load_base(options)
+    loaded = load_base(options, options.heads)
     check_base(options.data, loaded)
     found = load_draft_heads(options.heads, loaded)
     corpus = load_corpus(options.data, loaded.vocab_size, options.limit)
@@ -32,6 +32,13 @@ def run(options: EvaluateOptions) -> dict[str, Any]:
     measured = measure(corpus, encoder, found.heads.float(), options.num_ranks)
     if options.save:
         profile = measured.result.profile
-        save_heads(options.heads, found.heads, loaded.fingerprint, found.base_name, profile)
+        save_heads(
+            options.heads,
+            found.heads,
+            loaded.fingerprint,
+            found.base_name,
+            profile,
+            adapter=found.adapter,
+        )
         save_acceptance(options.heads, measured, found.base_name, file_sha256(options.data))
     return {"heads": str(options.heads), **summary(measured.result)}

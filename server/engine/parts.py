@@ -47,8 +47,10 @@ def build_parts(config: EngineConfig, report: Callable[[str], None]) -> EnginePa
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     report(f"loading model {config.model}")
-    loaded = load_model(config.model, config.device, config.dtype)
     heads_dir = _heads_directory(config)
+    loaded = load_model(config.model, config.device, config.dtype, heads_dir)
+    if loaded.adapter_sha256 is not None:
+        report(f"merged the adapter of the heads (sha256 {loaded.adapter_sha256}) into the model")
     loaded_heads = None
     if heads_dir is not None:
         report(f"loading heads {heads_dir.name}")

@@ -4,6 +4,7 @@ Shape suffixes: V vocabulary, D model width.
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from transformers import (
 
 from heads.checkpoint import BaseFingerprint
 from server.errors import ConfigError, ModelError
+from server.model.adapter import merge_adapter_of
 from server.model.packed_linear import pack_linears
 from server.model.progress import quiet_transformers
 from server.model.source import resolve_model
@@ -33,12 +35,13 @@ class LoadedModel:
 
     Attributes:
         name: As it was asked for.
-        model: Without gradients; on CPU with packed linear layers.
+        model: Without gradients; on CPU with packed linear layers unless it was loaded unpacked.
         max_model_len: Longest sequence that the model's positions allow.
         vocab_size: Rows of the unembedding, at least as many as the tokenizer has tokens.
         num_kv_heads: Key/value heads of every layer.
         head_dim: Channels of a head's keys and values.
-        fingerprint: Tells this base model from others.
+        fingerprint: Tells this base model from others; without the adapter.
+        adapter_sha256: Digest of the LoRA adapter that is merged in; None if none is.
     """
 
     name: str
@@ -53,6 +56,7 @@ class LoadedModel:
     num_kv_heads: int
     head_dim: int
     fingerprint: BaseFingerprint
+    adapter_sha256: str | None
     _unembedding_VD: Tensor = field(repr=False)
     _input_embedding_VD: Tensor = field(repr=False)
 
@@ -70,16 +74,25 @@ class LoadedModel:
         return self._input_embedding_VD
 
 
-def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+def load_model(
+    name: str,
+    device: str = "auto",
+    dtype: str = "auto",
+    heads: Path | None = None,
+    is_packed: bool = True,
+) -> LoadedModel:
     """Load a base model.
 
     Args:
         name: The built-in `smollm2`, a `.gguf` file, a local directory or a hub id.
         device: `cpu`, `cuda` or `auto`, which takes CUDA if there is a device.
         dtype: `float32`, `bfloat16`, `float16` or `auto`: float32 on CPU, bfloat16 on CUDA.
+        heads: A heads checkpoint; if it carries an adapter, that is merged into the weights.
+        is_packed: Whether linear layers may be replaced by faster ones without autograd.
 
     Raises:
-        ConfigError: If there is no such device or dtype.
+        ConfigError: If there is no such device or dtype, or the adapter cannot be merged.
+        HeadsMismatchError: If the heads belong to another base model.
         ModelError: If the model cannot be found or read, or is of an unsupported kind.
     """
     on = _device(device)
@@ -104,7 +117,9 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedMo
     fingerprint = BaseFingerprint.of(
         config.model_type, text.num_hidden_layers, hidden_size, vocab_size, model.named_parameters()
     )
-    pack_linears(model)
+    adapter_sha256 = None if heads is None else merge_adapter_of(heads, model, fingerprint)
+    if is_packed:
+        pack_linears(model)
     kv_shape = probe_model(name, model)
     return LoadedModel(
         name=name,
@@ -119,6 +134,7 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedMo
         num_kv_heads=kv_shape.num_kv_heads,
         head_dim=kv_shape.head_dim,
         fingerprint=fingerprint,
+        adapter_sha256=adapter_sha256,
         _unembedding_VD=unembedding_VD,
         _input_embedding_VD=input_embedding_VD,
     )

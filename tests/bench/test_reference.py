@@ -1,7 +1,10 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import GenerationConfig
 
+from bench.errors import BenchError
 from bench.reference import ReferenceModel
 from server.config import SamplingParams
 from server.engine.engine import Engine
@@ -54,3 +57,8 @@ def test_next_logits_are_float32_whatever_the_length(reference: ReferenceModel) 
     logits_V = reference.next_logits(PROMPT)
     assert logits_V.shape == (320,)
     assert logits_V.dtype == torch.float32
+
+
+def test_a_model_with_an_adapter_has_no_plain_counterpart(engine: Engine) -> None:
+    with pytest.raises(BenchError, match="give heads without one"):
+        ReferenceModel(replace(engine.loaded, adapter_sha256="ab"))

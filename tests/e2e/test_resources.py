@@ -14,6 +14,7 @@ def test_the_served_model_is_listed_and_described(client: OpenAI, server: Runnin
     extra = model.model_extra or {}
     assert extra["max_model_len"] == server.engine.engine.max_model_len
     assert extra["heads"] == server.engine.engine.heads_name
+    assert extra["adapter_sha256"] is None
     # The tiny model's name is a path, with slashes in it.
     assert client.models.retrieve(server.model) == model
 

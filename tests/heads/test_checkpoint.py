@@ -7,8 +7,15 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from heads.checkpoint import BaseFingerprint, LoadedHeads, load_heads, save_heads
+from heads.checkpoint import (
+    BaseFingerprint,
+    LoadedHeads,
+    load_adapter,
+    load_heads,
+    save_heads,
+)
 from heads.errors import HeadsCheckpointError, HeadsMismatchError
+from heads.lora import AdapterFiles
 from heads.medusa import MedusaConfig, MedusaHeads
 from heads.tree_search import AcceptanceProfile
 
@@ -333,3 +340,54 @@ class TestInterruptedSave:
         with pytest.raises(HeadsCheckpointError):
             load(tmp_path, base)
         assert not list(tmp_path.glob(".*"))
+
+
+class TestAdapter:
+    FILES = AdapterFiles(b"{}", b"weights")
+
+    @pytest.fixture
+    def with_adapter(self, tmp_path: Path) -> Path:
+        base = tiny_base()
+        heads, directory = make_heads(base), tmp_path / "heads"
+        save_heads(directory, heads, fingerprint(base), "acme/tiny", None, adapter=self.FILES)
+        return directory
+
+    def test_it_comes_back_byte_by_byte(self, with_adapter: Path) -> None:
+        assert load(with_adapter, tiny_base()).adapter == self.FILES
+        assert load_adapter(with_adapter, fingerprint(tiny_base())) == self.FILES
+
+    def test_heads_without_one_have_none(self, saved: Path) -> None:
+        assert load(saved, tiny_base()).adapter is None
+        assert load_adapter(saved, fingerprint(tiny_base())) is None
+
+    def test_heads_that_are_saved_again_without_it_lose_its_files(self, with_adapter: Path) -> None:
+        base = tiny_base()
+        save_heads(with_adapter, make_heads(base), fingerprint(base), "acme/tiny", None)
+        assert load(with_adapter, base).adapter is None
+        assert list((with_adapter / "adapter").iterdir()) == []
+
+    @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+    def test_a_missing_or_changed_file_is_named(self, with_adapter: Path, name: str) -> None:
+        path = with_adapter / "adapter" / name
+        path.write_bytes(b"other")
+        with pytest.raises(HeadsCheckpointError, match=rf"{name} is damaged"):
+            load(with_adapter, tiny_base())
+        path.unlink()
+        with pytest.raises(HeadsCheckpointError, match=rf"{name} cannot be read"):
+            load_adapter(with_adapter, fingerprint(tiny_base()))
+
+    def test_half_an_adapter_is_no_adapter(self, with_adapter: Path) -> None:
+        digests = config_of(with_adapter)["sha256"]
+        del digests["adapter/adapter_config.json"]
+        change_config(with_adapter, sha256=digests)
+        with pytest.raises(HeadsCheckpointError, match=r"adapter_config\.json is damaged"):
+            load(with_adapter, tiny_base())
+
+    def test_that_of_another_base_is_refused(self, with_adapter: Path) -> None:
+        with pytest.raises(HeadsMismatchError, match="acme/tiny"):
+            load_adapter(with_adapter, fingerprint(tiny_base(1)))
+
+    def test_files_that_this_release_does_not_know_are_refused(self, saved: Path) -> None:
+        change_config(saved, sha256=config_of(saved)["sha256"] | {"tower.safetensors": "0"})
+        with pytest.raises(HeadsCheckpointError, match=r"lists the files \['tower"):
+            load(saved, tiny_base())

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.tiny_adapters import save_adapted_heads, save_tiny_adapter
 from tests.training.corpora import PROMPT_LINES, write_lines
 from training.__main__ import main
 from training.distilled import Manifest, manifest_path, read_distilled
@@ -222,3 +223,15 @@ def test_a_disk_that_fills_up_ends_the_run_and_keeps_what_is_whole(
     assert 0 < len(output.read_bytes()) <= limit
     assert distill(prompts_file, output, model_dir) == 0
     assert by_id(output) == by_id(distilled_file)
+
+
+def test_heads_that_change_the_model_are_refused(
+    prompts_file: Path, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = save_tiny_adapter(model_dir, tmp_path / "adapter")
+    heads = save_adapted_heads(model_dir, tmp_path / "heads", adapter)
+    output = tmp_path / "answers.jsonl"
+    argv = ("--method", "medusa", "--heads", str(heads))
+    assert distill(prompts_file, output, model_dir, *argv) == 2
+    assert "bring an adapter" in " ".join(capsys.readouterr().err.split())
+    assert not output.exists()

@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from heads.checkpoint import LoadedHeads, load_heads
-from server.model.loading import LoadedModel
+from server.model.draft_heads import load_draft_heads
+from server.model.loading import LoadedModel, load_model
+from tests.tiny_adapters import save_adapted_heads, save_tiny_adapter
 from tests.tiny_models import save_tiny_model
 from tests.training.corpora import write_lines
 from training.__main__ import main
@@ -290,3 +292,17 @@ def test_a_damaged_manifest_is_an_error(
     manifest_path(data).write_text("{}")
     assert train(data, tmp_path / "more", model_dir) == 2
     assert "is no manifest" in error_text(capsys)
+
+
+def test_measured_heads_keep_their_adapter(
+    distilled_file: Path,
+    model_dir: Path,
+    tmp_path: Path,
+) -> None:
+    adapter = save_tiny_adapter(model_dir, tmp_path / "adapter")
+    heads = save_adapted_heads(model_dir, tmp_path / "heads", adapter)
+    assert evaluate(heads, distilled_file, model_dir) == 0
+    merged = load_model(str(model_dir), "cpu", "float32", heads)
+    found = load_draft_heads(heads, merged)
+    assert found.profile is not None
+    assert found.adapter == adapter

@@ -29,4 +29,5 @@ def _model(context: ApiContext) -> Model:
         created=context.created_s,
         max_model_len=context.max_model_len,
         heads=context.engine.engine.heads_name,
+        adapter_sha256=context.engine.engine.loaded.adapter_sha256,
     )

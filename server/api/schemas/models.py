@@ -11,6 +11,8 @@ class Model(ResponseBody):
     Attributes:
         max_model_len: Longest prompt plus output.
         heads: Draft heads that it speculates with, or None.
+        adapter_sha256: Digest of the adapter that came with the heads and is merged into the
+            model, or None.
     """
 
     id: str
@@ -19,6 +21,7 @@ class Model(ResponseBody):
     owned_by: str = "euryale"
     max_model_len: int
     heads: str | None
+    adapter_sha256: str | None
 
 
 class ModelList(ResponseBody):

@@ -1,0 +1,44 @@
+"""Merges the adapter that a heads checkpoint carries, with the server's own errors."""
+
+import hashlib
+from pathlib import Path
+
+from torch import nn
+
+from heads.checkpoint import BaseFingerprint, load_adapter
+from heads.errors import HeadsCheckpointError
+from heads.errors import HeadsMismatchError as CheckpointMismatchError
+from heads.lora import AdapterFiles, merge_adapter
+from server.errors import ConfigError, HeadsMismatchError
+
+
+def merge_adapter_of(heads: Path, model: nn.Module, fingerprint: BaseFingerprint) -> str | None:
+    """Merge the adapter of some heads into their base model's weights.
+
+    Args:
+        heads: Heads checkpoint.
+        model: Changed in place; with plain linear layers.
+        fingerprint: Of the model as it is.
+
+    Returns:
+        Digest of the adapter; None, and nothing changed, if the heads have no adapter.
+
+    Raises:
+        HeadsMismatchError: If the heads belong to another base model.
+        ConfigError: If the checkpoint is missing or damaged, or the adapter cannot be merged.
+    """
+    try:
+        files = load_adapter(heads, fingerprint)
+        if files is None:
+            return None
+        merge_adapter(model, files)
+    except CheckpointMismatchError as error:
+        raise HeadsMismatchError(str(error)) from error
+    except HeadsCheckpointError as error:
+        raise ConfigError(f"the base model for the heads in {heads}: {error}") from error
+    return adapter_sha256(files)
+
+
+def adapter_sha256(files: AdapterFiles) -> str:
+    """Digest that tells an adapter from others."""
+    return hashlib.sha256(files.config + files.weights).hexdigest()
