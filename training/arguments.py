@@ -3,6 +3,8 @@
 import argparse
 from collections.abc import Callable
 
+from training.distilled import Shard
+
 
 def count(text: str) -> int:
     """A whole number from 1."""
@@ -16,6 +18,16 @@ def whole(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number; give one from 0")
     return int(text)
+
+
+def shard(text: str) -> Shard:
+    """Which part of how many, as I/N with I from 0."""
+    index, slash, total = text.partition("/")
+    if not (slash and index.isdecimal() and total.isdecimal() and int(index) < int(total)):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no shard; give I/N with I from 0 and below N, such as 0/2"
+        )
+    return Shard(int(index), int(total))
 
 
 def temperatures(text: str) -> tuple[float, ...]:

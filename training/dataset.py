@@ -1,18 +1,17 @@
-"""Distilled answers as documents: token sequences of which the model wrote certain spans.
+"""Answers as documents: token sequences of which the model wrote certain spans.
 
 Only those spans are trained on and measured; what a user wrote is context. No label crosses the end
 of a span, and documents never see each other.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from training.distilled import DistilledTurns, read_distilled
+from training.distilled import DistilledTurns
 from training.errors import DataError
 
 
@@ -56,7 +55,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """Documents of one file or a part of it."""
+    """Documents of some files or a part of them."""
 
     documents: tuple[Document, ...]
 
@@ -71,27 +70,25 @@ class Corpus:
         return sum(span.end - span.start for doc in self.documents for span in doc.spans)
 
 
-def load_corpus(path: Path, vocab_size: int, limit: int | None = None) -> Corpus:
-    """Read a distilled file.
+def build_corpus(conversations: Iterable[DistilledTurns], vocab_size: int) -> Corpus:
+    """Turn conversations into documents.
 
     Args:
-        path: What `distill` wrote, compressed or not.
+        conversations: In the order of the documents.
         vocab_size: Of the base model; every token id must be below it.
-        limit: Number of conversations to read; None reads all.
 
     Raises:
-        DataError: If the file is not in the distilled format, or a token id is too large.
+        DataError: If a token id is too large.
     """
     documents: list[Document] = []
-    for index, conversation in enumerate(read_distilled(path)):
-        if index == limit:
-            break
+    for conversation in conversations:
         found = conversation_documents(conversation)
         largest = max(int(document.token_ids_T.max()) for document in found)
         if largest >= vocab_size:
             raise DataError(
-                f"{path}: conversation {conversation.id!r} has token id {largest}, but the base "
-                f"model's vocabulary has {vocab_size}; distill with the model you train for"
+                f"{conversation.where}: conversation {conversation.id!r} has token id {largest}, "
+                f"but the base model's vocabulary has {vocab_size}; distill with the model you "
+                "train for"
             )
         documents += found
     return Corpus(tuple(documents))

@@ -14,7 +14,7 @@ from typing import Any
 from server.config import EngineConfig
 from server.engine.engine import Engine
 from training.distilled import Manifest, manifest_path, read_distilled
-from training.errors import RunError
+from training.errors import DataError, RunError
 from training.jsonl import LineAppender, drop_torn_line, file_sha256
 from training.options import DistillOptions
 from training.progress import Bar, note, progress_bar
@@ -49,7 +49,10 @@ def run(options: DistillOptions) -> dict[str, Any]:
             f"output is {options.output}, but answers are appended line by line; give a name "
             "without .gz and compress the file later"
         )
-    prompts = list(read_prompts(options.data))[: options.limit]
+    shard = options.shard
+    prompts = list(read_prompts(options.data))[: options.limit][shard.index :: shard.total]
+    if not prompts:
+        raise DataError(f"{options.data} has no prompts for shard {shard}; give a smaller N")
     check_weights(options.category_weights, prompts)
     engine = Engine.from_config(_engine_config(options), note)
     if engine.loaded.adapter_sha256 is not None:
@@ -63,6 +66,7 @@ def run(options: DistillOptions) -> dict[str, Any]:
         sampling=options.sampling,
         prompts_sha256=file_sha256(options.data),
         chat_template_sha256=engine.tokenizer.chat_template_sha256,
+        shard=shard,
     )
     account = _take_up(options.output, manifest)
     waiting = [item for item in prompts if item.id not in account.ids]

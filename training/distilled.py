@@ -80,11 +80,13 @@ class DistilledTurns:
 
     Attributes:
         turns: Pairs of everything before an answer and the answer, as token ids.
+        where: File and line, for messages.
     """
 
     id: str
     category: str
     turns: tuple[tuple[list[int], list[int]], ...]
+    where: str
 
     @property
     def num_tokens(self) -> int:
@@ -112,7 +114,8 @@ def _conversation(row: Row) -> DistilledTurns:
     if not isinstance(turns, list) or not turns:
         raise row.error(f"turns is {turns!r:.80}; give at least one")
     category = str(row.value.get("category", ""))
-    return DistilledTurns(str(row.value["id"]), category, tuple(_turn(t, row) for t in turns))
+    found = tuple(_turn(turn, row) for turn in turns)
+    return DistilledTurns(str(row.value["id"]), category, found, row.where)
 
 
 def _turn(turn: Any, row: Row) -> tuple[list[int], list[int]]:
@@ -147,6 +150,20 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class Shard:
+    """Every `total`-th prompt from number `index` on, so that several runs share a file's work."""
+
+    index: int = 0
+    total: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.total}"
+
+
+WHOLE = Shard()
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """What a distilled file holds and how it was made.
 
@@ -155,6 +172,7 @@ class Manifest:
         fingerprint: Of that base model.
         prompts_sha256: Of the prompts file as it lies on disk.
         chat_template_sha256: Of the template that rendered the prompts; empty if not recorded.
+        shard: The part of the prompts that are answered in this file.
         tokens_by_category: Answer tokens of each category.
         num_skipped: Conversations whose first prompt does not fit the model's context.
         is_finished: Whether all prompts that were asked for are answered.
@@ -165,6 +183,7 @@ class Manifest:
     sampling: Sampling
     prompts_sha256: str
     chat_template_sha256: str = ""
+    shard: Shard = WHOLE
     tokens_by_category: Mapping[str, int] = field(default_factory=dict)
     num_conversations: int = 0
     num_turns: int = 0
@@ -181,6 +200,8 @@ class Manifest:
             mine, theirs = getattr(self.sampling, item.name), getattr(other.sampling, item.name)
             if mine != theirs:
                 return f"{item.name}: {mine} against {theirs}"
+        if self.shard != other.shard:
+            return f"the shard: {self.shard} against {other.shard}"
         if self.prompts_sha256 != other.prompts_sha256:
             return f"the prompts: sha256 {self.prompts_sha256} against {other.prompts_sha256}"
         templates = (self.chat_template_sha256, other.chat_template_sha256)
@@ -213,6 +234,7 @@ class Manifest:
             sampling = content["sampling"]
             temperatures = tuple(sampling["temperatures"])
             content["sampling"] = Sampling(**sampling | {"temperatures": temperatures})
+            content["shard"] = Shard(**content.get("shard", {}))
             return cls(**content)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(

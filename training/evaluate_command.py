@@ -4,11 +4,9 @@ from typing import Any
 
 from heads.checkpoint import save_heads
 from server.model.draft_heads import load_draft_heads
-from training.base_model import check_base, load_base
-from training.dataset import load_corpus
-from training.errors import DataError
+from training.answers import load_answers
+from training.base_model import load_base
 from training.hidden_states import HiddenStateEncoder
-from training.jsonl import file_sha256
 from training.options import EvaluateOptions
 from training.report import measure, save_acceptance, summary
 
@@ -23,13 +21,10 @@ def run(options: EvaluateOptions) -> dict[str, Any]:
         ModelError: If the base model cannot be loaded.
     """
     loaded = load_base(options, options.heads)
-    check_base(options.data, loaded)
     found = load_draft_heads(options.heads, loaded)
-    corpus = load_corpus(options.data, loaded.vocab_size, options.limit)
-    if corpus.num_examples == 0:
-        raise DataError(f"{options.data} has no answer of two tokens; distill more")
+    answers = load_answers(options.data, loaded, options.limit)
     encoder = HiddenStateEncoder(loaded)
-    measured = measure(corpus, encoder, found.heads.float(), options.num_ranks)
+    measured = measure(answers.corpus, encoder, found.heads.float(), options.num_ranks)
     if options.save:
         profile = measured.result.profile
         save_heads(
@@ -40,5 +35,5 @@ def run(options: EvaluateOptions) -> dict[str, Any]:
             profile,
             adapter=found.adapter,
         )
-        save_acceptance(options.heads, measured, found.base_name, file_sha256(options.data))
+        save_acceptance(options.heads, measured, found.base_name, answers.sha256)
     return {"heads": str(options.heads), **summary(measured.result)}

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from server.config import METHODS, DeviceName, DtypeName, Method
-from training.arguments import between, count, temperatures, weights, whole
-from training.distilled import Sampling
+from training.arguments import between, count, shard, temperatures, weights, whole
+from training.distilled import WHOLE, Sampling, Shard
 from training.examples import BatchPlan
 from training.trainer import TrainConfig
 
@@ -35,6 +35,7 @@ class DistillOptions(ModelOptions):
         data: Prompts.
         output: Distilled file; a run that it holds is continued.
         limit: Number of conversations from the beginning of the file; None takes all.
+        shard: Which of them this run answers.
         max_tokens: No conversation begins once there are so many answer tokens; None is no end.
         category_weights: Share of answer tokens by category; None keeps the order of the file.
         temperatures: Each conversation has one of them.
@@ -46,6 +47,7 @@ class DistillOptions(ModelOptions):
     data: Path
     output: Path
     limit: int | None = None
+    shard: Shard = WHOLE
     max_tokens: int | None = None
     category_weights: Mapping[str, float] | None = None
     max_new_tokens: int = 256
@@ -76,9 +78,9 @@ class TrainOptions(ModelOptions):
     """What `train` was asked to do.
 
     Attributes:
-        data: Distilled file.
+        data: Distilled files.
         output: Directory of the run and of the heads.
-        limit: Number of conversations from the beginning of the file; None takes all.
+        limit: Number of conversations from the beginning of the files; None takes all.
         draft_vocab_size: Most frequent tokens that the heads can draft; 0 takes all.
         root_rate_factor: Multiplies the learning rate of the maps of the root embedding. Embeddings
             are an order of magnitude smaller than hidden states, so that their maps' weights have
@@ -89,7 +91,7 @@ class TrainOptions(ModelOptions):
         max_grad_norm: Longer gradients are scaled down to this norm; 0 leaves them.
     """
 
-    data: Path
+    data: tuple[Path, ...]
     output: Path
     limit: int | None = None
     num_heads: int = 4
@@ -137,14 +139,14 @@ class EvaluateOptions(ModelOptions):
 
     Attributes:
         heads: Directory of the heads.
-        data: Distilled file that they were not trained on.
-        limit: Number of conversations from the beginning of the file; None takes all.
+        data: Distilled files that they were not trained on.
+        limit: Number of conversations from the beginning of the files; None takes all.
         num_ranks: Candidates per head that the profile covers.
         save: Write the profile into the checkpoint.
     """
 
     heads: Path
-    data: Path
+    data: tuple[Path, ...]
     limit: int | None = None
     num_ranks: int = 16
     save: bool = True
@@ -197,7 +199,10 @@ def parse_options(argv: Sequence[str]) -> Options:
         command.add_options(subparser)
         if issubclass(command.type, ModelOptions):
             _add_model(subparser)
-    values = vars(parser.parse_args(argv))
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(parser.parse_args(argv)).items()
+    }
     return _COMMANDS[values.pop("command")].type(**values)
 
 
@@ -208,6 +213,7 @@ def _add_distill(parser: argparse.ArgumentParser) -> None:
     )
     add("output", type=Path, metavar="FILE", help="JSON lines to write; an earlier run goes on")
     add("limit", type=count, metavar="N", help="conversations, from the beginning of PROMPTS")
+    add("shard", type=shard, metavar="I/N", help="every Nth of them, from number I on")
     add("max-tokens", type=count, metavar="N", help="begin none after so many answer tokens")
     add(
         "category-weights",
@@ -228,9 +234,9 @@ def _add_distill(parser: argparse.ArgumentParser) -> None:
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
     add, default = _adder(parser, TrainOptions)
-    add("data", type=Path, metavar="FILE", help="what distill wrote (.gz too)")
+    _add_answers(parser, "what distill wrote")
     add("output", type=Path, metavar="DIR", help="run and heads; an unfinished run goes on")
-    add("limit", type=count, metavar="N", help="conversations, from the beginning of FILE")
+    add("limit", type=count, metavar="N", help="conversations, from the beginning of the data")
     add("num-heads", type=count, metavar="K", help="draft heads, hence the largest depth")
     add("num-blocks", type=count, metavar="N", help="residual blocks per head")
     add("draft-vocab-size", type=whole, metavar="N", help="tokens to draft from; 0 is all")
@@ -256,10 +262,21 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     add, default = _adder(parser, EvaluateOptions)
     add("heads", type=Path, metavar="DIR", help="heads checkpoint")
-    add("data", type=Path, metavar="FILE", help="held-out answers that distill wrote (.gz too)")
-    add("limit", type=count, metavar="N", help="conversations, from the beginning of FILE")
+    _add_answers(parser, "held-out answers that distill wrote")
+    add("limit", type=count, metavar="N", help="conversations, from the beginning of the data")
     add("num-ranks", type=count, metavar="R", help="candidates per head in the profile")
     _add_switch(parser, "save", default["save"], "write the profile into the checkpoint")
+
+
+def _add_answers(parser: argparse.ArgumentParser, summary: str) -> None:
+    parser.add_argument(
+        "--data",
+        type=Path,
+        action="append",
+        required=True,
+        metavar="FILE",
+        help=f"{summary} (.gz too); may be given several times",
+    )
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:

@@ -12,12 +12,12 @@ import torch
 from heads.checkpoint import CONFIG_FILE, save_heads
 from heads.medusa import MedusaConfig, MedusaHeads
 from server.model.loading import LoadedModel
-from training.base_model import check_base, load_base
-from training.dataset import Corpus, frequent_tokens, load_corpus, split
+from training.answers import load_answers
+from training.base_model import load_base
+from training.dataset import Corpus, frequent_tokens, split
 from training.errors import DataError, RunError
 from training.examples import Examples, ExampleSource
 from training.hidden_states import HiddenStateEncoder
-from training.jsonl import file_sha256
 from training.losses import MedusaObjective, medusa_groups
 from training.metrics import METRICS_FILE
 from training.objective import Trainable
@@ -44,17 +44,20 @@ def run(options: TrainOptions) -> dict[str, Any]:
     """
     _prepare_output(options)
     loaded = load_base(options)
-    check_base(options.data, loaded)
-    parts = split(load_corpus(options.data, loaded.vocab_size, options.limit), options.held_out)
+    answers = load_answers(options.data, loaded, options.limit)
+    parts = split(answers.corpus, options.held_out)
     if parts.train.num_examples == 0:
-        raise DataError(f"{options.data} has no answer of two tokens to train on; distill more")
+        raise DataError(
+            "every answer is held out, which leaves nothing to train on; give more data or a "
+            f"smaller --held-out than {options.held_out:g}"
+        )
     note(
         f"{parts.train.num_answer_tokens} answer tokens to train on, "
         f"{parts.held_out.num_answer_tokens} held out"
     )
     encoder = HiddenStateEncoder(loaded)
     heads = _fresh_heads(options, loaded, parts.train)
-    trainer = _trained(options, heads, encoder, parts.train)
+    trainer = _trained(options, heads, encoder, parts.train, answers.sha256)
     found = _measured(parts.held_out, encoder, heads)
     save_heads(
         options.output,
@@ -64,7 +67,7 @@ def run(options: TrainOptions) -> dict[str, Any]:
         None if found is None else found.result.profile,
     )
     if found is not None:
-        save_acceptance(options.output, found, options.model, file_sha256(options.data))
+        save_acceptance(options.output, found, options.model, answers.sha256)
     trainer.discard_state()
     evaluation = {} if found is None else summary(found.result)
     return {"output": str(options.output), "num_steps": trainer.num_steps, **evaluation}
@@ -105,14 +108,18 @@ def _fresh_heads(options: TrainOptions, loaded: LoadedModel, train: Corpus) -> M
 
 
 def _trained(
-    options: TrainOptions, heads: MedusaHeads, encoder: HiddenStateEncoder, train: Corpus
+    options: TrainOptions,
+    heads: MedusaHeads,
+    encoder: HiddenStateEncoder,
+    train: Corpus,
+    data_sha256: str,
 ) -> Trainer[Examples]:
     source = ExampleSource(train, encoder, options.num_heads, options.batch_plan)
     if options.cache:
         with progress_bar("hidden states", len(train.documents)) as bar:
             source.fill_cache(bar.advance)
     kept = {k: v for k, v in asdict(options).items() if k not in _FREE_OPTIONS}
-    kept["data_sha256"] = file_sha256(options.data)
+    kept["data_sha256"] = data_sha256
     compute_dtype = torch.float32 if encoder.dtype == torch.float32 else torch.bfloat16
     trainable = Trainable(
         heads,

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from tests.tiny_models import VOCAB_SIZE
-from tests.training.corpora import corpus, document, write_lines
+from tests.training.corpora import corpus, document
 from training.dataset import (
     Corpus,
     Span,
+    build_corpus,
     conversation_documents,
     frequent_tokens,
-    load_corpus,
     split,
 )
 from training.distilled import DistilledTurns, read_distilled
@@ -20,7 +20,7 @@ from training.errors import DataError
 
 
 def turns(*pairs: tuple[list[int], list[int]]) -> DistilledTurns:
-    return DistilledTurns("c", "x", pairs)
+    return DistilledTurns("c", "x", pairs, "d.jsonl, line 7")
 
 
 def test_turns_that_continue_each_other_share_a_document() -> None:
@@ -42,7 +42,7 @@ def test_roots_are_the_answer_tokens_that_have_one_after_them() -> None:
 
 
 def test_a_file_becomes_documents_with_all_their_answers(distilled_file: Path) -> None:
-    found = load_corpus(distilled_file, VOCAB_SIZE)
+    found = build_corpus(read_distilled(distilled_file), VOCAB_SIZE)
     conversations = list(read_distilled(distilled_file))
     assert found.num_answer_tokens == sum(c.num_tokens for c in conversations)
     for conversation in conversations:
@@ -55,15 +55,9 @@ def test_a_file_becomes_documents_with_all_their_answers(distilled_file: Path) -
         assert answers == [answer for _, answer in conversation.turns]
 
 
-def test_only_so_many_conversations_are_read(distilled_file: Path) -> None:
-    found = load_corpus(distilled_file, VOCAB_SIZE, limit=2)
-    assert len({document.conversation_id for document in found.documents}) == 2
-
-
-def test_a_token_beyond_the_vocabulary_is_refused_by_conversation_and_value(tmp_path: Path) -> None:
-    line = {"id": "c9", "turns": [{"prompt_token_ids": [1], "token_ids": [VOCAB_SIZE]}]}
-    with pytest.raises(DataError, match=f"'c9' has token id {VOCAB_SIZE}"):
-        load_corpus(write_lines(tmp_path / "d.jsonl", [line]), VOCAB_SIZE)
+def test_a_token_beyond_the_vocabulary_is_refused_by_line_and_value() -> None:
+    with pytest.raises(DataError, match=f"line 7: conversation 'c' has token id {VOCAB_SIZE}"):
+        build_corpus([turns(([1], [VOCAB_SIZE]))], VOCAB_SIZE)
 
 
 def test_a_split_is_whole_disjoint_and_by_conversation() -> None:

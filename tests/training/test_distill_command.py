@@ -12,7 +12,7 @@ import pytest
 from tests.tiny_adapters import save_adapted_heads, save_tiny_adapter
 from tests.training.corpora import PROMPT_LINES, write_lines
 from training.__main__ import main
-from training.distilled import Manifest, manifest_path, read_distilled
+from training.distilled import Manifest, Shard, manifest_path, read_distilled
 
 
 def distill(data: Path, output: Path, model: Path, *more: str) -> int:
@@ -136,6 +136,42 @@ def test_the_limit_counts_from_the_beginning_of_the_file(
     output = tmp_path / "two.jsonl"
     assert distill(prompts_file, output, model_dir, "--limit", "2") == 0
     assert set(by_id(output)) == {"two", "long"}
+
+
+def test_shards_answer_all_prompts_once_and_as_one_run_would(
+    distilled_file: Path,
+    prompts_file: Path,
+    model_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    outputs = [tmp_path / f"shard-{index}.jsonl" for index in range(3)]
+    for index, output in enumerate(outputs):
+        assert distill(prompts_file, output, model_dir, "--shard", f"{index}/3") == 0
+        expected = [str(line["id"]) for line in PROMPT_LINES][index::3]
+        assert set(by_id(output)) == set(expected)
+        manifest = Manifest.load(output)
+        assert manifest is not None
+        assert manifest.shard == Shard(index, 3)
+    joined = by_id(outputs[0]) | by_id(outputs[1]) | by_id(outputs[2])
+    assert joined == by_id(distilled_file)
+    capsys.readouterr()
+    assert distill(prompts_file, outputs[0], model_dir, "--shard", "1/3") == 2
+    assert "the shard: 0/3 against 1/3" in " ".join(capsys.readouterr().err.split())
+    assert distill(prompts_file, outputs[0], model_dir) == 2
+    assert "the shard: 0/3 against 0/1" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_shard_is_of_the_prompts_below_the_limit(
+    prompts_file: Path, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "few.jsonl"
+    assert distill(prompts_file, output, model_dir, "--limit", "3", "--shard", "1/2") == 0
+    assert set(by_id(output)) == {"long"}
+    nothing = tmp_path / "nothing.jsonl"
+    assert distill(prompts_file, nothing, model_dir, "--limit", "3", "--shard", "3/4") == 2
+    assert "no prompts for shard 3/4" in " ".join(capsys.readouterr().err.split())
+    assert not nothing.exists()
 
 
 def test_prompts_that_do_not_fit_are_counted(

@@ -9,17 +9,21 @@ import pytest
 from heads.checkpoint import BaseFingerprint
 from tests.training.corpora import write_lines
 from training.distilled import (
+    WHOLE,
     AssistantTurn,
     DistilledConversation,
     Manifest,
     Sampling,
+    Shard,
     manifest_path,
     read_distilled,
 )
 from training.errors import DataError
 
 BASE = BaseFingerprint("llama", 2, 8, 32, (0.5, -0.25))
-MANIFEST = Manifest("tiny", BASE, Sampling(), "0" * 64, "a", {"chat": 7}, num_conversations=3)
+MANIFEST = Manifest(
+    "tiny", BASE, Sampling(), "0" * 64, "a", Shard(1, 2), {"chat": 7}, num_conversations=3
+)
 TURN = {"prompt_token_ids": [1, 2], "token_ids": [3]}
 
 
@@ -74,6 +78,15 @@ def test_a_manifest_comes_back_equal(tmp_path: Path) -> None:
     assert Manifest.load(tmp_path / "d.jsonl") == MANIFEST
 
 
+def test_a_manifest_from_before_there_were_shards_is_of_the_whole_file(tmp_path: Path) -> None:
+    MANIFEST.save(tmp_path / "d.jsonl")
+    path = manifest_path(tmp_path / "d.jsonl")
+    content = json.loads(path.read_text())
+    del content["shard"]
+    path.write_text(json.dumps(content))
+    assert Manifest.load(tmp_path / "d.jsonl") == replace(MANIFEST, shard=WHOLE)
+
+
 def test_no_manifest_is_none(tmp_path: Path) -> None:
     assert Manifest.load(tmp_path / "d.jsonl") is None
 
@@ -105,6 +118,7 @@ def test_counts_do_not_keep_two_runs_apart() -> None:
             r"temperatures: \(0.0,\) against \(0.5,\)",
         ),
         (replace(MANIFEST, sampling=Sampling(max_new_tokens=8)), "max_new_tokens: 256 against 8"),
+        (replace(MANIFEST, shard=Shard(0, 2)), "the shard: 1/2 against 0/2"),
         (replace(MANIFEST, prompts_sha256="1" * 64), "the prompts: sha256"),
         (replace(MANIFEST, chat_template_sha256="b"), "the chat template: sha256 a against b"),
         (

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from training.distilled import Sampling
+from training.distilled import Sampling, Shard
 from training.examples import BatchPlan
 from training.options import (
     ConvertOptions,
@@ -26,8 +26,8 @@ CONVERT = ["convert", "--source", "original", "--output", "heads"]
 def test_defaults_are_those_of_the_types() -> None:
     data = Path("d.jsonl")
     assert parse_options(DISTILL) == DistillOptions(data=Path("p.jsonl"), output=data)
-    assert parse_options(TRAIN) == TrainOptions(data=data, output=Path("heads"))
-    assert parse_options(EVALUATE) == EvaluateOptions(heads=Path("heads"), data=data)
+    assert parse_options(TRAIN) == TrainOptions(data=(data,), output=Path("heads"))
+    assert parse_options(EVALUATE) == EvaluateOptions(heads=Path("heads"), data=(data,))
     heads = ConvertOptions(source=Path("original"), output=Path("heads"))
     assert parse_options(CONVERT) == heads
     assert parse_options(REPORT) == ReportOptions(heads=Path("heads"))
@@ -69,12 +69,15 @@ def test_options_arrive_where_they_are_used() -> None:
             "--seed",
             "3",
             "--no-stop-repeats",
+            "--shard",
+            "1/3",
         ]
     )
     assert isinstance(distill, DistillOptions)
     assert distill.sampling == Sampling(
         max_new_tokens=9, temperatures=(0.0, 0.5), seed=3, stop_repeats=False
     )
+    assert distill.shard == Shard(1, 3)
     assert distill.category_weights == {"math": 2.0, "chat": 0.5}
     train = parse_options([*TRAIN, "--epochs", "7", "--batch-size", "5", "--no-cache"])
     assert isinstance(train, TrainOptions)
@@ -86,6 +89,13 @@ def test_options_arrive_where_they_are_used() -> None:
     assert train.batch_plan == BatchPlan(batch_size=5, is_cached=False)
 
 
+def test_data_may_be_given_several_times_and_keeps_its_order() -> None:
+    for argv in (TRAIN, EVALUATE):
+        options = parse_options([*argv, "--data", "c.jsonl"])
+        assert isinstance(options, TrainOptions | EvaluateOptions)
+        assert options.data == (Path("d.jsonl"), Path("c.jsonl"))
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -94,6 +104,10 @@ def test_options_arrive_where_they_are_used() -> None:
         ([*DISTILL, "--temperatures", "0,warm"], "'warm' is no number"),
         ([*DISTILL, "--category-weights", "math"], "'math' is no weight; give NAME=WEIGHT"),
         ([*DISTILL, "--category-weights", "math=-1"], "-1 is out of range"),
+        ([*DISTILL, "--shard", "2/2"], "'2/2' is no shard; give I/N with I from 0 and below N"),
+        ([*DISTILL, "--shard", "0/0"], "'0/0' is no shard"),
+        ([*DISTILL, "--shard", "1"], "'1' is no shard"),
+        ([*DISTILL, "--shard", "-1/2"], "is no shard|expected one argument"),
         ([*DISTILL, "--method", "magic"], "invalid choice: 'magic'"),
         ([*TRAIN, "--learning-rate", "fast"], "'fast' is no number"),
         ([*TRAIN, "--draft-vocab-size", "-1"], "'-1' is no whole number|expected one argument"),

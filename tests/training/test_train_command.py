@@ -19,8 +19,10 @@ from server.model.draft_heads import load_draft_heads
 from server.model.loading import LoadedModel, load_model
 from tests.tiny_adapters import save_adapted_heads, save_tiny_adapter
 from tests.tiny_models import save_tiny_model
-from tests.training.corpora import write_lines
+from tests.training.corpora import document, write_lines
 from training.__main__ import main
+from training.answers import data_sha256
+from training.dataset import Corpus, split
 from training.distilled import Manifest, manifest_path
 from training.evaluate import TREE_SIZES
 from training.jsonl import file_sha256
@@ -176,6 +178,34 @@ def test_a_loss_that_is_no_number_has_an_exit_status_of_its_own(
     assert "step 1: the loss is nan" in error_text(capsys)
 
 
+def test_several_files_train_and_measure_as_one(
+    distilled_file: Path, model_dir: Path, tmp_path: Path
+) -> None:
+    lines = distilled_file.read_text().splitlines(keepends=True)
+    parts = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for index, part in enumerate(parts):
+        part.write_text("".join(lines[index::2]))
+    output, second = tmp_path / "heads", ("--data", str(parts[1]))
+    assert train(parts[0], output, model_dir, *second) == 0
+    digest = load_acceptance(output)["data_sha256"]
+    assert digest == data_sha256(parts)
+    assert evaluate(output, parts[0], model_dir, *second) == 0
+    assert load_acceptance(output)["data_sha256"] == digest
+
+
+def test_when_all_is_held_out_nothing_is_left_to_train_on(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turns = [{"prompt_token_ids": [1], "token_ids": [5, 6, 7]}]
+    names = (f"c{i}" for i in range(100))
+    held_out = (
+        n for n in names if split(Corpus((document(6, (2, 5), name=n),)), 0.4).held_out.documents
+    )
+    data = write_lines(tmp_path / "d.jsonl", [{"id": next(held_out), "turns": turns}])
+    assert train(data, tmp_path / "heads", model_dir) == 2
+    assert "every answer is held out" in error_text(capsys)
+
+
 def test_without_held_out_conversations_the_heads_have_no_profile(
     distilled_file: Path,
     model_dir: Path,
@@ -250,7 +280,7 @@ def test_data_without_manifest_is_trained_on_with_a_note(
         ([], "has no rows"),
         (
             [{"id": "a", "turns": [{"prompt_token_ids": [1], "token_ids": [5]}]}],
-            "has no answer of two tokens",
+            "no answer has two tokens",
         ),
         (
             [{"id": "a", "turns": [{"prompt_token_ids": [1], "token_ids": [5, 999]}]}],
