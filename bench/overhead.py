@@ -109,8 +109,8 @@ def instrumented(engine: Engine, stopwatch: Stopwatch) -> Iterator[None]:
         wrap(engine._scheduler, "schedule", "schedule")
         wrap(engine._runner, "run", "prepare")
         wrap(engine.loaded.model, "forward", FORWARD, on_device=True)
-        if engine.speculator.heads is not None:
-            wrap(engine.speculator.heads, "propose", DRAFT, on_device=True)
+        if engine.speculator.drafter is not None:
+            wrap(engine.speculator.drafter, "propose", DRAFT, on_device=True)
         yield
 
 

@@ -43,6 +43,19 @@ class DraftTokens:
     tree: DraftTree
     token_ids: tuple[int, ...]
 
+    def limited(self, num_nodes: int, max_depth: int) -> "DraftTokens":
+        """Return the first nodes that are not too deep, at most `num_nodes`, root included."""
+        tree = self.tree
+        if num_nodes >= tree.num_nodes and max_depth >= tree.max_depth:
+            return self
+        if max_depth >= tree.max_depth:
+            return DraftTokens(tree.prefix(num_nodes), self.token_ids[:num_nodes])
+        kept = [node for node, depth in enumerate(tree.depths) if depth <= max_depth][:num_nodes]
+        node_of = {NO_PARENT: NO_PARENT} | {node: index for index, node in enumerate(kept)}
+        parents = tuple(node_of[tree.parents[node]] for node in kept)
+        ranks = tuple(tree.ranks[node] for node in kept)
+        return DraftTokens(DraftTree(parents, ranks), tuple(self.token_ids[n] for n in kept))
+
 
 def draft_tokens(
     tree: DraftTree, root_token: int, candidate_ids_KR: Sequence[Sequence[int]]

@@ -18,12 +18,14 @@ Owns the weights, and knows neither the block's class nor its attention: the cal
 Shape suffixes: T flat tokens, D model width, U draft vocabulary, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from heads.seen_rows import SeenRows, gather_seen_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +121,7 @@ class MTPModule(nn.Module):
     def _gather_draft_rows(self) -> None:
         rows_UD = self._unembedding_VD.index_select(0, self.draft_vocab_ids)
         self.register_buffer("draft_rows_UD", rows_UD, persistent=False)
+        self._draft_vocab = frozenset(self.draft_vocab_ids.tolist())
 
     def forward(
         self, states_TD: Tensor, token_ids_T: Tensor, run_block: Callable[[Tensor], Tensor]
@@ -132,12 +135,22 @@ class MTPModule(nn.Module):
             run_block: Runs `block` on TD with positions, attention and KV of these tokens.
         """
         embedded_TD = F.embedding(token_ids_T, self._input_embedding_VD)
-        dtype = self.projection.weight.dtype
+        # The projection may have been packed, and then has no plain weight.
+        dtype = self.final_norm.weight.dtype
         joined_TX = torch.cat(
             (self.hidden_norm(states_TD.to(dtype)), self.embedding_norm(embedded_TD.to(dtype))), 1
         )
         states: Tensor = self.final_norm(run_block(self.projection(joined_TX)))
         return states
+
+    @torch.inference_mode()
+    def seen_rows(self, prompt_token_ids: Sequence[int]) -> SeenRows | None:
+        """Gather the rows of a prompt's tokens that the module cannot draft otherwise.
+
+        Call it once per request: it copies rows. See `heads.seen_rows`.
+        """
+        found = gather_seen_rows(prompt_token_ids, self._draft_vocab, self._unembedding_VD)
+        return None if found is None else found.to(self.draft_rows_UD.dtype)
 
     def draft_logits(self, states_TD: Tensor) -> Tensor:
         """Return logits over the draft vocabulary, TU, in the order of `draft_vocab_ids`."""

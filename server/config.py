@@ -12,10 +12,11 @@ from server.errors import ConfigError, InvalidRequestError
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
-Method = Literal["auto", "none", "medusa"]
+DraftMethod = Literal["medusa", "mtp"]
+Method = Literal["auto", "none"] | DraftMethod
 AcceptanceName = Literal["auto", "exact", "typical"]
 
-METHODS: tuple[Method, ...] = ("auto", "none", "medusa")
+METHODS: tuple[Method, ...] = ("auto", "none", "medusa", "mtp")
 ACCEPTANCES: tuple[AcceptanceName, ...] = ("auto", "exact", "typical")
 MAX_TREE_NODES = 64
 MAX_STOP_STRINGS = 4

@@ -18,22 +18,25 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from heads.candidates import draft_tokens
 from heads.medusa import MedusaConfig, MedusaHeads
-from heads.tree_search import AcceptanceProfile
+from heads.tree import DraftTree
+from heads.tree_search import AcceptanceProfile, best_tree
 from server.config import EngineConfig, SamplingParams, SpeculationParams
 from server.engine.cost_model import CostModel
+from server.engine.drafter import MedusaDrafter
 from server.engine.engine import Completion, Engine
 from server.engine.logits import make_adjuster
 from server.engine.model_runner import ModelRunner
-from server.engine.parts import EngineParts
+from server.engine.parts import EngineParts, make_speculator
 from server.engine.request import Request
 from server.engine.sequence import Sequence, acceptance_rule, request_seed
-from server.engine.speculator import Speculator
 from server.engine.text import TextStream
 from server.engine.uniform import uniform
 from server.engine.validate import RequestLimits
 from server.kv.block_manager import BlockManager
 from server.kv.kv_cache import KVCache, KVLayout
+from server.model.draft_heads import DraftHeads
 from server.model.loading import LoadedModel, load_model
 from server.tokenizer import Tokenizer
 from tests.slow_sampling import adjust_slowly, draw_slowly, filter_slowly, greedy_slowly
@@ -46,6 +49,7 @@ TIE_MARGIN = 1e-4
 _CACHE_SLOTS = 2048
 _request_ids = count()
 
+# What follows a root, by depth and rank.
 DraftScript = Callable[[Sequence, Tensor], list[list[int]]]
 
 
@@ -75,7 +79,7 @@ def tiny_reference(kind: TinyKind = "llama") -> PreTrainedModel:
 
 
 @cache
-def _tiny_runner(kind: TinyKind, block_size: int) -> ModelRunner:
+def _tiny_runner(kind: TinyKind, block_size: int) -> tuple[ModelRunner, KVCache]:
     """Shared by all engines of a test run; what earlier ones left in its cache is never read."""
     loaded = tiny_loaded(kind)
     layout = KVLayout(
@@ -86,7 +90,8 @@ def _tiny_runner(kind: TinyKind, block_size: int) -> ModelRunner:
         loaded.dtype,
         loaded.device,
     )
-    return ModelRunner(loaded, KVCache(layout, -(-_CACHE_SLOTS // block_size)))
+    cache = KVCache(layout, -(-_CACHE_SLOTS // block_size))
+    return ModelRunner(loaded, cache), cache
 
 
 def random_heads(vocab_size: int, num_heads: int = NUM_HEADS, hidden_size: int = 8) -> MedusaHeads:
@@ -113,18 +118,18 @@ def wide_profile(num_heads: int = NUM_HEADS, num_ranks: int = NUM_RANKS) -> Acce
     return AcceptanceProfile((rates,) * num_heads)
 
 
-class ScriptedSpeculator(Speculator):
+class ScriptedDrafter(MedusaDrafter):
     """Drafts what a script says instead of what heads propose."""
 
-    def __init__(
-        self, heads: MedusaHeads, max_nodes: int, fixed_size: int | None, script: DraftScript
-    ) -> None:
-        super().__init__(heads, wide_profile(), max_nodes, fixed_size)
+    def __init__(self, heads: MedusaHeads, tree: DraftTree, script: DraftScript) -> None:
+        super().__init__(heads, tree)
+        self._tree = tree
         self._script = script
 
-    def propose(self, sequences: Seq[Sequence], hidden_BD: Tensor) -> None:
-        for sequence, hidden_D in zip(sequences, hidden_BD, strict=True):
-            sequence.candidate_ids = self._script(sequence, hidden_D)
+    def propose(self, rooted: Seq[Sequence], hidden_BD: Tensor, prefilling: Seq[Sequence]) -> None:
+        for sequence, hidden_D in zip(rooted, hidden_BD, strict=True):
+            candidates = self._script(sequence, hidden_D)
+            sequence.proposal = draft_tokens(self._tree, sequence.token_ids[-1], candidates)
 
 
 def make_engine(
@@ -154,23 +159,26 @@ def make_engine(
     if config.num_blocks is None:
         raise ValueError("give num_blocks")
     loaded = tiny_loaded(kind)
-    heads = None if config.heads == "none" else heads_for(loaded)
-    fixed = None if config.tree == "auto" else config.tree
-    if heads is None or script is None:
-        speculator = Speculator(heads, wide_profile(), config.max_nodes, fixed)
-    else:
-        speculator = ScriptedSpeculator(heads, config.max_nodes, fixed, script)
+    draft = None
+    if config.heads != "none":
+        draft = DraftHeads(heads_for(loaded), None, wide_profile(), "tiny")
+    runner, cache = _tiny_runner(kind, config.block_size)
+    blocks = BlockManager(config.num_blocks, config.block_size, config.prefix_caching)
+    speculator = make_speculator(config, draft, cache, blocks)
+    if script is not None and draft is not None:
+        tree = best_tree(wide_profile(), config.max_nodes)
+        speculator.drafter = ScriptedDrafter(heads_for(loaded), tree, script)
     speculator.cost_model = costs
     max_len = min(config.num_blocks * config.block_size, loaded.max_model_len)
     return Engine(
         EngineParts(
             config=config,
             loaded=loaded,
-            runner=_tiny_runner(kind, config.block_size),
-            blocks=BlockManager(config.num_blocks, config.block_size, config.prefix_caching),
+            runner=runner,
+            blocks=blocks,
             speculator=speculator,
-            limits=RequestLimits(max_len, loaded.vocab_size, heads is not None),
-            heads_name=None if heads is None else "random",
+            limits=RequestLimits(max_len, loaded.vocab_size, None if draft is None else "medusa"),
+            heads_name=None if draft is None else "random",
         )
     )
 

@@ -7,7 +7,10 @@ read a stale, foreign or overwritten slot is caught on the step that does it.
 from dataclasses import dataclass, field
 from random import Random
 
+from heads.candidates import draft_tokens
+from heads.tree_search import best_tree, node_values
 from server.config import EngineConfig, SamplingParams
+from server.engine.drafter import MedusaDrafter
 from server.engine.scheduler import ScheduledSequence, Scheduler
 from server.engine.sequence import Sequence
 from server.engine.speculator import Speculator
@@ -48,7 +51,10 @@ class Simulation:
         self.blocks = BlockManager(self.num_blocks, self.block_size, self.prefix_caching)
         heads = random_heads(VOCAB, NUM_HEADS)
         profile = wide_profile(NUM_HEADS, NUM_RANKS)
-        speculator = Speculator(heads, profile, self.max_nodes, fixed_size=self.max_nodes)
+        self.tree = best_tree(profile, self.max_nodes)
+        drafter = MedusaDrafter(heads, self.tree)
+        values = node_values(profile, self.tree)
+        speculator = Speculator(drafter, values, fixed_size=self.max_nodes)
         self.scheduler = Scheduler(config, self.blocks, speculator)
 
     def add(
@@ -118,9 +124,8 @@ class Simulation:
             sequence.token_ids.append(self.rng.randrange(4))
             limit = sequence.num_prompt_tokens + sequence.request.sampling.max_tokens
             assert len(sequence.token_ids) <= limit, "a draft deeper than the request may grow"
-            sequence.candidate_ids = [
-                self.rng.sample(range(VOCAB), NUM_RANKS) for _ in range(NUM_HEADS)
-            ]
+            candidates = [self.rng.sample(range(VOCAB), NUM_RANKS) for _ in range(NUM_HEADS)]
+            sequence.proposal = draft_tokens(self.tree, sequence.token_ids[-1], candidates)
         for index in range(first, first + committed):
             self.kv[self.slot(sequence, index)] = tuple(sequence.token_ids[: index + 1])
         sequence.num_computed_tokens += committed

@@ -3,9 +3,11 @@
 from typing import Any
 
 from heads.checkpoint import save_heads
+from heads.medusa import MedusaHeads
 from server.model.draft_heads import load_draft_heads
 from training.answers import load_answers
 from training.base_model import load_base
+from training.errors import DataError
 from training.hidden_states import HiddenStateEncoder
 from training.options import EvaluateOptions
 from training.report import measure, save_acceptance, summary
@@ -23,6 +25,8 @@ def run(options: EvaluateOptions) -> dict[str, Any]:
     loaded = load_base(options, options.heads)
     found = load_draft_heads(options.heads, loaded)
     answers = load_answers(options.data, loaded, options.limit)
+    if not isinstance(found.heads, MedusaHeads):
+        raise DataError(f"{options.heads} holds an MTP module, which evaluate cannot measure yet")
     encoder = HiddenStateEncoder(loaded)
     measured = measure(answers.corpus, encoder, found.heads.float(), options.num_ranks)
     if options.save:

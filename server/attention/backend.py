@@ -2,12 +2,14 @@
 
 A step packs the tokens of several sequences into one flat row of T tokens. Sequence by sequence,
 the queries attend to the sequence's committed KV (slots `[0, context_len)`) and, among the step's
-own tokens, to what `visible` allows:
+own tokens, to what the ancestor mask allows:
 
-    slots of a sequence   0 ............ context_len ............ context_len + num_queries
-                          committed KV   this step's tokens (chunk of a prompt, or a draft tree)
+    slots of a sequence   0 ............ context_len ......................... num_slots
+                          committed KV   tree nodes of passes   this pass's tokens (chunk of a
+                                         before, if any         prompt, or nodes of a tree)
 
-Shapes: T flat tokens, H attention heads, C channels per head.
+Shapes: T flat tokens, H attention heads, C channels per head, Q queries of a sequence, S of its
+slots from `context_len` on.
 """
 
 from dataclasses import dataclass
@@ -24,18 +26,26 @@ class AttentionSpan:
         start: Index of the sequence's first token in the flat row.
         num_queries: Its tokens in this step.
         context_len: Tokens whose KV was computed before this step.
-        block_table: Blocks that cover `context_len + num_queries` slots, in order.
-        ancestor_mask_NN: Boolean `[num_queries, num_queries]`: row i may see column j of this
-            step's tokens; None means causal order.
-        depths_N: Depth of each of this step's tokens below the first; None means 0, 1, 2, ...
+        block_table: Blocks that cover `num_slots` slots, in order.
+        ancestor_mask_QS: Boolean: which of the slots from `context_len` on a query may see. The
+            queries' own slots are the last ones; slots before them belong to nodes of the same
+            tree that earlier passes computed. None means the queries' slots, in causal order.
+        depths_S: How far the position of each of these slots is behind `context_len`; None means
+            0, 1, 2, ...
     """
 
     start: int
     num_queries: int
     context_len: int
     block_table: list[int]
-    ancestor_mask_NN: Tensor | None
-    depths_N: Tensor | None
+    ancestor_mask_QS: Tensor | None
+    depths_S: Tensor | None
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of the sequence that hold KV at the end of the pass."""
+        mask_QS = self.ancestor_mask_QS
+        return self.context_len + (self.num_queries if mask_QS is None else mask_QS.shape[1])
 
 
 @dataclass(frozen=True, slots=True)

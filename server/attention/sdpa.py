@@ -110,12 +110,10 @@ class SDPABackend:
             return slots_XHC[plan.where]
         # Whole blocks are copied several times faster than single slots.
         blocks = slots_XHC.view(-1, self._layout.block_size, *slots_XHC.shape[1:])
-        num_slots = plan.span.context_len + plan.span.num_queries
-        return blocks.index_select(0, plan.where).flatten(0, 1)[:num_slots]
+        return blocks.index_select(0, plan.where).flatten(0, 1)[: plan.span.num_slots]
 
     def _find_kv(self, span: AttentionSpan) -> slice | Tensor:
-        block_size = self._layout.block_size
-        num_slots = span.context_len + span.num_queries
+        block_size, num_slots = self._layout.block_size, span.num_slots
         table = span.block_table[: -(-num_slots // block_size)]
         first = table[0]
         if table[-1] - first == len(table) - 1 and table == list(range(first, table[-1] + 1)):
@@ -123,23 +121,25 @@ class SDPABackend:
         return torch.tensor(table, device=self._layout.device)
 
     def _build_mask(self, span: AttentionSpan, sliding_window: int | None) -> Tensor | None:
-        num_queries, context_len = span.num_queries, span.context_len
-        num_slots = context_len + num_queries
-        if num_queries == 1 and (sliding_window is None or num_slots <= sliding_window):
+        num_queries, num_slots = span.num_queries, span.num_slots
+        is_causal = span.ancestor_mask_QS is None
+        if (
+            is_causal
+            and num_queries == 1
+            and (sliding_window is None or num_slots <= sliding_window)
+        ):
             return None
         device = self._layout.device
         visible = torch.ones(num_queries, num_slots, dtype=torch.bool, device=device)
-        if span.ancestor_mask_NN is None:
-            visible[:, context_len:].tril_()
+        if span.ancestor_mask_QS is None:
+            visible[:, span.context_len :].tril_()
         else:
-            visible[:, context_len:] = span.ancestor_mask_NN
+            visible[:, span.context_len :] = span.ancestor_mask_QS
         if sliding_window is not None:
-            depths = span.depths_N
-            if depths is None:
-                depths = torch.arange(num_queries, device=device)
-            depths = depths.to(device)
-            query_positions = context_len + depths
-            slot_positions = torch.cat([torch.arange(context_len, device=device), query_positions])
+            slot_positions = torch.arange(num_slots, device=device)
+            if span.depths_S is not None:
+                slot_positions[span.context_len :] = span.context_len + span.depths_S.to(device)
+            query_positions = slot_positions[-num_queries:]
             visible &= query_positions[:, None] - slot_positions < sliding_window
         mask = torch.zeros(num_queries, num_slots, dtype=self._layout.dtype, device=device)
         return mask.masked_fill_(~visible, float("-inf"))

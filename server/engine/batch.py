@@ -58,8 +58,8 @@ def build_batch(plan: Seq[ScheduledSequence], block_size: int, device: torch.dev
                 num_queries=item.num_tokens,
                 context_len=first,
                 block_table=table,
-                ancestor_mask_NN=tree.ancestor_mask() if is_tree else None,
-                depths_N=torch.tensor(tree.depths) if is_tree else None,
+                ancestor_mask_QS=tree.ancestor_mask() if is_tree else None,
+                depths_S=torch.tensor(tree.depths) if is_tree else None,
             )
         )
     return StepBatch(

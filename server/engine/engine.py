@@ -140,7 +140,8 @@ class Engine:
             raise ValueError(f"request id {request.request_id!r} is already in flight")
         speculation = request.speculation
         max_nodes = speculation.max_nodes or self.config.max_nodes
-        has_drafts = self.speculator.heads is not None and speculation.method != "none"
+        drafter = None if speculation.method == "none" else self.speculator.drafter
+        drafts_allowed = min(max_nodes, self.config.max_nodes) if drafter is not None else 1
         sequence = Sequence(
             request=request,
             text=TextStream(
@@ -148,7 +149,8 @@ class Engine:
             ),
             seed=request_seed(request),
             acceptance=acceptance_rule(request, self.config.acceptance),
-            drafts_allowed=min(max_nodes, self.config.max_nodes) if has_drafts else 1,
+            drafts_allowed=drafts_allowed,
+            method=drafter.method if drafter is not None and drafts_allowed > 1 else "none",
             token_ids=list(request.prompt_token_ids),
         )
         self._sequences[request.request_id] = sequence
@@ -177,7 +179,7 @@ class Engine:
             for item, verdict in zip(verified, verdicts, strict=True)
         ]
         self._advance(plan, verdicts)
-        self._propose(verified, verdicts, emissions, target)
+        self._propose(plan, verdicts, emissions, target)
         self._count(plan, emissions)
         return self._outputs(verified, verdicts, emissions, target)
 
@@ -240,23 +242,33 @@ class Engine:
 
     def _propose(
         self,
-        items: Seq[ScheduledSequence],
+        plan: Seq[ScheduledSequence],
         verdicts: Seq[Verdict],
         emissions: Seq[Emission],
         target: TargetOutput,
     ) -> None:
-        """Run the heads for the sequences that go on and may be drafted for."""
+        """Draft for the sequences that go on and may be drafted for."""
         rows: list[int] = []
-        drafted: list[Sequence] = []
-        first_row = 0
-        for item, verdict, emission in zip(items, verdicts, emissions, strict=True):
-            item.sequence.candidate_ids = None
-            if emission.finish_reason is None and item.sequence.drafts_allowed > 1:
-                rows.append(first_row + verdict.path[-1])
-                drafted.append(item.sequence)
+        rooted: list[Sequence] = []
+        prefilling: list[Sequence] = []
+        first_row = num_decoding = 0
+        results = zip(verdicts, emissions, strict=True)
+        for item in plan:
+            sequence = item.sequence
+            may_draft = sequence.drafts_allowed > 1
+            if not item.is_verified:
+                prefilling += [sequence] * may_draft
+                continue
+            verdict, emission = next(results)
+            sequence.proposal = None
+            if emission.finish_reason is None:
+                num_decoding += 1
+                if may_draft:
+                    rows.append(first_row + verdict.path[-1])
+                    rooted.append(sequence)
             first_row += item.drafts.tree.num_nodes
-        if drafted and self.speculator.tree_size(len(items)) > 1:
-            self.speculator.propose(drafted, target.hidden_SD[rows])
+        if rooted or prefilling:
+            self.speculator.propose(rooted, target.hidden_SD[rows], prefilling, num_decoding)
 
     def _count(self, plan: Seq[ScheduledSequence], emissions: Seq[Emission]) -> None:
         counters = self.counters

@@ -37,15 +37,21 @@ class ModelRunner:
         self._kv_cache = kv_cache
         self._backend = SDPABackend(kv_cache)
         self._hidden: Tensor | None = None
+        self._all_hidden: Tensor | None = None
         install_attention(loaded.model)
         unembedding = loaded.model.get_output_embeddings()
         # The unembedding's input is the hidden state of just the rows asked for, whatever the
         # model does to its logits afterwards.
         unembedding.register_forward_pre_hook(self._capture_hidden)
+        if kv_cache.layout.hidden_size:
+            loaded.model.base_model.register_forward_hook(self._capture_all_hidden)
 
     @torch.inference_mode()
     def run(self, batch: StepBatch) -> TargetOutput:
-        """Compute the batch's KV and the logits and hidden states of its `logits_rows_S`."""
+        """Compute the batch's KV and the logits and hidden states of its `logits_rows_S`.
+
+        A cache with room for hidden states gets those of all tokens.
+        """
         context = AttentionContext(self._backend, self._backend.prepare(batch.attention))
         output = self._model(
             input_ids=batch.input_ids_T.unsqueeze(0),
@@ -57,6 +63,9 @@ class ModelRunner:
         hidden_1SD, self._hidden = self._hidden, None
         if hidden_1SD is None:
             raise AssertionError("the model did not call its unembedding")
+        if self._all_hidden is not None:
+            self._kv_cache.write_hidden(batch.attention.slots_T, self._all_hidden[0])
+            self._all_hidden = None
         return TargetOutput(output.logits[0], hidden_1SD[0])
 
     def compact(self, source_slots: list[int], target_slots: list[int]) -> None:
@@ -65,3 +74,6 @@ class ModelRunner:
 
     def _capture_hidden(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._hidden = args[0]
+
+    def _capture_all_hidden(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._all_hidden = output.last_hidden_state

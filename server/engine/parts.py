@@ -8,23 +8,30 @@ import psutil
 import torch
 
 import heads as heads_package
+from heads.medusa import MedusaHeads
+from heads.tree_search import AcceptanceProfile, best_tree, node_values
 from server.attention.backend import AttentionBatch, AttentionSpan
 from server.config import EngineConfig
 from server.engine.batch import StepBatch
 from server.engine.cost_model import CostModel, measure
+from server.engine.drafter import MedusaDrafter
 from server.engine.model_runner import ModelRunner
+from server.engine.mtp_drafter import Growth, MTPDrafter
 from server.engine.speculator import Speculator
 from server.engine.validate import RequestLimits
 from server.errors import ConfigError
 from server.kv.block_manager import BlockManager
 from server.kv.kv_cache import KVCache, KVLayout
-from server.model.draft_heads import load_draft_heads
+from server.model.draft_heads import DraftHeads, load_draft_heads
 from server.model.loading import LoadedModel, load_model
 
 _MAX_CPU_CACHE_BYTES = 4 << 30
 _CPU_MEMORY_SHARE = 0.25
 _CUDA_MEMORY_SHARE = 0.85
 _CALIBRATION_CONTEXT = 256
+# For heads that were saved without a measured profile; the rates are of weak heads, so that trees
+# stay small rather than wasteful.
+_CAUTIOUS_PROFILE = AcceptanceProfile(((0.35, 0.12, 0.06, 0.04), (0.2, 0.08, 0.04, 0.03)))
 # About three times the time of a decode step of the built-in model.
 _CPU_PREFILL_TOKENS = 64
 
@@ -55,40 +62,69 @@ def build_parts(config: EngineConfig, report: Callable[[str], None]) -> EnginePa
     if heads_dir is not None:
         report(f"loading heads {heads_dir.name}")
         loaded_heads = load_draft_heads(heads_dir, loaded)
-    layout = KVLayout(
-        num_layers=loaded.num_layers,
-        num_kv_heads=loaded.num_kv_heads,
-        head_dim=loaded.head_dim,
-        block_size=config.block_size,
-        dtype=loaded.dtype,
-        device=loaded.device,
-    )
+    layout = kv_layout(loaded, config.block_size, loaded_heads)
     num_blocks = _num_blocks(config, layout, loaded.max_model_len)
     max_len = min(loaded.max_model_len, num_blocks * config.block_size)
     if config.max_model_len is not None:
         max_len = _checked_max_len(config.max_model_len, max_len)
-    runner = ModelRunner(loaded, KVCache(layout, num_blocks))
-    speculator = Speculator(
-        heads=loaded_heads.heads if loaded_heads else None,
-        profile=loaded_heads.profile if loaded_heads else None,
-        max_nodes=config.max_nodes,
-        fixed_size=None if config.tree == "auto" else config.tree,
-    )
-    if speculator.heads is not None and config.tree == "auto":
+    if config.max_prefill_tokens is None and loaded.device.type == "cpu":
+        config = replace(config, max_prefill_tokens=_CPU_PREFILL_TOKENS)
+    cache = KVCache(layout, num_blocks)
+    blocks = BlockManager(num_blocks, config.block_size, config.prefix_caching)
+    runner = ModelRunner(loaded, cache)
+    speculator = make_speculator(config, loaded_heads, cache, blocks)
+    if speculator.drafter is not None and config.tree == "auto":
         report("measuring the step cost")
         num_slots = num_blocks * config.block_size
         speculator.cost_model = _measure_cost(runner, loaded, speculator, layout, num_slots)
-    if config.max_prefill_tokens is None and loaded.device.type == "cpu":
-        config = replace(config, max_prefill_tokens=_CPU_PREFILL_TOKENS)
+    method = None if speculator.drafter is None else speculator.drafter.method
     return EngineParts(
         config=config,
         loaded=loaded,
         runner=runner,
-        blocks=BlockManager(num_blocks, config.block_size, config.prefix_caching),
+        blocks=blocks,
         speculator=speculator,
-        limits=RequestLimits(max_len, loaded.vocab_size, speculator.heads is not None),
+        limits=RequestLimits(max_len, loaded.vocab_size, method),
         heads_name=heads_dir.name if heads_dir else None,
     )
+
+
+def kv_layout(loaded: LoadedModel, block_size: int, draft: DraftHeads | None) -> KVLayout:
+    """Size a token's place in the KV cache; an MTP module has a layer and needs hidden states."""
+    is_mtp = draft is not None and draft.block is not None
+    return KVLayout(
+        num_layers=loaded.num_layers + is_mtp,
+        num_kv_heads=loaded.num_kv_heads,
+        head_dim=loaded.head_dim,
+        block_size=block_size,
+        dtype=loaded.dtype,
+        device=loaded.device,
+        hidden_size=loaded.hidden_size if is_mtp else 0,
+    )
+
+
+def make_speculator(
+    config: EngineConfig, draft: DraftHeads | None, cache: KVCache, blocks: BlockManager
+) -> Speculator:
+    """Put a drafter around loaded heads, and value the nodes of its largest tree."""
+    if draft is None:
+        return Speculator(None)
+    fixed_size = None if config.tree == "auto" else config.tree
+    rates_KR = (draft.profile or _CAUTIOUS_PROFILE).accept_rates_KR
+    if isinstance(draft.heads, MedusaHeads):
+        rates_KR = rates_KR[: draft.heads.config.num_heads]
+    profile = AcceptanceProfile(rates_KR)
+    # Of heads that were measured to be useless it is the root alone.
+    tree = best_tree(profile, config.max_nodes)
+    values = node_values(profile, tree)
+    if isinstance(draft.heads, MedusaHeads):
+        return Speculator(MedusaDrafter(draft.heads, tree), values, fixed_size)
+    if draft.block is None:
+        raise AssertionError("an MTP module came without its block")
+    growth = Growth(num_nodes=config.max_nodes, num_depths=profile.max_depth)
+    max_tokens = config.max_tokens_per_step
+    drafter = MTPDrafter(draft.heads, draft.block, cache, blocks, growth, max_tokens)
+    return Speculator(drafter, values, fixed_size)
 
 
 def _heads_directory(config: EngineConfig) -> Path | None:
@@ -166,8 +202,8 @@ def _measure_cost(
         synchronize()
 
     def run_draft() -> None:
-        hidden_1D = torch.zeros(1, loaded.hidden_size, dtype=loaded.dtype, device=loaded.device)
-        speculator.propose_once(hidden_1D)
+        if speculator.drafter is not None:
+            speculator.drafter.propose_once(context_len)
         synchronize()
 
     return measure(run_step, run_draft, max_tokens)

@@ -30,7 +30,7 @@ class SpecDecodeStats:
     The token that ends the prefill is drawn without a draft; neither it nor its step counts.
 
     Attributes:
-        method: Draft source that ran: `none` or `medusa`.
+        method: Draft source that ran: `none`, `medusa` or `mtp`.
         acceptance: Rule that ran: `exact` or `typical`.
         num_steps: Verify steps.
         num_draft_tokens: Tree nodes below the roots.

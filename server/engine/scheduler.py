@@ -9,12 +9,12 @@ refused before they are queued, so every request ends.
 from collections import deque
 from dataclasses import dataclass
 
-from heads.candidates import PAD_TOKEN, DraftTokens
+from heads.candidates import DraftTokens
 from heads.tree import DraftTree
 from server.config import EngineConfig
 from server.engine.sequence import Sequence
 from server.engine.speculator import Speculator
-from server.kv.block_manager import BlockManager, OutOfBlocksError, block_digest
+from server.kv.block_manager import BlockManager, block_digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,18 +118,15 @@ class Scheduler:
             return None
         return self._prefill(sequence, num_tokens)
 
-    def _drafts(self, sequence: Sequence, max_nodes: int) -> DraftTokens:
+    @staticmethod
+    def _drafts(sequence: Sequence, max_nodes: int) -> DraftTokens:
         # The bonus token takes one of the lacking places. Deeper drafts would be thrown away, and
         # their positions could lie beyond those that the model knows.
         depth = sequence.request.sampling.max_tokens - sequence.num_output_tokens - 1
         size = 1 if depth == 0 else min(max_nodes, sequence.drafts_allowed)
-        candidate_ids = sequence.candidate_ids
-        if size == 1 or candidate_ids is None:
+        if size == 1 or sequence.proposal is None:
             return root_only(sequence)
-        if depth < len(candidate_ids):
-            padding = [[PAD_TOKEN] * len(ids) for ids in candidate_ids[depth:]]
-            candidate_ids = candidate_ids[:depth] + padding
-        return self._speculator.draft(sequence.token_ids[-1], candidate_ids, size)
+        return sequence.proposal.limited(size, depth)
 
     def _admit(self, plan: list[ScheduledSequence], prefill_budget: int) -> None:
         while self.waiting and prefill_budget > 0 and len(self.running) < self._config.max_num_seqs:
@@ -144,6 +141,8 @@ class Scheduler:
             self.running.append(sequence)
             sequence.block_table, sequence.block_digests = table, digests
             sequence.num_computed_tokens = len(table) * self._config.block_size
+            num_drafted = self._blocks.num_drafted(table)
+            sequence.num_drafter_tokens = num_drafted * self._config.block_size
             if sequence.num_output_tokens == 0:
                 sequence.num_cached_tokens = sequence.num_computed_tokens
             num_tokens = min(sequence.num_uncomputed_tokens, prefill_budget)
@@ -174,22 +173,16 @@ class Scheduler:
         return True
 
     def _try_reserve(self, sequence: Sequence, num_tokens: int) -> bool:
-        table = sequence.block_table
-        num_missing = self._num_blocks(sequence.num_computed_tokens + num_tokens) - len(table)
-        if num_missing <= 0:
-            return True
-        try:
-            table += self._blocks.allocate(num_missing, after=table[-1] if table else None)
-        except OutOfBlocksError:
-            return False
-        return True
+        num_slots = sequence.num_computed_tokens + num_tokens
+        return self._blocks.extend(sequence.block_table, num_slots)
 
     def _release(self, sequence: Sequence) -> None:
         self._blocks.free(sequence.block_table)
         sequence.block_table = []
         sequence.block_digests = []
-        sequence.candidate_ids = None
+        sequence.proposal = None
         sequence.num_computed_tokens = 0
+        sequence.num_drafter_tokens = 0
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self._config.block_size)

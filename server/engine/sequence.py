@@ -10,8 +10,9 @@ import secrets
 from dataclasses import dataclass, field
 from typing import Literal
 
+from heads.candidates import DraftTokens
 from heads.seen_rows import SeenRows
-from server.config import AcceptanceName
+from server.config import AcceptanceName, DraftMethod
 from server.engine.logits import LogitAdjuster
 from server.engine.request import Request, SpecDecodeStats
 from server.engine.text import TextStream
@@ -52,8 +53,9 @@ class Sequence:
         adjuster: Penalties and bias, if the request has any.
         seen_rows: Unembedding rows of prompt tokens that the draft vocabulary lacks.
         block_digests: Digests of the full computed blocks at the head of `block_table`.
-        candidate_ids: Per draft head the candidate tokens that follow the root; None before the
-            heads ran.
+        num_drafter_tokens: Tokens whose KV a draft module of its own cache has computed.
+        proposal: Tree for the next step, nodes by falling value; None if nothing was drafted.
+        method: Draft source; `none` if the sequence is decoded plainly.
     """
 
     request: Request
@@ -61,6 +63,7 @@ class Sequence:
     seed: int
     acceptance: AcceptanceRule
     drafts_allowed: int
+    method: DraftMethod | Literal["none"] = "none"
     is_prepared: bool = False
     adjuster: LogitAdjuster | None = None
     seen_rows: SeenRows | None = None
@@ -69,7 +72,8 @@ class Sequence:
     num_cached_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
     block_digests: list[bytes] = field(default_factory=list)
-    candidate_ids: list[list[int]] | None = None
+    num_drafter_tokens: int = 0
+    proposal: DraftTokens | None = None
     counters: SpecDecodeCounters = field(default_factory=SpecDecodeCounters)
 
     @property
@@ -95,11 +99,10 @@ class Sequence:
     def stats(self) -> SpecDecodeStats:
         """A snapshot of what speculation did so far."""
         counters = self.counters
-        has_drafts = self.drafts_allowed > 1
         return SpecDecodeStats(
-            method="medusa" if has_drafts else "none",
+            method=self.method,
             # Without drafts every token is the target's own, whatever the rule.
-            acceptance=self.acceptance if has_drafts else "exact",
+            acceptance="exact" if self.method == "none" else self.acceptance,
             num_steps=counters.num_steps,
             num_draft_tokens=counters.num_draft_tokens,
             num_accepted_tokens=sum(counters.accepted_per_depth),

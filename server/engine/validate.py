@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from server.config import DraftMethod
 from server.engine.request import Request
 from server.errors import InvalidRequestError
 
@@ -14,12 +15,12 @@ class RequestLimits:
     Attributes:
         max_model_len: Longest prompt plus output; the KV cache holds at least that many tokens.
         vocab_size: Token ids are below it.
-        has_heads: Whether draft heads are loaded.
+        draft_method: Draft source that is loaded; None without draft heads.
     """
 
     max_model_len: int
     vocab_size: int
-    has_heads: bool
+    draft_method: DraftMethod | None
 
     def check(self, request: Request) -> None:
         """Refuse a request that can never run.
@@ -31,10 +32,12 @@ class RequestLimits:
         self._check_lengths(len(request.prompt_token_ids), request.sampling.max_tokens)
         self._check_ids("prompt", request.prompt_token_ids)
         self._check_ids("logit_bias", request.sampling.logit_bias)
-        if request.speculation.method == "medusa" and not self.has_heads:
+        method = request.speculation.method
+        if method not in {"auto", "none", self.draft_method}:
+            found = "no draft heads" if self.draft_method is None else f"{self.draft_method!r} ones"
             raise InvalidRequestError(
-                "speculation.method is 'medusa', but this server has no draft heads; give 'auto' "
-                "or 'none', or start the server with --heads",
+                f"speculation.method is {method!r}, but this server has {found}; give 'auto' or "
+                "'none', or start the server with --heads of that kind",
                 "speculation.method",
             )
 

@@ -42,6 +42,7 @@ class BlockManager:
         self._num_owners: dict[int, int] = {}
         self._digest_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
+        self._drafted: set[int] = set()
 
     @property
     def num_available(self) -> int:
@@ -69,8 +70,33 @@ class BlockManager:
         for _ in range(num_blocks):
             after = self._take(after)
             self._num_owners[after] = 1
+            self._drafted.discard(after)
             block_ids.append(after)
         return block_ids
+
+    def extend(self, block_table: list[int], num_slots: int) -> bool:
+        """Lengthen an owner's table to `num_slots` slots; False, and no change, if that fails."""
+        num_missing = -(-num_slots // self.block_size) - len(block_table)
+        if num_missing > 0:
+            try:
+                block_table += self.allocate(num_missing, block_table[-1] if block_table else None)
+            except OutOfBlocksError:
+                return False
+        return True
+
+    def mark_drafted(self, block_ids: Sequence[int]) -> None:
+        """Note that a draft module's KV of these blocks is computed as well.
+
+        It is forgotten when a block is handed out again.
+        """
+        self._drafted.update(block_ids)
+
+    def num_drafted(self, block_ids: Sequence[int]) -> int:
+        """Count the blocks at the head of a table whose draft module's KV is computed."""
+        return next(
+            (i for i, block_id in enumerate(block_ids) if block_id not in self._drafted),
+            len(block_ids),
+        )
 
     def _take(self, after: int | None) -> int:
         if after is not None and after + 1 in self._free:

@@ -1,16 +1,40 @@
 """Loads draft heads for a loaded base model, with the server's own errors."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
-from heads.checkpoint import LoadedHeads, load_heads
+from heads.checkpoint import load_heads
 from heads.errors import HeadsCheckpointError
 from heads.errors import HeadsMismatchError as CheckpointMismatchError
+from heads.lora import AdapterFiles
+from heads.medusa import MedusaHeads
+from heads.mtp import MTPModule
+from heads.tree_search import AcceptanceProfile
 from server.errors import ConfigError, HeadsMismatchError
 from server.model.adapter import adapter_sha256
+from server.model.decoder_block import DecoderBlock
 from server.model.loading import LoadedModel
 
 
-def load_draft_heads(directory: Path, loaded: LoadedModel) -> LoadedHeads:
+@dataclass(frozen=True, slots=True, eq=False)
+class DraftHeads:
+    """Draft heads of either kind, in eval mode.
+
+    Attributes:
+        block: Runs `heads.block` of an MTP module; None for Medusa heads.
+        profile: Measured accept rates, if the checkpoint has them.
+        base_name: Name of the base model that the heads were trained for.
+        adapter: What is merged into that base model, if anything.
+    """
+
+    heads: MedusaHeads | MTPModule
+    block: DecoderBlock | None
+    profile: AcceptanceProfile | None
+    base_name: str
+    adapter: AdapterFiles | None = None
+
+
+def load_draft_heads(directory: Path, loaded: LoadedModel) -> DraftHeads:
     """Load a heads checkpoint onto the base model's device, in its dtype.
 
     Raises:
@@ -37,4 +61,4 @@ def load_draft_heads(directory: Path, loaded: LoadedModel) -> LoadedHeads:
             f"the heads in {directory} belong to {loaded.name} with the adapter {needed}, but it "
             f"was loaded with the adapter {loaded.adapter_sha256}; load the model for these heads"
         )
-    return found
+    return DraftHeads(found.heads, None, found.profile, found.base_name, found.adapter)

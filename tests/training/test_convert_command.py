@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from heads.medusa import MedusaHeads
 from server.config import EngineConfig, SamplingParams, SpeculationParams
 from server.engine.engine import Completion, Engine
 from server.engine.request import Request
@@ -63,7 +64,9 @@ def test_converted_heads_are_served_and_change_no_token(
     assert convert(source, output, model_dir) == 0
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (printed["num_heads"], printed["own_unembedding"]) == (2, not shared)
-    assert load_draft_heads(output, loaded).heads.config.own_unembedding is not shared
+    found = load_draft_heads(output, loaded).heads
+    assert isinstance(found, MedusaHeads)
+    assert found.config.own_unembedding is not shared
     plain, drafted = generated(model_dir, "none"), generated(model_dir, str(output))
     assert [c.token_ids for c in drafted] == [c.token_ids for c in plain]
     assert sum(c.stats.num_draft_tokens for c in drafted) > 0

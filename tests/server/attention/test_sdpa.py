@@ -120,8 +120,8 @@ def build_step(cases: list[Case], seed: int, num_heads: int = 4, num_kv_heads: i
                 num_queries=case.num_queries,
                 context_len=case.context_len,
                 block_table=table,
-                ancestor_mask_NN=None if case.parents is None else mask,
-                depths_N=(
+                ancestor_mask_QS=None if case.parents is None else mask,
+                depths_S=(
                     None
                     if case.parents is None
                     else torch.tensor([case.depth(node) for node in nodes])

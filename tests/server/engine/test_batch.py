@@ -42,8 +42,8 @@ class TestBuildBatch:
         assert batch.logits_rows_S.tolist() == [2]
         (span,) = batch.attention.spans
         assert (span.start, span.num_queries, span.context_len) == (0, 3, 0)
-        assert span.ancestor_mask_NN is None
-        assert span.depths_N is None
+        assert span.ancestor_mask_QS is None
+        assert span.depths_S is None
 
     def test_a_chunk_continues_at_its_position_and_across_blocks(self) -> None:
         batch = build_batch([chunk(tuple(range(10)), [7, 2, 5], 3, 4)], 4, CPU)
@@ -63,14 +63,14 @@ class TestBuildBatch:
         assert batch.attention.slots_T.tolist() == [19, 4, 5, 6, 7]
         assert batch.logits_rows_S.tolist() == [0, 1, 2, 3, 4]
         (span,) = batch.attention.spans
-        assert span.ancestor_mask_NN is not None
-        assert torch.equal(span.ancestor_mask_NN, TREE.ancestor_mask())
-        assert span.depths_N is not None
-        assert span.depths_N.tolist() == [0, 1, 1, 2, 2]
+        assert span.ancestor_mask_QS is not None
+        assert torch.equal(span.ancestor_mask_QS, TREE.ancestor_mask())
+        assert span.depths_S is not None
+        assert span.depths_S.tolist() == [0, 1, 1, 2, 2]
 
     def test_plain_decoding_needs_no_mask(self) -> None:
         (span,) = build_batch([decode((1, 2, 3), 9, [4])], 4, CPU).attention.spans
-        assert (span.num_queries, span.context_len, span.ancestor_mask_NN) == (1, 3, None)
+        assert (span.num_queries, span.context_len, span.ancestor_mask_QS) == (1, 3, None)
 
     def test_sequences_follow_each_other_and_rows_come_in_their_order(self) -> None:
         plan = [

@@ -139,7 +139,7 @@ class TestTrees:
         simulation = self.make()
         sequence = simulation.add((1,), max_tokens=20)
         simulation.step()
-        sequence.candidate_ids = None
+        sequence.proposal = None
         assert simulation.step()[0].drafts == root_only(sequence) or sequence.token_ids
 
 
@@ -151,7 +151,7 @@ class TestPreemption:
         simulation.run_to_a_preemption()
         assert simulation.scheduler.running == [old]
         assert list(simulation.scheduler.waiting) == [new]
-        assert (new.block_table, new.num_computed_tokens, new.candidate_ids) == ([], 0, None)
+        assert (new.block_table, new.num_computed_tokens, new.proposal) == ([], 0, None)
         simulation.run_to_the_end()
         assert new.num_output_tokens == 10
 

@@ -73,7 +73,7 @@ class TestSequence:
 
     def test_stats_name_the_method_and_the_rule(self) -> None:
         sequence = make_sequence((1,), (), SAMPLED)
-        sequence.drafts_allowed = 8
+        sequence.drafts_allowed, sequence.method = 8, "medusa"
         assert sequence.stats() == SpecDecodeStats(method="medusa", acceptance="typical")
 
     def test_without_drafts_what_ran_was_exact_whatever_the_rule(self) -> None:

@@ -10,7 +10,7 @@ from server.engine.request import Request
 from server.engine.validate import RequestLimits
 from server.errors import InvalidRequestError
 
-LIMITS = RequestLimits(max_model_len=10, vocab_size=50, has_heads=False)
+LIMITS = RequestLimits(max_model_len=10, vocab_size=50, draft_method=None)
 
 
 class UnreadablePrompt(tuple[int, ...]):
@@ -90,12 +90,12 @@ class TestRequestLimits:
         assert caught.value.code == "context_length_exceeded"
 
     def test_a_prompt_of_the_longest_length_is_read_in_milliseconds(self) -> None:
-        limits = RequestLimits(max_model_len=200_001, vocab_size=50, has_heads=False)
+        limits = RequestLimits(max_model_len=200_001, vocab_size=50, draft_method=None)
         long = request((7,) * 200_000)
         started_s = time.perf_counter()
         limits.check(long)
         assert time.perf_counter() - started_s < 1.0
 
     def test_with_heads_medusa_may_be_asked_for(self) -> None:
-        limits = RequestLimits(max_model_len=10, vocab_size=50, has_heads=True)
+        limits = RequestLimits(max_model_len=10, vocab_size=50, draft_method="medusa")
         limits.check(request((1,), speculation=SpeculationParams(method="medusa")))

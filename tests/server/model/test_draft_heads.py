@@ -31,6 +31,7 @@ def heads_dir(tmp_path: Path, loaded: LoadedModel) -> Path:
 
 def test_heads_of_the_base_model_come_in_its_dtype(heads_dir: Path, loaded: LoadedModel) -> None:
     found = load_draft_heads(heads_dir, loaded)
+    assert isinstance(found.heads, MedusaHeads)
     assert found.heads.block_biases.dtype == loaded.dtype
     assert bool((found.heads.block_biases == 1).all())
 

@@ -1,0 +1,69 @@
+"""The Medusa drafter: what the heads are asked, and the trees that it leaves."""
+
+import pytest
+import torch
+
+from heads.candidates import draft_tokens
+from heads.medusa import MedusaHeads
+from heads.tree_search import best_tree
+from server.config import SamplingParams
+from server.engine.drafter import MedusaDrafter
+from server.engine.sequence import Sequence
+from tests.engine_tools import make_sequence, random_heads, wide_profile
+
+VOCAB = 16
+GREEDY = SamplingParams(temperature=0.0)
+TREE = best_tree(wide_profile(), 8)
+
+
+def propose(made: MedusaDrafter) -> Sequence:
+    sequence = make_sequence((1, 2), (3,), GREEDY, vocab_size=VOCAB)
+    made.propose([sequence], torch.ones(1, 8), [])
+    return sequence
+
+
+def test_fills_its_tree_below_the_last_token() -> None:
+    proposal = propose(MedusaDrafter(random_heads(VOCAB), TREE)).proposal
+    assert proposal is not None
+    assert proposal.tree == TREE
+    assert proposal.token_ids[0] == 3
+
+
+def test_asks_the_heads_about_the_last_token_and_the_given_state() -> None:
+    heads = random_heads(VOCAB)
+    with torch.no_grad():
+        for parameter in heads.parameters():
+            parameter.normal_(generator=torch.Generator().manual_seed(2))
+    sequences = [make_sequence((1,), (token,), GREEDY, vocab_size=VOCAB) for token in (3, 9)]
+    hidden_BD = torch.randn(2, 8, generator=torch.Generator().manual_seed(3))
+    MedusaDrafter(heads, TREE).propose(sequences, hidden_BD, [])
+    expected = heads.propose(hidden_BD, torch.tensor([3, 9]), 3, [None, None])
+    for sequence, root, ids_KR in zip(
+        sequences, (3, 9), expected.token_ids_BKR.tolist(), strict=True
+    ):
+        assert sequence.proposal == draft_tokens(TREE, root, ids_KR)
+
+
+def test_sequences_that_prefill_are_left_alone() -> None:
+    sequence = make_sequence((1, 2), (), GREEDY, vocab_size=VOCAB)
+    MedusaDrafter(random_heads(VOCAB), TREE).propose([], torch.zeros(0, 8), [sequence])
+    assert sequence.proposal is None
+
+
+def test_one_imaginary_sequence_can_be_timed() -> None:
+    MedusaDrafter(random_heads(VOCAB), TREE).propose_once(4)
+    MedusaDrafter(random_heads(VOCAB), best_tree(wide_profile(), 1)).propose_once(4)
+
+
+@pytest.mark.parametrize("seen", [(1, 2), (1, 9, 14)])
+def test_seen_tokens_compete_with_the_draft_vocabulary(seen: tuple[int, ...]) -> None:
+    full = random_heads(VOCAB)
+    config = type(full.config)(hidden_size=8, vocab_size=VOCAB, num_heads=2, draft_vocab_size=4)
+    rows = full.draft_rows_UD
+    heads = MedusaHeads(config, rows, rows, torch.tensor([0, 1, 2, 3]))
+    made = MedusaDrafter(heads, best_tree(wide_profile(2, 6), 64))
+    sequence = make_sequence(seen, (3,), GREEDY, vocab_size=VOCAB)
+    sequence.seen_rows = made.seen_rows(seen)
+    made.propose([sequence], torch.ones(1, 8), [])
+    assert sequence.proposal is not None
+    assert set(sequence.proposal.token_ids[1:]) == {0, 1, 2, 3, *seen}
