@@ -35,7 +35,7 @@ class MTPConfig:
     Attributes:
         hidden_size: Width of the base model and of the block.
         vocab_size: Rows of the base model's unembedding.
-        draft_vocab_size: Tokens that the module can draft.
+        draft_vocab_size: Tokens that the module can draft; the whole vocabulary costs no memory.
         norm_eps: Of the RMS norms.
 
     Raises:
@@ -119,7 +119,9 @@ class MTPModule(nn.Module):
         )
 
     def _gather_draft_rows(self) -> None:
-        rows_UD = self._unembedding_VD.index_select(0, self.draft_vocab_ids)
+        rows_UD, ids = self._unembedding_VD, self.draft_vocab_ids
+        if not torch.equal(ids, torch.arange(len(rows_UD), device=ids.device)):
+            rows_UD = rows_UD.index_select(0, ids)
         self.register_buffer("draft_rows_UD", rows_UD, persistent=False)
         self._draft_vocab = frozenset(self.draft_vocab_ids.tolist())
 

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
+    Glm4MoeConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -21,7 +22,7 @@ from transformers import (
     Qwen3Config,
 )
 
-TinyKind = Literal["llama", "qwen2", "qwen3", "mistral", "gemma3", "mixtral"]
+TinyKind = Literal["llama", "qwen2", "qwen3", "mistral", "gemma3", "mixtral", "glm4_moe"]
 TINY_KINDS: tuple[TinyKind, ...] = get_args(TinyKind)
 
 VOCAB_SIZE = 320
@@ -108,6 +109,10 @@ def tiny_config(kind: TinyKind) -> PreTrainedConfig:
             )
         case "mixtral":
             return MixtralConfig(**sizes, num_local_experts=4, num_experts_per_tok=2)
+        case "glm4_moe":
+            return Glm4MoeConfig(
+                **sizes, moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2
+            )
 
 
 def save_tiny_model(kind: TinyKind, directory: Path, seed: int = 0) -> Path:

@@ -4,7 +4,9 @@ Shape suffixes: T flat tokens, D model width.
 """
 
 import copy
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -47,6 +49,10 @@ class DecoderBlock:
                 part.layer_idx = len(layers)  # type: ignore[assignment]
         self.module.apply(model._init_weights)
         self._rotary = rotary
+        self._rotary_keywords: dict[str, Any] = {}
+        # Some classes rotate by another base in layers with a window.
+        if "layer_type" in inspect.signature(rotary.forward).parameters:
+            self._rotary_keywords["layer_type"] = config.layer_types[-1]
 
     def run(self, u_TD: Tensor, positions_T: Tensor, context: AttentionContext) -> Tensor:
         """Run the block on flat tokens; `context` brings attention and KV."""
@@ -55,7 +61,9 @@ class DecoderBlock:
             u_1TD,
             attention_mask=None,
             position_ids=positions_1T,
-            position_embeddings=self._rotary(u_1TD, position_ids=positions_1T),
+            position_embeddings=self._rotary(
+                u_1TD, position_ids=positions_1T, **self._rotary_keywords
+            ),
             use_cache=False,
             attention_context=context,
         )

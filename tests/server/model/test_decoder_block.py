@@ -1,4 +1,5 @@
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,18 @@ from tests.tiny_models import TinyKind, save_tiny_model
 from training.unrolled_attention import Unroll, UnrolledAttention
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mixtral"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mixtral", "glm4_moe", "gemma3"])
 def test_the_block_computes_what_its_class_does_with_torch_attention(
     kind: TinyKind, tmp_path: Path
 ) -> None:
     save_tiny_model(kind, tmp_path, 0)
+    rotary_keywords = {}
+    if kind == "gemma3":
+        # The last layer is the block's model, and its rotation is not that of layers with a window.
+        path = tmp_path / "config.json"
+        types = ["sliding_attention", "sliding_attention", "full_attention"]
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"layer_types": types}))
+        rotary_keywords = {"layer_type": "full_attention"}
     model = load_model(str(tmp_path), "cpu", "float32").model
     block = DecoderBlock(model)
     positions = torch.arange(1, 12)
@@ -30,7 +38,9 @@ def test_the_block_computes_what_its_class_does_with_torch_attention(
         if hasattr(part, "config"):
             part.config._attn_implementation = "eager"  # type: ignore[union-attr]
     mask = torch.full((11, 11), -torch.inf).triu(1)[None, None]
-    rotary = model.base_model.get_submodule("rotary_emb")(u_TD[None], position_ids=positions[None])
+    rotary = model.base_model.get_submodule("rotary_emb")(
+        u_TD[None], position_ids=positions[None], **rotary_keywords
+    )
     expected = reference(u_TD[None], attention_mask=mask, position_embeddings=rotary)
     expected = expected[0] if isinstance(expected, tuple) else expected
     assert torch.allclose(found, expected.view_as(found), rtol=1e-4, atol=1e-4)
