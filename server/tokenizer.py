@@ -84,6 +84,11 @@ class Tokenizer:
         return self._rust.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
     @property
+    def has_chat_template(self) -> bool:
+        """Whether conversations can be written out."""
+        return bool(self._transformers.chat_template)
+
+    @property
     def chat_template_sha256(self) -> str:
         """Checksum of the chat template; of the empty text if there is none."""
         return hashlib.sha256(str(self._transformers.chat_template or "").encode()).hexdigest()
@@ -100,7 +105,17 @@ class Tokenizer:
         Raises:
             InvalidRequestError: If the model has no chat template or it refuses the messages.
         """
-        if not self._transformers.chat_template:
+        return self.encode(self.chat_text(messages, add_generation_prompt), False)
+
+    def chat_text(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+    ) -> str:
+        """Write a conversation out as `apply_chat_template` tokenizes it.
+
+        Raises:
+            InvalidRequestError: If the model has no chat template or it refuses the messages.
+        """
+        if not self.has_chat_template:
             raise InvalidRequestError(
                 "the model has no chat template; send a plain prompt to /v1/completions",
                 param="messages",
@@ -117,7 +132,7 @@ class Tokenizer:
                 "order or content",
                 param="messages",
             ) from error
-        return self.encode(str(text), add_special_tokens=False)
+        return str(text)
 
     def detokenizer(self, prompt_token_ids: Sequence[int] = ()) -> IncrementalDetokenizer:
         """Begin a text that continues a prompt.

@@ -1,17 +1,27 @@
-"""The answers that a command works on: one or more files, checked against the base model."""
+"""The answers that a command works on: one or more files, checked against the base model.
+
+A file may hold distilled conversations, whose tokens stand as the base model drew them, or those of
+others (see `training.supervised`), which are tokenised here; each line shows by its fields which.
+"""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from server.model.loading import LoadedModel
 from training.base_model import check_base
+from training.conversation import TokenizedConversation
 from training.dataset import Corpus, build_corpus
-from training.distilled import DistilledTurns, read_distilled
+from training.distilled import distilled_conversation, is_distilled
 from training.errors import DataError
-from training.jsonl import file_sha256
+from training.jsonl import file_sha256, read_rows
+from training.progress import note
+from training.prompts import given_id
+from training.supervised import tokenize_row
+
+_NUM_NAMED = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +37,10 @@ class Answers:
 
 
 def load_answers(paths: Sequence[Path], loaded: LoadedModel, limit: int | None = None) -> Answers:
-    """Read files whose answers the base model wrote.
+    """Read all files; conversations beyond the context are left out, counted and noted.
 
     Args:
-        paths: What `distill` wrote, compressed or not; read one after the other.
+        paths: JSON lines, compressed or not; read one after the other.
         loaded: The base model.
         limit: Number of conversations to read; None reads all.
 
@@ -38,12 +48,15 @@ def load_answers(paths: Sequence[Path], loaded: LoadedModel, limit: int | None =
         DataError: If a file is broken or of another base model, if a conversation is there twice,
             or if no answer has two tokens.
     """
-    for path in paths:
-        check_base(path, loaded)
-    corpus = build_corpus(islice(_conversations(paths), limit), loaded.vocab_size)
+    checked = [(path, check_base(path, loaded)) for path in paths]
+    found = islice(_conversations(checked, loaded), limit)
+    corpus = build_corpus(_fitting(found, loaded.max_model_len), loaded.vocab_size)
     if corpus.num_examples == 0:
         names = ", ".join(map(str, paths))
-        raise DataError(f"{names}: no answer has two tokens; distill more")
+        raise DataError(
+            f"{names}: no answer has two tokens and fits the context of {loaded.max_model_len}; "
+            "give more answers"
+        )
     return Answers(corpus, data_sha256(paths))
 
 
@@ -55,14 +68,43 @@ def data_sha256(paths: Sequence[Path]) -> str:
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def _conversations(paths: Sequence[Path]) -> Iterator[DistilledTurns]:
+def _conversations(
+    files: Iterable[tuple[Path, bool]], loaded: LoadedModel
+) -> Iterator[TokenizedConversation]:
+    """All lines of all files, which come with whether their manifest names this base model."""
     seen: dict[str, str] = {}
-    for path in paths:
-        for conversation in read_distilled(path):
-            if conversation.id in seen:
-                raise DataError(
-                    f"{conversation.where}: conversation {conversation.id!r} is also at "
-                    f"{seen[conversation.id]}; give each conversation once"
+    for path, is_checked in files:
+        is_noted = False
+        for row in read_rows(path):
+            name = given_id(row)
+            if name in seen:
+                raise row.error(
+                    f"conversation {name!r} is also at {seen[name]}; give each conversation once"
                 )
-            seen[conversation.id] = conversation.where
+            if name is not None:
+                seen[name] = row.where
+            if not is_distilled(row):
+                yield tokenize_row(row, loaded.tokenizer)
+                continue
+            if not (is_checked or is_noted):
+                note(f"{path} has no manifest: whether {loaded.name} wrote it is not checked")
+                is_noted = True
+            yield distilled_conversation(row)
+
+
+def _fitting(
+    conversations: Iterable[TokenizedConversation], max_model_len: int
+) -> Iterator[TokenizedConversation]:
+    """Drop what is longer than the context, and say so at the end."""
+    too_long: list[str] = []
+    for conversation in conversations:
+        if conversation.length <= max_model_len:
             yield conversation
+        else:
+            too_long.append(f"{conversation.where} ({conversation.length} tokens)")
+    if too_long:
+        more = "" if len(too_long) <= _NUM_NAMED else ", and so on"
+        note(
+            f"left out {len(too_long)} conversations longer than the context of {max_model_len} "
+            f"tokens: {', '.join(too_long[:_NUM_NAMED])}{more}"
+        )

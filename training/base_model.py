@@ -32,19 +32,19 @@ def load_base(
     return load_model(options.model, options.device, options.dtype, heads, is_packed)
 
 
-def check_base(data: Path, loaded: LoadedModel) -> None:
-    """Refuse data that another base model wrote.
+def check_base(data: Path, loaded: LoadedModel) -> bool:
+    """Refuse data that another base model wrote; False if no manifest says which one did.
 
     Raises:
         DataError: If the data's manifest is damaged or names another base.
     """
     manifest = Manifest.load(data)
     if manifest is None:
-        note(f"{data} has no manifest: whether {loaded.name} wrote it is not checked")
-        return
+        return False
     difference = manifest.fingerprint.difference(loaded.fingerprint)
     if difference is not None:
         raise DataError(
             f"{data} holds answers of {manifest.model}, not of {loaded.name}: "
             f"{difference}; distill with the model you train for"
         )
+    return True

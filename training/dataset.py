@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from training.distilled import DistilledTurns
+from training.conversation import TokenizedConversation
 from training.errors import DataError
 
 
@@ -70,7 +70,7 @@ class Corpus:
         return sum(span.end - span.start for doc in self.documents for span in doc.spans)
 
 
-def build_corpus(conversations: Iterable[DistilledTurns], vocab_size: int) -> Corpus:
+def build_corpus(conversations: Iterable[TokenizedConversation], vocab_size: int) -> Corpus:
     """Turn conversations into documents.
 
     Args:
@@ -94,7 +94,7 @@ def build_corpus(conversations: Iterable[DistilledTurns], vocab_size: int) -> Co
     return Corpus(tuple(documents))
 
 
-def conversation_documents(conversation: DistilledTurns) -> list[Document]:
+def conversation_documents(conversation: TokenizedConversation) -> list[Document]:
     """Turn a conversation into documents.
 
     Turns share a document where the later one's prompt continues the earlier one's tokens; a chat

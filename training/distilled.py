@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from heads.checkpoint import BaseFingerprint
+from training.conversation import TokenizedConversation
 from training.errors import DataError
 from training.jsonl import Row, read_rows, replace_file
 
@@ -74,38 +75,28 @@ class DistilledConversation:
         return {"id": self.id, "category": self.category, "messages": messages, "turns": turns}
 
 
-@dataclass(frozen=True, slots=True)
-class DistilledTurns:
-    """What training needs of a line.
-
-    Attributes:
-        turns: Pairs of everything before an answer and the answer, as token ids.
-        where: File and line, for messages.
-    """
-
-    id: str
-    category: str
-    turns: tuple[tuple[list[int], list[int]], ...]
-    where: str
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all answers."""
-        return sum(len(answer) for _, answer in self.turns)
-
-
-def read_distilled(path: Path) -> Iterator[DistilledTurns]:
+def read_distilled(path: Path) -> Iterator[TokenizedConversation]:
     """Read a distilled file one conversation at a time.
 
     Raises:
         DataError: If the file cannot be read or a line is not in the distilled format.
     """
     for row in read_rows(path):
-        yield _conversation(row)
+        yield distilled_conversation(row)
 
 
-def _conversation(row: Row) -> DistilledTurns:
-    if "turns" not in row.value or "id" not in row.value:
+def is_distilled(row: Row) -> bool:
+    """Whether a line is in the distilled format, by its fields."""
+    return "id" in row.value and "turns" in row.value
+
+
+def distilled_conversation(row: Row) -> TokenizedConversation:
+    """Read one line.
+
+    Raises:
+        DataError: If it is not in the distilled format.
+    """
+    if not is_distilled(row):
         raise row.error(
             f"has the fields {', '.join(row.value)}, but distilled data has id and turns; "
             "make it with `python -m training distill`"
@@ -115,7 +106,7 @@ def _conversation(row: Row) -> DistilledTurns:
         raise row.error(f"turns is {turns!r:.80}; give at least one")
     category = str(row.value.get("category", ""))
     found = tuple(_turn(turn, row) for turn in turns)
-    return DistilledTurns(str(row.value["id"]), category, found, row.where)
+    return TokenizedConversation(str(row.value["id"]), category, found, row.where)
 
 
 def _turn(turn: Any, row: Row) -> tuple[list[int], list[int]]:

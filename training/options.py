@@ -234,7 +234,7 @@ def _add_distill(parser: argparse.ArgumentParser) -> None:
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
     add, default = _adder(parser, TrainOptions)
-    _add_answers(parser, "what distill wrote")
+    _add_answers(parser, "what distill wrote, or messages with answers")
     add("output", type=Path, metavar="DIR", help="run and heads; an unfinished run goes on")
     add("limit", type=count, metavar="N", help="conversations, from the beginning of the data")
     add("num-heads", type=count, metavar="K", help="draft heads, hence the largest depth")
@@ -262,7 +262,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     add, default = _adder(parser, EvaluateOptions)
     add("heads", type=Path, metavar="DIR", help="heads checkpoint")
-    _add_answers(parser, "held-out answers that distill wrote")
+    _add_answers(parser, "answers that the heads were not trained on")
     add("limit", type=count, metavar="N", help="conversations, from the beginning of the data")
     add("num-ranks", type=count, metavar="R", help="candidates per head in the profile")
     _add_switch(parser, "save", default["save"], "write the profile into the checkpoint")

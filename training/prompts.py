@@ -69,10 +69,27 @@ def _prompts(row: Row) -> Prompts:
     for text in texts:
         if not isinstance(text, str) or not text.strip():
             raise row.error(f"{given[0]} holds {text!r}; give non-empty strings")
+    name = given_id(row) or f"line-{row.number}"
+    return Prompts(name, category_of(row), tuple(texts), system)
+
+
+def category_of(row: Row) -> str:
+    """Return a line's category; empty if it has none."""
     category = row.value.get("category", "")
     if not isinstance(category, str):
         raise row.error(f"category is {category!r}; give a string or leave it out")
-    return Prompts(_id_of(row), category, tuple(texts), system)
+    return category
+
+
+def given_id(row: Row) -> str | None:
+    """Return the id that a line has under any of the names for it; None if it has none."""
+    for name in _ID_FIELDS:
+        if name in row.value:
+            value = row.value[name]
+            if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+                raise row.error(f"{name} is {value!r}; give a string or a whole number")
+            return str(value)
+    return None
 
 
 def _from_messages(messages: Any, row: Row) -> tuple[str | None, list[Any]]:
@@ -92,13 +109,3 @@ def _from_messages(messages: Any, row: Row) -> tuple[str | None, list[Any]]:
                 "message only first: the model writes the answers itself"
             )
     return system, turns
-
-
-def _id_of(row: Row) -> str:
-    for name in _ID_FIELDS:
-        if name in row.value:
-            value = row.value[name]
-            if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-                raise row.error(f"{name} is {value!r}; give a string or a whole number")
-            return str(value)
-    return f"line-{row.number}"

@@ -2,10 +2,12 @@ import hashlib
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from server.model.loading import LoadedModel
+from tests.tiny_models import MAX_MODEL_LEN
 from tests.training.corpora import write_lines
 from training.answers import data_sha256, load_answers
 from training.distilled import Manifest, Sampling, Shard, manifest_path, read_distilled
@@ -114,3 +116,75 @@ def test_a_copy_without_manifest_gives_the_same_answers(
     ours, expected = (load_answers([path], loaded) for path in (copy, distilled_file))
     assert ours.sha256 == expected.sha256
     assert ours.corpus.num_examples == expected.corpus.num_examples
+
+
+SUPERVISED: list[dict[str, Any]] = [
+    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]},
+    {"prompt": "How many arms?", "completion": "Eight.", "id": "arms"},
+]
+
+
+def test_each_line_shows_by_its_fields_who_answered(
+    distilled_file: Path, loaded: LoadedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    supervised = write_lines(tmp_path / "s.jsonl", SUPERVISED)
+    alone = load_answers([supervised], loaded).corpus
+    assert "manifest" not in capsys.readouterr().err
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_bytes(supervised.read_bytes() + distilled_file.read_bytes())
+    distilled = load_answers([distilled_file], loaded).corpus
+    found = load_answers([mixed], loaded).corpus
+    assert found.num_answer_tokens == alone.num_answer_tokens + distilled.num_answer_tokens
+    assert capsys.readouterr().err.split().count("manifest:") == 1
+    eos = loaded.tokenizer.encode("Eight.<|endoftext|>")
+    document = alone.documents[1]
+    assert document.conversation_id == "arms"
+    assert document.token_ids_T[document.spans[0].start :].tolist() == eos
+
+
+def test_ids_are_unique_over_both_kinds_but_equal_lines_without_id_are_not_refused(
+    loaded: LoadedModel, tmp_path: Path
+) -> None:
+    twice = write_lines(tmp_path / "twice.jsonl", [SUPERVISED[0], SUPERVISED[0]])
+    first, second = load_answers([twice], loaded).corpus.documents
+    assert first.conversation_id == second.conversation_id
+    turns = [{"prompt_token_ids": [1], "token_ids": [5, 6]}]
+    lines = [SUPERVISED[1], {"id": "arms", "turns": turns}]
+    with pytest.raises(DataError, match=r"line 2: conversation 'arms' is also at .*line 1"):
+        load_answers([write_lines(tmp_path / "clash.jsonl", lines)], loaded)
+
+
+def test_conversations_longer_than_the_context_are_left_out_and_named(
+    loaded: LoadedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = {"prompt": "word " * 900, "completion": "Too long."}
+    few = write_lines(tmp_path / "few.jsonl", [long, *SUPERVISED, long])
+    assert len(load_answers([few], loaded).corpus.documents) == 2
+    noted = " ".join(capsys.readouterr().err.split())
+    assert f"left out 2 conversations longer than the context of {MAX_MODEL_LEN} tokens" in noted
+    assert "few.jsonl, line 1 (" in noted
+    assert "few.jsonl, line 4 (" in noted
+    many = write_lines(tmp_path / "many.jsonl", [SUPERVISED[0], *[long] * 7])
+    load_answers([many], loaded)
+    noted = " ".join(capsys.readouterr().err.split())
+    assert noted.count("many.jsonl") == 5
+    assert noted.endswith("and so on")
+    with pytest.raises(DataError, match="fits the context of 512"):
+        load_answers([write_lines(tmp_path / "none.jsonl", [long])], loaded)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "has no rows"),
+        ('{"prompt": "Hi", "completion": "x y z"}\n{"prompt": ', "line 2: no valid JSON"),
+        ('{"prompt": "Hi", "completion": "x y z"}\n[]', "line 2: expected an object"),
+    ],
+)
+def test_a_broken_file_is_refused_by_file_and_line(
+    content: str, message: str, loaded: LoadedModel, tmp_path: Path
+) -> None:
+    path = tmp_path / "broken.jsonl"
+    path.write_text(content)
+    with pytest.raises(DataError, match=f"broken.jsonl.*{message}"):
+        load_answers([path], loaded)

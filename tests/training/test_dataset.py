@@ -7,6 +7,7 @@ import torch
 
 from tests.tiny_models import VOCAB_SIZE
 from tests.training.corpora import corpus, document
+from training.conversation import TokenizedConversation
 from training.dataset import (
     Corpus,
     Span,
@@ -15,12 +16,12 @@ from training.dataset import (
     frequent_tokens,
     split,
 )
-from training.distilled import DistilledTurns, read_distilled
+from training.distilled import read_distilled
 from training.errors import DataError
 
 
-def turns(*pairs: tuple[list[int], list[int]]) -> DistilledTurns:
-    return DistilledTurns("c", "x", pairs, "d.jsonl, line 7")
+def turns(*pairs: tuple[list[int], list[int]]) -> TokenizedConversation:
+    return TokenizedConversation("c", "x", pairs, "d.jsonl, line 7")
 
 
 def test_turns_that_continue_each_other_share_a_document() -> None:

@@ -276,7 +276,8 @@ def test_data_without_manifest_is_trained_on_with_a_note(
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([{"id": "a", "messages": []}], "line 1: has the fields id, messages"),
+        ([{"id": "a", "messages": []}], "line 1: messages is []"),
+        ([{"prompt": "Hi"}], "line 1: has no answer"),
         ([], "has no rows"),
         (
             [{"id": "a", "turns": [{"prompt_token_ids": [1], "token_ids": [5]}]}],
