@@ -1,7 +1,8 @@
 """Heads on disk: a directory that says for which base model it was trained, and is checked for it.
 
     config.json               format, type, sizes, the base's name and fingerprint, file digests
-    heads.safetensors         the weights, and the draft vocabulary as int32
+    heads.safetensors         the weights, an MTP module's block included, and the draft vocabulary
+                              as int32
     acceptance_profile.json   measured accept rates; only if there are any
     adapter/                  LoRA adapter that the base is served with, in PEFT's format; only if
                               the heads were trained with one
@@ -17,7 +18,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Self
@@ -28,13 +29,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from heads.errors import HeadsCheckpointError, HeadsMismatchError
+from heads.kinds import TYPES, AnyHeads, BaseParts, build_heads, describe, type_of
 from heads.lora import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, AdapterFiles
-from heads.medusa import MedusaConfig, MedusaHeads
 from heads.tree_search import AcceptanceProfile
 
 FORMAT = "euryale-heads"
 FORMAT_VERSION = 1
-MEDUSA_TYPE = "medusa"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "heads.safetensors"
 PROFILE_FILE = "acceptance_profile.json"
@@ -140,7 +140,7 @@ class LoadedHeads:
         adapter: What is merged into that base model, if anything.
     """
 
-    heads: MedusaHeads
+    heads: AnyHeads
     profile: AcceptanceProfile | None
     base_name: str
     config: Mapping[str, Any]
@@ -149,7 +149,7 @@ class LoadedHeads:
 
 def save_heads(
     directory: Path,
-    heads: MedusaHeads,
+    heads: AnyHeads,
     base: BaseFingerprint,
     base_name: str,
     profile: AcceptanceProfile | None,
@@ -177,8 +177,8 @@ def save_heads(
     config = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "type": MEDUSA_TYPE,
-        "heads": asdict(heads.config),
+        "type": type_of(heads),
+        "heads": describe(heads),
         "base": {"name": base_name, "fingerprint": asdict(base)},
         "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
     }
@@ -188,7 +188,7 @@ def save_heads(
         (directory / name).unlink(missing_ok=True)
 
 
-def _tensors_to_store(heads: MedusaHeads, dtype: torch.dtype) -> dict[str, Tensor]:
+def _tensors_to_store(heads: AnyHeads, dtype: torch.dtype) -> dict[str, Tensor]:
     return {
         name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else torch.int32)
         for name, tensor in heads.state_dict().items()
@@ -210,8 +210,7 @@ def _replace_file(path: Path, data: bytes) -> None:
 
 def load_heads(
     directory: Path,
-    unembedding_VD: Tensor,
-    input_embedding_VD: Tensor,
+    parts: BaseParts,
     base: BaseFingerprint,
     device: torch.device,
     dtype: torch.dtype,
@@ -220,8 +219,7 @@ def load_heads(
 
     Args:
         directory: What `save_heads` wrote.
-        unembedding_VD: The base's unembedding; used by reference if device and dtype fit.
-        input_embedding_VD: The base's input embedding; likewise.
+        parts: Of the base model; matrices are used by reference if device and dtype fit.
         base: Fingerprint of the loaded base model.
         device: Where the heads run.
         dtype: Type of their weights.
@@ -232,11 +230,17 @@ def load_heads(
     """
     config = _read_config(directory)
     base_name = _check_base(directory, config, base)
-    matrices = (unembedding_VD.to(device, dtype), input_embedding_VD.to(device, dtype))
+    parts = replace(
+        parts,
+        unembedding_VD=parts.unembedding_VD.to(device, dtype),
+        input_embedding_VD=parts.input_embedding_VD.to(device, dtype),
+    )
     try:
         tensors = safetensors.torch.load(_read_verified(directory, WEIGHTS_FILE, config))
-        heads = MedusaHeads(_medusa_config(config), *matrices, tensors.get("draft_vocab_ids"))
+        ids_U = tensors.get("draft_vocab_ids")
+        heads = build_heads(config["type"], config["heads"], ids_U, parts)
         heads.load_state_dict(tensors, strict=True)
+        heads.to(device, dtype)
         profile = None
         if PROFILE_FILE in config["sha256"]:
             data = json.loads(_read_verified(directory, PROFILE_FILE, config))
@@ -285,10 +289,10 @@ def _read_config(directory: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise HeadsCheckpointError(f"{path} is not a heads checkpoint: its format is not {FORMAT}")
     version, kind = config.get("format_version"), config.get("type")
-    if version != FORMAT_VERSION or kind != MEDUSA_TYPE:
+    if version != FORMAT_VERSION or kind not in TYPES:
         raise HeadsCheckpointError(
             f"{path} has format_version {version!r} and type {kind!r}; this release reads "
-            f"version {FORMAT_VERSION} and type {MEDUSA_TYPE!r}"
+            f"version {FORMAT_VERSION} and the types {', '.join(TYPES)}"
         )
     if set(config) != _CONFIG_KEYS or not isinstance(config["sha256"], dict):
         raise HeadsCheckpointError(
@@ -324,17 +328,6 @@ def _read_base(config: Mapping[str, Any], directory: Path) -> tuple[str, BaseFin
         raise HeadsCheckpointError(
             f"the base in {directory / CONFIG_FILE} is malformed ({error!r}); save the heads again"
         ) from error
-
-
-def _medusa_config(config: Mapping[str, Any]) -> MedusaConfig:
-    sizes = config["heads"]
-    known = {field.name for field in fields(MedusaConfig)}
-    if isinstance(sizes, dict):
-        # Heads that were saved before there were others do not say it.
-        sizes = {"own_unembedding": False} | sizes
-    if not isinstance(sizes, dict) or set(sizes) != known:
-        raise ValueError(f"the heads' config is {sizes!r}; exactly {sorted(known)} are known")
-    return MedusaConfig(**sizes)
 
 
 def _read_verified(directory: Path, name: str, config: Mapping[str, Any]) -> bytes:

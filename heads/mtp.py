@@ -8,7 +8,8 @@ state *before* it:
 
 then the block, a final norm, and the base model's frozen unembedding over a draft vocabulary. The
 output at i drafts the token i + 1. The root's hidden state is known when it is drafted for, so the
-root runs at depth 1; after verification the accepted tokens run again at depth 1.
+root runs at depth 1; after verification the accepted tokens run again at depth 1. The first token
+of all has no state before it: zeros.
 
 Source: DeepSeek-V3, arXiv:2412.19437, 2.2; the slot of a pair is that of its token, not of its
 hidden state, so that base and module share block tables.
@@ -112,7 +113,8 @@ class MTPModule(nn.Module):
         with torch.no_grad():
             self.projection.weight.zero_()
             self.projection.weight[:, :width].fill_diagonal_(1.0)
-        self.register_buffer("draft_vocab_ids", draft_vocab_ids.to(torch.int64))
+        # A copy, because a state dict is loaded into it.
+        self.register_buffer("draft_vocab_ids", draft_vocab_ids.to(torch.int64, copy=True))
         self._gather_draft_rows()
         self.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
             lambda module, _: module._gather_draft_rows()

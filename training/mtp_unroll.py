@@ -1,8 +1,9 @@
 """Unrolled training of an MTP module: depth d learns from the module's own output at depth d - 1.
 
-Depth 1 runs at every token of a document but the first, the prompt's included, since drafts attend
-to it. Depth d > 1 runs where its root is an answer token with a token to draft. Loss: the sum over
-depths of decay ** (d - 1) times cross-entropy over the draft vocabulary, answer tokens only.
+Depth 1 runs at every token of a document, the prompt's included, since drafts attend to it; before
+the first token the state is zero. Depth d > 1 runs where its root is an answer token with a token
+to draft. Loss: the sum over depths of decay ** (d - 1) times cross-entropy over the draft
+vocabulary, answer tokens only.
 
 Source: DeepSeek-V3, arXiv:2412.19437, 2.2; unrolling as in HASS, arXiv:2408.15766.
 
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from heads.mtp import MTPModule
 from server.model.attention_hook import AttentionContext
@@ -58,14 +60,14 @@ def unroll(
     Args:
         module: Built around `block.module`.
         block: Runs it.
-        batch: Documents of at least two tokens; they do not see each other.
+        batch: Documents; they do not see each other.
         num_depths: Depths to yield.
     """
     memory = Unroll()
     context = AttentionContext(UnrolledAttention(), memory)
-    # At depth 1 the state before position i is hidden i - 1, so both begin at position 1.
-    before = [item.hidden_XD for item in batch]
-    places = [torch.arange(1, len(item.document.token_ids_T)) for item in batch]
+    # At depth 1 the state before position i is hidden i - 1, and nothing is before position 0.
+    before = [F.pad(item.hidden_XD, (0, 0, 1, 0)) for item in batch]
+    places = [torch.arange(len(item.document.token_ids_T)) for item in batch]
     for depth in range(1, num_depths + 1):
         memory.begin_depth(places)
         tokens_T = torch.cat(

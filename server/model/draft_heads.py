@@ -3,9 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
 from heads.checkpoint import load_heads
 from heads.errors import HeadsCheckpointError
 from heads.errors import HeadsMismatchError as CheckpointMismatchError
+from heads.kinds import BaseParts
 from heads.lora import AdapterFiles
 from heads.medusa import MedusaHeads
 from heads.mtp import MTPModule
@@ -41,12 +44,19 @@ def load_draft_heads(directory: Path, loaded: LoadedModel) -> DraftHeads:
         HeadsMismatchError: If the heads belong to another base model, or to the same one with
             another adapter.
         ConfigError: If the checkpoint is missing, damaged or of an unknown kind.
+        ModelError: If it holds an MTP module, and the base model has no plain decoder blocks.
     """
+    # Only an MTP module asks for a block, and not every base model has one to copy.
+    blocks: list[DecoderBlock] = []
+
+    def make_block() -> nn.Module:
+        blocks.append(DecoderBlock(loaded.model))
+        return blocks[-1].module
+
     try:
         found = load_heads(
             directory,
-            loaded.unembedding(),
-            loaded.input_embedding(),
+            BaseParts(loaded.unembedding(), loaded.input_embedding(), make_block),
             loaded.fingerprint,
             loaded.device,
             loaded.dtype,
@@ -61,4 +71,5 @@ def load_draft_heads(directory: Path, loaded: LoadedModel) -> DraftHeads:
             f"the heads in {directory} belong to {loaded.name} with the adapter {needed}, but it "
             f"was loaded with the adapter {loaded.adapter_sha256}; load the model for these heads"
         )
-    return DraftHeads(found.heads, None, found.profile, found.base_name, found.adapter)
+    block = blocks[0] if blocks else None
+    return DraftHeads(found.heads, block, found.profile, found.base_name, found.adapter)

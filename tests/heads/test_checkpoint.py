@@ -1,3 +1,4 @@
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from heads.checkpoint import (
     save_heads,
 )
 from heads.errors import HeadsCheckpointError, HeadsMismatchError
+from heads.kinds import BaseParts
 from heads.lora import AdapterFiles
 from heads.medusa import MedusaConfig, MedusaHeads
+from heads.mtp import MTPConfig, MTPModule
 from heads.tree_search import AcceptanceProfile
 
 WIDTH, VOCAB_SIZE = 8, 30
@@ -65,15 +68,37 @@ def make_heads(base: nn.Sequential, restricted: bool = True, **options: Any) -> 
     return heads
 
 
+class Block(nn.Linear):
+    """Stands for a decoder block."""
+
+
+def make_block() -> nn.Module:
+    return Block(WIDTH, WIDTH)
+
+
+def make_module(base: nn.Sequential) -> MTPModule:
+    config = MTPConfig(WIDTH, VOCAB_SIZE, len(DRAFT_VOCAB))
+    module = MTPModule(config, make_block(), matrix(base, 1), matrix(base, 0), DRAFT_VOCAB)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+        parameter.data = parameter.data.to(torch.bfloat16).to(torch.float32)
+    return module
+
+
 def load(directory: Path, model: nn.Sequential, **changes: Any) -> LoadedHeads:
     arguments: dict[str, Any] = {
-        "unembedding_VD": matrix(model, 1),
-        "input_embedding_VD": matrix(model, 0),
+        "parts": BaseParts(matrix(model, 1), matrix(model, 0), make_block),
         "base": fingerprint(model),
         "device": CPU,
         "dtype": torch.float32,
     }
     return load_heads(directory, **(arguments | changes))
+
+
+def load_medusa(directory: Path, model: nn.Sequential, **changes: Any) -> MedusaHeads:
+    heads = load(directory, model, **changes).heads
+    assert isinstance(heads, MedusaHeads)
+    return heads
 
 
 @pytest.fixture
@@ -181,7 +206,7 @@ class TestRoundTrip:
         config = json.loads(path.read_text())
         del config["heads"]["own_unembedding"]
         path.write_text(json.dumps(config))
-        assert not load(saved, tiny_base()).heads.config.own_unembedding
+        assert not load_medusa(saved, tiny_base()).config.own_unembedding
 
     def test_a_checkpoint_is_three_files(self, saved: Path) -> None:
         names = sorted(path.name for path in saved.iterdir())
@@ -197,7 +222,7 @@ class TestRoundTrip:
         heads = make_heads(base)
         nn.init.normal_(heads.block_weights)
         save_heads(tmp_path, heads, fingerprint(base), "tiny", None, torch.float32)
-        assert torch.equal(load(tmp_path, base).heads.block_weights, heads.block_weights)
+        assert torch.equal(load_medusa(tmp_path, base).block_weights, heads.block_weights)
 
     def test_heads_load_in_the_type_that_is_asked_for(self, saved: Path) -> None:
         heads = load(saved, tiny_base(), dtype=torch.bfloat16).heads
@@ -216,7 +241,9 @@ class TestRoundTrip:
         save_heads(saved, heads, fingerprint(base), "acme/tiny-2", None)
         loaded = load(saved, base)
         assert (loaded.base_name, loaded.profile) == ("acme/tiny-2", None)
-        assert torch.equal(loaded.heads.block_weights, heads.block_weights)
+        loaded_heads = loaded.heads
+        assert isinstance(loaded_heads, MedusaHeads)
+        assert torch.equal(loaded_heads.block_weights, heads.block_weights)
         names = sorted(path.name for path in saved.iterdir())
         assert names == ["config.json", "heads.safetensors", "train.log"]
 
@@ -247,8 +274,9 @@ class TestMismatch:
             load(saved, base, base=fingerprint(base, num_layers=12))
 
     def test_matrices_that_are_not_the_fingerprinted_ones_are_refused(self, saved: Path) -> None:
+        base = tiny_base()
         with pytest.raises(HeadsCheckpointError, match="unembedding_VD has shape"):
-            load(saved, tiny_base(), unembedding_VD=torch.zeros(31, WIDTH))
+            load(saved, base, parts=BaseParts(torch.zeros(31, WIDTH), matrix(base, 0)))
 
 
 class TestDamage:
@@ -294,7 +322,7 @@ class TestDamage:
         ("changes", "message"),
         [
             ({"format_version": 2}, "format_version 2 .* reads version 1"),
-            ({"type": "eagle"}, "type 'eagle'; this release reads .* 'medusa'"),
+            ({"type": "eagle"}, "type 'eagle'; this release reads .* medusa, mtp"),
             ({"notes": "hi"}, "exactly .* are known"),
             ({"sha256": []}, "exactly .* are known"),
             ({"sha256": {}}, "is damaged or incomplete"),
@@ -329,6 +357,84 @@ class TestDamage:
         change_config(saved, heads=config_of(saved)["heads"] | changes)
         with pytest.raises(HeadsCheckpointError, match=message):
             load(saved, tiny_base())
+
+
+class TestMTPModule:
+    @pytest.fixture
+    def saved_module(self, tmp_path: Path) -> Path:
+        base = tiny_base()
+        module, directory = make_module(base), tmp_path / "module"
+        save_heads(directory, module, fingerprint(base), "acme/tiny", PROFILE)
+        return directory
+
+    def test_it_comes_back_with_its_block_and_its_profile(self, tmp_path: Path) -> None:
+        base = tiny_base()
+        module = make_module(base)
+        save_heads(tmp_path, module, fingerprint(base), "acme/tiny", PROFILE)
+        assert config_of(tmp_path)["type"] == "mtp"
+        assert config_of(tmp_path)["heads"]["block"] == "Block"
+        loaded = load(tmp_path, base)
+        assert isinstance(loaded.heads, MTPModule)
+        assert loaded.heads.config == module.config
+        assert loaded.profile == PROFILE
+        assert not loaded.heads.training
+        before, after = module.state_dict(), loaded.heads.state_dict()
+        assert before.keys() == after.keys()
+        assert "block.weight" in after
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        states, tokens = torch.randn(4, WIDTH), torch.tensor([1, 2, 3, 4])
+        expected = module(states, tokens, module.block)
+        assert torch.equal(loaded.heads(states, tokens, loaded.heads.block), expected)
+
+    def test_all_of_it_comes_in_the_asked_dtype(self, saved_module: Path) -> None:
+        module = load(saved_module, tiny_base(), dtype=torch.bfloat16).heads
+        assert isinstance(module, MTPModule)
+        assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
+        assert module.draft_rows_UD.dtype == torch.bfloat16
+        assert module.draft_vocab_ids.dtype == torch.int64
+
+    def test_a_block_of_another_class_is_named(self, saved_module: Path) -> None:
+        base = tiny_base()
+        parts = BaseParts(matrix(base, 1), matrix(base, 0), lambda: nn.Linear(WIDTH, WIDTH))
+        with pytest.raises(HeadsCheckpointError, match=r"its block is a Block, .* of class Linear"):
+            load(saved_module, base, parts=parts)
+
+    def test_without_a_block_it_is_refused(self, saved_module: Path) -> None:
+        base = tiny_base()
+        with pytest.raises(HeadsCheckpointError, match="needs a decoder block of its base"):
+            load(saved_module, base, parts=BaseParts(matrix(base, 1), matrix(base, 0)))
+
+    def test_a_block_of_another_shape_is_refused(self, saved_module: Path) -> None:
+        base = tiny_base()
+        parts = BaseParts(matrix(base, 1), matrix(base, 0), lambda: Block(WIDTH, WIDTH, bias=False))
+        with pytest.raises(HeadsCheckpointError, match=r"block\.bias"):
+            load(saved_module, base, parts=parts)
+
+    @pytest.mark.parametrize(
+        "sizes", [{"hidden_size": 8, "block": "Block"}, ["Block"], {"block": "Block", "x": 1}]
+    )
+    def test_sizes_that_are_unknown_or_missing_are_refused(
+        self, saved_module: Path, sizes: object
+    ) -> None:
+        change_config(saved_module, heads=sizes)
+        with pytest.raises(HeadsCheckpointError, match=r"exactly .*'vocab_size'.* are known"):
+            load(saved_module, tiny_base())
+
+    def test_a_module_without_draft_vocabulary_is_refused(self, saved_module: Path) -> None:
+        path = saved_module / "heads.safetensors"
+        tensors = safetensors.torch.load_file(path)
+        del tensors["draft_vocab_ids"]
+        path.write_bytes(safetensors.torch.save(tensors))
+        digests = config_of(saved_module)["sha256"]
+        digests["heads.safetensors"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        change_config(saved_module, sha256=digests)
+        with pytest.raises(HeadsCheckpointError, match="draft_vocab_ids are missing"):
+            load(saved_module, tiny_base())
+
+    def test_medusa_heads_need_no_block(self, saved: Path) -> None:
+        base = tiny_base()
+        parts = BaseParts(matrix(base, 1), matrix(base, 0))
+        assert isinstance(load(saved, base, parts=parts).heads, MedusaHeads)
 
 
 class TestInterruptedSave:

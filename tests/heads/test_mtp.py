@@ -73,6 +73,27 @@ def test_loading_another_draft_vocabulary_takes_its_rows() -> None:
     assert torch.equal(made.draft_rows_UD, embedding(0)[[1, 2, 8, 9, 10]])
 
 
+def test_tokens_of_a_prompt_outside_the_draft_vocabulary_come_with_their_rows() -> None:
+    seen = module().seen_rows([3, 5, 7, 5, 11])
+    assert seen is not None
+    assert seen.token_ids_E.tolist() == [11, 5]
+    assert torch.equal(seen.rows_ED, embedding(0)[[11, 5]])
+    assert module().seen_rows([3, 19, 3]) is None
+
+
+def test_a_zero_state_adds_nothing() -> None:
+    made, tokens = module(), torch.tensor([4, 2])
+    seen: list[Tensor] = []
+
+    def run(u_TD: Tensor) -> Tensor:
+        seen.append(u_TD)
+        return u_TD
+
+    made(torch.zeros(2, 8), tokens, run)
+    embedded_TD = made.embedding_norm(embedding(1)[tokens])
+    assert torch.allclose(seen[0], embedded_TD @ made.projection.weight[:, 8:].T, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -54,9 +54,9 @@ def decoded(
     module: MTPModule, block: DecoderBlock, item: EncodedDocument, root: int, depth: int
 ) -> Tensor:
     """The state of one draft, as decoding gets it: one causal pass over all tokens per depth."""
-    states = item.hidden_XD[:root]
+    states = torch.cat((torch.zeros(1, item.hidden_XD.shape[1]), item.hidden_XD[:root]))
     for _ in range(depth):
-        positions = torch.arange(1, len(states) + 1)
+        positions = torch.arange(len(states))
         memory = Unroll()
         memory.begin_depth([positions])
         context = AttentionContext(UnrolledAttention(), memory)
@@ -80,6 +80,19 @@ def test_every_draft_is_what_decoding_step_by_step_gives(loaded: LoadedModel) ->
                     assert torch.allclose(state, expected, atol=1e-3)
                     num_checked += 1
     assert num_checked > 40
+
+
+def test_every_token_is_a_key_and_nothing_is_before_the_first(loaded: LoadedModel) -> None:
+    module, block = made(loaded)
+    seen: list[Tensor] = []
+    handle = module.hidden_norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    batch = documents(loaded.hidden_size)[1:2]
+    with torch.no_grad():
+        first = next(unroll(module, block, batch, 1))
+    handle.remove()
+    assert torch.equal(first.positions[0], torch.arange(9))
+    assert torch.equal(seen[0][0], torch.zeros(loaded.hidden_size))
+    assert torch.equal(seen[0][1:], batch[0].hidden_XD)
 
 
 def test_labels_are_answer_tokens_whose_root_is_in_the_same_answer(loaded: LoadedModel) -> None:

@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from heads.checkpoint import LoadedHeads, load_heads
-from server.model.draft_heads import load_draft_heads
+from heads.medusa import MedusaHeads
+from server.model.draft_heads import DraftHeads, load_draft_heads
 from server.model.loading import LoadedModel, load_model
 from tests.tiny_adapters import save_adapted_heads, save_tiny_adapter
 from tests.tiny_models import save_tiny_model
@@ -52,15 +52,8 @@ def error_text(capsys: pytest.CaptureFixture[str]) -> str:
     return " ".join(capsys.readouterr().err.split())
 
 
-def checkpoint(directory: Path, loaded: LoadedModel) -> LoadedHeads:
-    return load_heads(
-        directory,
-        loaded.unembedding(),
-        loaded.input_embedding(),
-        loaded.fingerprint,
-        loaded.device,
-        loaded.dtype,
-    )
+def checkpoint(directory: Path, loaded: LoadedModel) -> DraftHeads:
+    return load_draft_heads(directory, loaded)
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +69,7 @@ def test_the_heads_can_be_loaded_for_their_base_with_a_profile(
     heads_dir: Path, loaded: LoadedModel
 ) -> None:
     found = checkpoint(heads_dir, loaded)
+    assert isinstance(found.heads, MedusaHeads)
     assert found.heads.config.num_heads == 2
     assert found.heads.config.draft_vocab_size == 100
     assert found.profile is not None

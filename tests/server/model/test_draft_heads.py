@@ -5,10 +5,14 @@ import torch
 
 from heads.checkpoint import save_heads
 from heads.medusa import MedusaConfig, MedusaHeads
+from heads.mtp import MTPConfig, MTPModule
 from server.errors import ConfigError, HeadsMismatchError
+from server.model.attention_hook import AttentionContext
+from server.model.decoder_block import DecoderBlock
 from server.model.draft_heads import load_draft_heads
 from server.model.loading import LoadedModel, load_model
 from tests.tiny_models import save_tiny_model
+from training.unrolled_attention import Unroll, UnrolledAttention
 
 
 def load_tiny(directory: Path, seed: int) -> LoadedModel:
@@ -32,6 +36,7 @@ def heads_dir(tmp_path: Path, loaded: LoadedModel) -> Path:
 def test_heads_of_the_base_model_come_in_its_dtype(heads_dir: Path, loaded: LoadedModel) -> None:
     found = load_draft_heads(heads_dir, loaded)
     assert isinstance(found.heads, MedusaHeads)
+    assert found.block is None
     assert found.heads.block_biases.dtype == loaded.dtype
     assert bool((found.heads.block_biases == 1).all())
 
@@ -49,3 +54,29 @@ def test_a_missing_or_damaged_checkpoint_is_refused(heads_dir: Path, loaded: Loa
         load_draft_heads(heads_dir, loaded)
     with pytest.raises(ConfigError):
         load_draft_heads(heads_dir / "nowhere", loaded)
+
+
+def test_an_mtp_module_comes_with_the_block_that_runs_it(
+    tmp_path: Path, loaded: LoadedModel
+) -> None:
+    saved_block = DecoderBlock(loaded.model)
+    module = MTPModule(
+        MTPConfig(loaded.hidden_size, loaded.vocab_size, 5),
+        saved_block.module,
+        loaded.unembedding(),
+        loaded.input_embedding(),
+        torch.arange(5),
+    )
+    save_heads(tmp_path / "mtp", module, loaded.fingerprint, loaded.name, None, torch.float32)
+    found = load_draft_heads(tmp_path / "mtp", loaded)
+    assert isinstance(found.heads, MTPModule)
+    assert found.block is not None
+    assert found.block.module is found.heads.block
+    positions = torch.arange(3)
+    states = []
+    for block, heads in ((saved_block, module), (found.block, found.heads)):
+        memory = Unroll()
+        memory.begin_depth([positions])
+        runner = block.runner(positions, AttentionContext(UnrolledAttention(), memory))
+        states.append(heads(torch.ones(3, loaded.hidden_size), positions, runner))
+    assert torch.equal(states[0], states[1])
