@@ -11,7 +11,7 @@ import heads as heads_package
 from heads.medusa import MedusaHeads
 from heads.tree_search import AcceptanceProfile, best_tree, node_values
 from server.attention.backend import AttentionBatch, AttentionSpan
-from server.config import EngineConfig
+from server.config import NATIVE_HEADS, EngineConfig
 from server.engine.batch import StepBatch
 from server.engine.cost_model import CostModel, measure
 from server.engine.drafter import MedusaDrafter
@@ -22,7 +22,7 @@ from server.engine.validate import RequestLimits
 from server.errors import ConfigError
 from server.kv.block_manager import BlockManager
 from server.kv.kv_cache import KVCache, KVLayout
-from server.model.draft_heads import DraftHeads, load_draft_heads
+from server.model.draft_heads import DraftHeads, load_draft_heads, native_draft_heads
 from server.model.loading import LoadedModel, load_model
 
 _MAX_CPU_CACHE_BYTES = 4 << 30
@@ -62,6 +62,9 @@ def build_parts(config: EngineConfig, report: Callable[[str], None]) -> EnginePa
     if heads_dir is not None:
         report(f"loading heads {heads_dir.name}")
         loaded_heads = load_draft_heads(heads_dir, loaded)
+    elif config.heads == NATIVE_HEADS:
+        report("loading the MTP layer that the model ships")
+        loaded_heads = native_draft_heads(loaded)
     layout = kv_layout(loaded, config.block_size, loaded_heads)
     num_blocks = _num_blocks(config, layout, loaded.max_model_len)
     max_len = min(loaded.max_model_len, num_blocks * config.block_size)
@@ -85,7 +88,7 @@ def build_parts(config: EngineConfig, report: Callable[[str], None]) -> EnginePa
         blocks=blocks,
         speculator=speculator,
         limits=RequestLimits(max_len, loaded.vocab_size, method),
-        heads_name=heads_dir.name if heads_dir else None,
+        heads_name=_heads_name(config, heads_dir),
     )
 
 
@@ -127,8 +130,14 @@ def make_speculator(
     return Speculator(drafter, values, fixed_size)
 
 
+def _heads_name(config: EngineConfig, directory: Path | None) -> str | None:
+    if config.heads == NATIVE_HEADS:
+        return NATIVE_HEADS
+    return directory.name if directory else None
+
+
 def _heads_directory(config: EngineConfig) -> Path | None:
-    if config.heads == "none":
+    if config.heads in ("none", NATIVE_HEADS):
         return None
     if config.heads == "auto":
         shipped = Path(heads_package.__path__[0]) / "pretrained" / f"{config.model}-medusa"
@@ -136,8 +145,8 @@ def _heads_directory(config: EngineConfig) -> Path | None:
     path = Path(config.heads)
     if not path.is_dir():
         raise ConfigError(
-            f"heads is {config.heads!r}, which is no directory; give a heads checkpoint, 'auto' "
-            "or 'none'"
+            f"heads is {config.heads!r}, which is no directory; give a heads checkpoint, 'auto', "
+            "'native' or 'none'"
         )
     return path
 

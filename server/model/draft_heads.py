@@ -17,6 +17,7 @@ from server.errors import ConfigError, HeadsMismatchError
 from server.model.adapter import adapter_sha256
 from server.model.decoder_block import DecoderBlock
 from server.model.loading import LoadedModel
+from server.model.native_mtp import load_native_mtp
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,3 +74,13 @@ def load_draft_heads(directory: Path, loaded: LoadedModel) -> DraftHeads:
         )
     block = blocks[0] if blocks else None
     return DraftHeads(found.heads, block, found.profile, found.base_name, found.adapter)
+
+
+def native_draft_heads(loaded: LoadedModel) -> DraftHeads:
+    """Take the MTP layer that the base model's own checkpoint ships.
+
+    Raises:
+        ModelError: If it ships none, or one that cannot be read.
+    """
+    native = load_native_mtp(loaded)
+    return DraftHeads(native.module, native.block, None, loaded.name)

@@ -12,6 +12,7 @@ from server.config import EngineConfig
 from server.engine.engine import Engine
 from server.errors import ConfigError, HeadsMismatchError, ModelError
 from tests.engine_tools import SlowModel, assert_as_expected, make_request, random_prompt
+from tests.native_checkpoints import NativeName, save_native
 from tests.tiny_heads import save_tiny_heads
 from tests.tiny_models import save_tiny_model
 
@@ -117,7 +118,7 @@ class TestHeads:
     def test_a_directory_that_is_missing_is_refused_with_the_alternatives(
         self, model_dir: Path, tmp_path: Path
     ) -> None:
-        with pytest.raises(ConfigError, match=r"no directory; give .*'auto' or 'none'"):
+        with pytest.raises(ConfigError, match=r"no directory; give .*'auto', 'native' or 'none'"):
             build(model_dir, heads=str(tmp_path / "missing"))
 
     def test_a_directory_without_a_checkpoint_is_refused(
@@ -128,6 +129,34 @@ class TestHeads:
 
     def test_auto_serves_other_models_without_heads(self, model_dir: Path) -> None:
         assert build(model_dir, heads="auto").heads_name is None
+
+
+class TestNativeHeads:
+    @pytest.mark.parametrize("name", ["glm4_moe", "qwen3_moe", "qwen2"])
+    def test_the_models_own_mtp_layer_drafts_and_leaves_the_text_as_it_is(
+        self, name: NativeName, tmp_path: Path
+    ) -> None:
+        save_native(name, tmp_path)
+        requests = [make_request(random_prompt(seed, 9), max_tokens=12) for seed in range(3)]
+        plain, drafting = (
+            build(tmp_path, num_blocks=128),
+            build(tmp_path, heads="native", tree=8, num_blocks=128),
+        )
+        assert (drafting.heads_name, plain.heads_name) == ("native", None)
+        expected = [completion.token_ids for completion in plain.generate(requests)]
+        found = [completion.token_ids for completion in drafting.generate(requests)]
+        assert found == expected
+        assert drafting.counters.num_draft_tokens > 0
+
+    def test_its_step_cost_can_be_measured(self, tmp_path: Path) -> None:
+        save_native("qwen3", tmp_path)
+        costs = build(tmp_path, heads="native").speculator.cost_model
+        assert costs is not None
+        assert costs.draft_s > 0.0
+
+    def test_a_model_that_ships_none_is_refused(self, model_dir: Path) -> None:
+        with pytest.raises(ModelError, match="ships no native MTP layer"):
+            build(model_dir, heads="native")
 
 
 class TestCacheSize:
