@@ -13,7 +13,8 @@ from server.errors import ConfigError, InvalidRequestError
 DeviceName = Literal["auto", "cpu", "cuda"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 DraftMethod = Literal["medusa", "mtp"]
-Method = Literal["auto", "none"] | DraftMethod
+# Spelt out: the command line cannot read a union.
+Method = Literal["auto", "none", "medusa", "mtp"]
 AcceptanceName = Literal["auto", "exact", "typical"]
 
 METHODS: tuple[Method, ...] = ("auto", "none", "medusa", "mtp")

@@ -139,7 +139,7 @@ class TestSpeculationParams:
     @pytest.mark.parametrize(
         ("param", "value"),
         [
-            ("method", "mtp"),
+            ("method", "eagle"),
             ("method", ""),
             ("acceptance", "greedy"),
             ("epsilon", -0.1),
