@@ -157,7 +157,7 @@ class ConvertOptions(ModelOptions):
     """What `convert` was asked to do.
 
     Attributes:
-        source: Directory of heads in the original Medusa layout.
+        source: Original Medusa heads; or what `model` says, for the MTP layer that it ships.
         output: Directory of the heads.
         overwrite: Replace heads that `output` holds.
     """
@@ -281,7 +281,12 @@ def _add_answers(parser: argparse.ArgumentParser, summary: str) -> None:
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
     add, _ = _adder(parser, ConvertOptions)
-    add("source", type=Path, metavar="DIR", help="config.json and medusa_lm_head.pt/.safetensors")
+    add(
+        "source",
+        type=Path,
+        metavar="DIR",
+        help="config.json and medusa_lm_head.*, or --model again",
+    )
     add("output", type=Path, metavar="DIR", help="heads to write")
     parser.add_argument("--overwrite", action="store_true", help="replace what --output holds")
 
@@ -337,5 +342,5 @@ _COMMANDS: Mapping[str, _Command] = {
         "measure heads on answers they were not trained on", EvaluateOptions, _add_evaluate
     ),
     "report": _Command("plot a training run and its heads", ReportOptions, _add_report),
-    "convert": _Command("import heads of the original Medusa", ConvertOptions, _add_convert),
+    "convert": _Command("import Medusa heads or a native MTP layer", ConvertOptions, _add_convert),
 }

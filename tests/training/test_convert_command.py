@@ -9,7 +9,9 @@ from server.config import EngineConfig, SamplingParams, SpeculationParams
 from server.engine.engine import Completion, Engine
 from server.engine.request import Request
 from server.model.draft_heads import load_draft_heads
-from server.model.loading import LoadedModel
+from server.model.loading import LoadedModel, load_model
+from server.model.native_mtp import load_native_mtp
+from tests.native_checkpoints import NATIVE_NAMES, NativeName, save_native
 from training.__main__ import main
 
 
@@ -80,6 +82,32 @@ def test_converted_heads_can_be_evaluated(
     argv = ["evaluate", "--heads", str(output), "--data", str(distilled_file)]
     assert main([*argv, "--model", str(model_dir), "--device", "cpu"]) == 0
     assert load_draft_heads(output, loaded).profile is not None
+
+
+@pytest.mark.parametrize("name", NATIVE_NAMES)
+def test_the_mtp_layer_of_a_base_becomes_heads_that_are_served(
+    name: NativeName, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, output = save_native(name, tmp_path / "base").directory, tmp_path / "heads"
+    assert convert(base, output, base) == 0
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (printed["layer"], printed["num_layers"]) == (1, 1)
+    loaded = load_model(str(base), "cpu", "float32")
+    found, native = load_draft_heads(output, loaded).heads, load_native_mtp(loaded).module
+    expected = native.bfloat16().float().state_dict()
+    for key, tensor in found.state_dict().items():
+        assert torch.equal(tensor, expected[key])
+    plain, drafted = generated(base, "none"), generated(base, str(output))
+    assert [c.token_ids for c in drafted] == [c.token_ids for c in plain]
+    assert sum(c.stats.num_draft_tokens for c in drafted) > 0
+
+
+def test_a_base_without_an_mtp_layer_is_refused(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert(model_dir, tmp_path / "heads", model_dir) == 2
+    assert "ships no native MTP layer" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "heads").exists()
 
 
 def test_heads_that_are_there_are_kept(
