@@ -32,9 +32,8 @@ from training.progress import note
 
 def main(argv: Sequence[str]) -> int:
     """Run the command that the command line names; returns the exit status."""
-    options = parse_options(argv)
     try:
-        result = _run(options)
+        result = _run(parse_options(argv))
     except KeyboardInterrupt:
         note("interrupted; the same command goes on from here")
         return 130

@@ -14,6 +14,7 @@ from server.errors import ConfigError
 from server.model.loading import LoadedModel
 from server.model.native_mtp import load_native_mtp
 from training.base_model import load_base
+from training.config_file import save_config
 from training.errors import RunError
 from training.options import ConvertOptions
 
@@ -62,6 +63,7 @@ def _convert_medusa(options: ConvertOptions, loaded: LoadedModel) -> dict[str, A
     except HeadsCheckpointError as error:
         raise ConfigError(str(error)) from error
     save_heads(options.output, heads, loaded.fingerprint, options.model, None)
+    save_config(options.output / "convert.toml", "convert", options)
     return {
         "num_heads": heads.config.num_heads,
         "num_blocks": heads.config.num_blocks,

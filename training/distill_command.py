@@ -13,6 +13,7 @@ from typing import Any
 
 from server.config import EngineConfig
 from server.engine.engine import Engine
+from training.config_file import save_config
 from training.distilled import Manifest, manifest_path, read_distilled
 from training.errors import DataError, RunError
 from training.jsonl import LineAppender, drop_torn_line, file_sha256
@@ -69,6 +70,8 @@ def run(options: DistillOptions) -> dict[str, Any]:
         shard=shard,
     )
     account = _take_up(options.output, manifest)
+    config = options.output.with_name(f"{options.output.name}.toml")
+    save_config(config, "distill", options)
     waiting = [item for item in prompts if item.id not in account.ids]
     if account.ids:
         note(f"{len(account.ids)} conversations are answered, {len(waiting)} are left")

@@ -7,6 +7,7 @@ from heads.medusa import MedusaHeads
 from server.model.draft_heads import load_draft_heads
 from training.answers import load_answers
 from training.base_model import load_base
+from training.config_file import save_config
 from training.errors import DataError
 from training.hidden_states import HiddenStateEncoder
 from training.options import EvaluateOptions
@@ -39,5 +40,6 @@ def run(options: EvaluateOptions) -> dict[str, Any]:
             profile,
             adapter=found.adapter,
         )
+        save_config(options.heads / "evaluate.toml", "evaluate", options)
         save_acceptance(options.heads, measured, found.base_name, answers.sha256)
     return {"heads": str(options.heads), **summary(measured.result)}

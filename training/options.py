@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 from server.config import METHODS, DeviceName, DtypeName, Method
 from training.arguments import between, count, shard, temperatures, weights, whole
+from training.config_file import OptionParser, config_path
 from training.distilled import WHOLE, Sampling, Shard
 from training.examples import BatchPlan
 from training.trainer import TrainConfig
@@ -184,11 +185,18 @@ Options = DistillOptions | TrainOptions | EvaluateOptions | ConvertOptions | Rep
 
 
 def parse_options(argv: Sequence[str]) -> Options:
-    """Read a command line; prints a message and exits with 2 if it is wrong."""
+    """Read a command line and its file; prints a message and exits with 2 if the former is wrong.
+
+    Raises:
+        ConfigError: If the file is wrong.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m training", description="Train draft heads for a base model."
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=OptionParser
+    )
+    path, values = config_path(argv), dict[str, Any]()
     for name, command in _COMMANDS.items():
         subparser = commands.add_parser(
             name,
@@ -199,18 +207,18 @@ def parse_options(argv: Sequence[str]) -> Options:
         command.add_options(subparser)
         if issubclass(command.type, ModelOptions):
             _add_model(subparser)
-    values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in vars(parser.parse_args(argv)).items()
-    }
+        subparser.add_config()
+        if path is not None and name in argv[:1]:
+            values = subparser.read_config(path, command.type)
+    for name, value in vars(parser.parse_args(argv)).items():
+        values[name] = tuple(value) if isinstance(value, list) else value
+    del values["config"]
     return _COMMANDS[values.pop("command")].type(**values)
 
 
 def _add_distill(parser: argparse.ArgumentParser) -> None:
     add, default = _adder(parser, DistillOptions)
-    add(
-        "data", type=Path, metavar="PROMPTS", help="JSON lines with messages, turns or prompt (.gz)"
-    )
+    add("data", type=Path, metavar="PROMPTS", help="JSON lines: messages, turns or prompt (.gz)")
     add("output", type=Path, metavar="FILE", help="JSON lines to write; an earlier run goes on")
     add("limit", type=count, metavar="N", help="conversations, from the beginning of PROMPTS")
     add("shard", type=shard, metavar="I/N", help="every Nth of them, from number I on")
@@ -234,7 +242,13 @@ def _add_distill(parser: argparse.ArgumentParser) -> None:
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
     add, default = _adder(parser, TrainOptions)
-    _add_answers(parser, "what distill wrote, or messages with answers")
+    add(
+        "data",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help="distilled or other answers (.gz); repeatable",
+    )
     add("output", type=Path, metavar="DIR", help="run and heads; an unfinished run goes on")
     add("limit", type=count, metavar="N", help="conversations, from the beginning of the data")
     add("num-heads", type=count, metavar="K", help="draft heads, hence the largest depth")
@@ -262,21 +276,16 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     add, default = _adder(parser, EvaluateOptions)
     add("heads", type=Path, metavar="DIR", help="heads checkpoint")
-    _add_answers(parser, "answers that the heads were not trained on")
+    add(
+        "data",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help="held-out answers (.gz); repeatable",
+    )
     add("limit", type=count, metavar="N", help="conversations, from the beginning of the data")
     add("num-ranks", type=count, metavar="R", help="candidates per head in the profile")
     _add_switch(parser, "save", default["save"], "write the profile into the checkpoint")
-
-
-def _add_answers(parser: argparse.ArgumentParser, summary: str) -> None:
-    parser.add_argument(
-        "--data",
-        type=Path,
-        action="append",
-        required=True,
-        metavar="FILE",
-        help=f"{summary} (.gz too); may be given several times",
-    )
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:

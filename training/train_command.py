@@ -14,6 +14,7 @@ from heads.medusa import MedusaConfig, MedusaHeads
 from server.model.loading import LoadedModel
 from training.answers import load_answers
 from training.base_model import load_base
+from training.config_file import save_config
 from training.dataset import Corpus, frequent_tokens, split
 from training.errors import DataError, RunError
 from training.examples import Examples, ExampleSource
@@ -130,6 +131,7 @@ def _trained(
     trainer = Trainer(trainable, options.train_config, options.output, kept)
     if trainer.resume():
         note(f"the run in {options.output} goes on after step {trainer.step}")
+    save_config(options.output / "train.toml", "train", options)
     with progress_bar("training", trainer.num_steps) as bar:
         bar.advance(trainer.step)
 

@@ -130,6 +130,19 @@ def test_each_conversation_takes_one_of_the_temperatures(
     assert manifest.sampling.temperatures == (0.0, 1.5)
 
 
+def test_the_options_of_a_run_lie_beside_its_answers(
+    prompts_file: Path, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "two.jsonl"
+    assert distill(prompts_file, output, model_dir, "--limit", "2", "--shard", "0/2") == 0
+    capsys.readouterr()
+    config = ["--config", f"{output}.toml"]
+    assert main(["distill", *config]) == 0
+    assert result(capsys)["num_new_tokens"] == 0
+    assert main(["distill", *config, "--limit", "3"]) == 0
+    assert set(by_id(output)) == {"two", "plain"}
+
+
 def test_the_limit_counts_from_the_beginning_of_the_file(
     prompts_file: Path, model_dir: Path, tmp_path: Path
 ) -> None:

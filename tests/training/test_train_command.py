@@ -27,6 +27,7 @@ from training.distilled import Manifest, manifest_path
 from training.evaluate import TREE_SIZES
 from training.jsonl import file_sha256
 from training.metrics import read_metrics
+from training.options import EvaluateOptions, TrainOptions, parse_options
 from training.report import load_acceptance
 from training.run_state import STATE_FILE
 
@@ -81,6 +82,24 @@ def test_a_finished_run_leaves_metrics_and_no_state(heads_dir: Path) -> None:
     lines = read_metrics(heads_dir)
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert {"step", "epoch", "loss_per_head", "learning_rate"} <= set(lines[0])
+
+
+def test_the_options_of_a_run_lie_beside_the_heads_and_begin_it_again(
+    heads_dir: Path, distilled_file: Path, model_dir: Path, tmp_path: Path, loaded: LoadedModel
+) -> None:
+    config = heads_dir / "train.toml"
+    options = parse_options(["train", "--config", str(config)])
+    assert isinstance(options, TrainOptions)
+    assert (options.data, options.output) == ((distilled_file,), heads_dir)
+    assert (options.epochs, options.held_out, options.model) == (30, 0.4, str(model_dir))
+    before = config.read_bytes()
+    # Refused, because the heads are there: the file still says how they were made.
+    assert main(["train", "--config", str(config), "--epochs", "1"]) == 2
+    assert config.read_bytes() == before
+    assert main(["train", "--config", str(config), "--output", str(tmp_path / "again")]) == 0
+    ours, theirs = (checkpoint(d, loaded).heads for d in (tmp_path / "again", heads_dir))
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_trained_heads_draft_what_they_learned_better_than_untrained_ones(
@@ -235,6 +254,9 @@ def test_evaluation_writes_the_profile_and_keeps_the_weights(
     assert printed["mean_acceptance_length"]["1"] == 1.0
     saved = load_acceptance(output)
     assert saved["accept_rates"] == printed["accept_rates"]
+    options = parse_options(["evaluate", "--config", str(output / "evaluate.toml")])
+    assert isinstance(options, EvaluateOptions)
+    assert (options.heads, options.num_ranks) == (output, 5)
     assert saved["data_sha256"] == file_sha256(distilled_file)
 
 
