@@ -28,7 +28,7 @@ from server.engine.drafter import MedusaDrafter
 from server.engine.engine import Completion, Engine
 from server.engine.logits import make_adjuster
 from server.engine.model_runner import ModelRunner
-from server.engine.parts import EngineParts, make_speculator
+from server.engine.parts import EngineParts, kv_layout, make_speculator
 from server.engine.request import Request
 from server.engine.sequence import Sequence, acceptance_rule, request_seed
 from server.engine.text import TextStream
@@ -79,17 +79,9 @@ def tiny_reference(kind: TinyKind = "llama") -> PreTrainedModel:
 
 
 @cache
-def _tiny_runner(kind: TinyKind, block_size: int) -> tuple[ModelRunner, KVCache]:
+def _tiny_runner(kind: TinyKind, layout: KVLayout) -> tuple[ModelRunner, KVCache]:
     """Shared by all engines of a test run; what earlier ones left in its cache is never read."""
-    loaded = tiny_loaded(kind)
-    layout = KVLayout(
-        loaded.num_layers,
-        loaded.num_kv_heads,
-        loaded.head_dim,
-        block_size,
-        loaded.dtype,
-        loaded.device,
-    )
+    loaded, block_size = tiny_loaded(kind), layout.block_size
     cache = KVCache(layout, -(-_CACHE_SLOTS // block_size))
     return ModelRunner(loaded, cache), cache
 
@@ -136,6 +128,7 @@ def make_engine(
     kind: TinyKind = "llama",
     script: DraftScript | None = None,
     costs: CostModel | None = None,
+    draft: DraftHeads | None = None,
     **options: Any,
 ) -> Engine:
     """An engine over a tiny model with small sizes.
@@ -143,6 +136,7 @@ def make_engine(
     Args:
         script: Where drafts come from; None takes untrained heads, which are mostly wrong.
         costs: Chooses the tree size; without it trees are as large as the options allow.
+        draft: Heads instead of untrained Medusa heads.
         options: Of `EngineConfig`; `heads="none"` serves without drafts.
     """
     sizes: dict[str, Any] = {
@@ -159,16 +153,16 @@ def make_engine(
     if config.num_blocks is None:
         raise ValueError("give num_blocks")
     loaded = tiny_loaded(kind)
-    draft = None
-    if config.heads != "none":
+    if draft is None and config.heads != "none":
         draft = DraftHeads(heads_for(loaded), None, wide_profile(), "tiny")
-    runner, cache = _tiny_runner(kind, config.block_size)
+    runner, cache = _tiny_runner(kind, kv_layout(loaded, config.block_size, draft))
     blocks = BlockManager(config.num_blocks, config.block_size, config.prefix_caching)
     speculator = make_speculator(config, draft, cache, blocks)
     if script is not None and draft is not None:
         tree = best_tree(wide_profile(), config.max_nodes)
         speculator.drafter = ScriptedDrafter(heads_for(loaded), tree, script)
     speculator.cost_model = costs
+    method = None if speculator.drafter is None else speculator.drafter.method
     max_len = min(config.num_blocks * config.block_size, loaded.max_model_len)
     return Engine(
         EngineParts(
@@ -177,7 +171,7 @@ def make_engine(
             runner=runner,
             blocks=blocks,
             speculator=speculator,
-            limits=RequestLimits(max_len, loaded.vocab_size, None if draft is None else "medusa"),
+            limits=RequestLimits(max_len, loaded.vocab_size, method),
             heads_name=None if draft is None else "random",
         )
     )

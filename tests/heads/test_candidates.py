@@ -80,6 +80,22 @@ class TestDraftTokens:
             draft_tokens(DraftTree.chain(1), ROOT, [])
 
 
+class TestLimited:
+    @given(st.randoms(use_true_random=False), st.integers(1, 12))
+    def test_keeps_the_first_nodes_that_are_not_too_deep(self, rng: Random, size: int) -> None:
+        drafts = random_drafts(rng, size, vocab_size=9)
+        num_nodes, max_depth = rng.randint(1, 13), rng.randint(0, 5)
+        found = drafts.limited(num_nodes, max_depth)
+        tree = drafts.tree
+        kept = [node for node in range(tree.num_nodes) if tree.depths[node] <= max_depth]
+        kept = kept[:num_nodes]
+        assert found.token_ids == tuple(drafts.token_ids[node] for node in kept)
+        assert found.tree.ranks == tuple(tree.ranks[node] for node in kept)
+        assert found.tree.depths == tuple(tree.depths[node] for node in kept)
+        for node, old in enumerate(kept[1:], start=1):
+            assert kept[found.tree.parents[node]] == tree.parents[old]
+
+
 class TestTreeBatch:
     def test_a_single_tree_needs_no_padding(self) -> None:
         tree = DraftTree.from_rank_paths([(0,), (1,), (1, 0)])

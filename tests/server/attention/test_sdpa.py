@@ -308,3 +308,41 @@ class TestContract:
         moved = AttentionSpan(0, 2, 10, reversed_table, None, None)
         step.batch = AttentionBatch((moved,), torch.tensor(slot_of[10:12]))
         assert_same(step, None)
+
+
+class TestSeveralPasses:
+    """A tree whose nodes are computed level by level equals one that is computed at once."""
+
+    @pytest.mark.parametrize("sliding_window", [None, 3])
+    @pytest.mark.parametrize("seed", range(4))
+    def test_later_levels_see_their_ancestors_of_earlier_passes(
+        self, seed: int, sliding_window: int | None
+    ) -> None:
+        parents, levels = (-1, 0, 0, 1, 1, 2, 4), ((0, 1), (1, 3), (3, 6), (6, 7))
+        case = Case(context_len=6, num_queries=7, parents=parents)
+        whole = build_step([case], seed)
+        expected = whole.run(sliding_window, layer=1)
+        again = build_step([case], seed)
+        (span,) = again.batch.spans
+        assert span.ancestor_mask_QS is not None
+        assert span.depths_S is not None
+        for first, end in levels:
+            part = AttentionSpan(
+                0,
+                end - first,
+                span.context_len,
+                span.block_table,
+                span.ancestor_mask_QS[first:end, :end],
+                span.depths_S[:end],
+            )
+            batch = AttentionBatch((part,), again.batch.slots_T[first:end])
+            found = again.backend.forward(
+                again.queries_HTC[:, first:end],
+                again.keys_GTC[:, first:end],
+                again.values_GTC[:, first:end],
+                1,
+                SCALING,
+                sliding_window,
+                again.backend.prepare(batch),
+            )
+            torch.testing.assert_close(found, expected[first:end])

@@ -152,6 +152,30 @@ class TestModelRunner:
             output.hidden_SD, expected.hidden_states[-1][0, rows], rtol=1e-4, atol=1e-4
         )
 
+    def test_a_cache_with_room_for_them_gets_the_hidden_states_of_all_tokens(self) -> None:
+        loaded, prompt = tiny_loaded(), random_prompt(5, 6)
+        layout = KVLayout(
+            loaded.num_layers,
+            loaded.num_kv_heads,
+            loaded.head_dim,
+            4,
+            loaded.dtype,
+            loaded.device,
+            loaded.hidden_size,
+        )
+        cache = KVCache(layout, 3)
+        positions, slots = torch.arange(6), torch.tensor([8, 9, 10, 11, 0, 1])
+        span = AttentionSpan(0, 6, 0, [2, 0], None, None)
+        batch = AttentionBatch((span,), slots)
+        ModelRunner(loaded, cache).run(
+            StepBatch(torch.tensor(prompt), positions, torch.tensor([5]), batch)
+        )
+        with torch.inference_mode():
+            expected = tiny_reference()(torch.tensor([prompt]), output_hidden_states=True)
+        torch.testing.assert_close(
+            cache.hidden_SD[slots], expected.hidden_states[-1][0], rtol=1e-4, atol=1e-4
+        )
+
     def test_max_nodes_of_a_request_limits_its_trees(self) -> None:
         request = make_request(PROMPTS[2], SpeculationParams(max_nodes=3), max_tokens=10)
         completion = make_engine(max_nodes=12).generate([request])[0]

@@ -332,3 +332,41 @@ TestBlockManagerAgainstANaiveModel = BlockManagerMachine.TestCase
 TestBlockManagerAgainstANaiveModel.settings = settings(
     max_examples=150, stateful_step_count=40, deadline=None, derandomize=True
 )
+
+
+class TestExtend:
+    def test_lengthens_a_table_to_the_slots_asked_for(self) -> None:
+        blocks = BlockManager(6, 4)
+        table: list[int] = []
+        for num_slots, num_blocks in ((1, 1), (4, 1), (5, 2), (3, 2), (17, 5)):
+            assert blocks.extend(table, num_slots)
+            assert len(table) == num_blocks
+        assert blocks.num_in_use == 5
+
+    def test_changes_nothing_where_blocks_are_lacking(self) -> None:
+        blocks = BlockManager(3, 4)
+        table = blocks.allocate(2)
+        assert not blocks.extend(table, 16)
+        assert (len(table), blocks.num_in_use) == (2, 2)
+
+
+class TestDrafted:
+    def test_counts_marked_blocks_at_the_head_of_a_table(self) -> None:
+        blocks = BlockManager(6, 4)
+        table = blocks.allocate(4)
+        assert blocks.num_drafted(table) == 0
+        blocks.mark_drafted([table[0], table[1], table[3]])
+        assert blocks.num_drafted(table) == 2
+        blocks.mark_drafted(table)
+        assert blocks.num_drafted(table) == 4
+
+    def test_outlives_the_owner_but_not_the_content(self) -> None:
+        blocks = BlockManager(1, 2)
+        table = blocks.allocate(1)
+        blocks.register(table[0], block_digest(b"", (5, 6)))
+        blocks.mark_drafted(table)
+        blocks.free(table)
+        found, _ = blocks.acquire_prefix((5, 6, 7))
+        assert blocks.num_drafted(found) == 1
+        blocks.free(found)
+        assert blocks.num_drafted(blocks.allocate(1)) == 0

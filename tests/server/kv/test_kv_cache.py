@@ -1,5 +1,7 @@
 """The KV cache's tensors: layout, writes, and compaction against a slow copy."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -126,3 +128,21 @@ class TestOnCuda:
         slow.compact([5, 6, 9], [4, 5, 6])
         fast.compact([5, 6, 9], [4, 5, 6])
         assert torch.equal(snapshot(fast).cpu(), snapshot(slow))
+
+
+class TestHidden:
+    LAYOUT = replace(LAYOUT, hidden_size=5)
+
+    def test_is_counted_in_a_block(self) -> None:
+        assert self.LAYOUT.block_bytes == LAYOUT.block_bytes + 5 * 4 * 4
+
+    def test_takes_no_place_where_none_is_asked_for(self) -> None:
+        assert KVCache(LAYOUT, 3).hidden_SD.shape == (12, 0)
+
+    def test_is_written_and_compacted_by_slot(self) -> None:
+        cache = KVCache(self.LAYOUT, 3)
+        states = torch.randn(4, 5)
+        cache.write_hidden(torch.tensor([3, 4, 6, 9]), states)
+        cache.compact([6, 9], [5, 6])
+        assert torch.equal(cache.hidden_SD[[3, 4, 5, 6]], states)
+        assert (cache.hidden_SD[[0, 1, 2, 7, 8, 10, 11]] == 0).all()
