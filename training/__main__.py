@@ -27,7 +27,7 @@ from training.options import (
     TrainOptions,
     parse_options,
 )
-from training.progress import note
+from training.progress import note, note_error
 
 
 def main(argv: Sequence[str]) -> int:
@@ -38,16 +38,17 @@ def main(argv: Sequence[str]) -> int:
         note("interrupted; the same command goes on from here")
         return 130
     except DivergedError as error:
-        note(f"error: {error}")
+        note_error(error)
         return 3
     except EuryaleError as error:
-        note(f"error: {error}")
+        note_error(error)
         return 2
-    sys.stdout.write(json.dumps(result) + "\n")
+    if result is not None:
+        sys.stdout.write(json.dumps(result) + "\n")
     return 0
 
 
-def _run(options: Options) -> dict[str, Any]:
+def _run(options: Options) -> dict[str, Any] | None:
     match options:
         case DistillOptions():
             return distill_command.run(options)

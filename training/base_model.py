@@ -12,7 +12,10 @@ from training.progress import note
 
 
 def load_base(
-    options: ModelOptions, heads: Path | None = None, is_packed: bool = True
+    options: ModelOptions,
+    heads: Path | None = None,
+    is_packed: bool = True,
+    device: torch.device | None = None,
 ) -> LoadedModel:
     """Load the base model that the options name.
 
@@ -20,6 +23,7 @@ def load_base(
         options: Name, device and dtype.
         heads: A heads checkpoint; an adapter that it carries is merged in.
         is_packed: As `load_model` takes it.
+        device: Where to, instead of the options' device.
 
     Raises:
         ModelError: If that fails.
@@ -29,7 +33,8 @@ def load_base(
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
     note(f"loading model {options.model}")
-    return load_model(options.model, options.device, options.dtype, heads, is_packed)
+    where = options.device if device is None else str(device)
+    return load_model(options.model, where, options.dtype, heads, is_packed)
 
 
 def check_base(data: Path, loaded: LoadedModel) -> bool:

@@ -43,6 +43,12 @@ class Examples:
         at = indices_N.to(self.roots_N.device)
         return Examples(self.hidden_ND[at], self.roots_N[at], self.labels_NK[at])
 
+    def divide(self, num_parts: int) -> Sequence["Examples"]:
+        """Split the examples into parts, in order; some may be empty."""
+        columns = (self.hidden_ND, self.roots_N, self.labels_NK)
+        split = (column.tensor_split(num_parts) for column in columns)
+        return [Examples(*parts) for parts in zip(*split, strict=True)]
+
     @classmethod
     def join(cls, parts: Sequence["Examples"]) -> "Examples":
         """Put examples one after the other."""

@@ -6,15 +6,24 @@ processes) can be added up before anything is divided.
 Shape suffixes: K draft depths.
 """
 
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, Self, TypeVar
 
+import torch
 from torch import Tensor, nn
 
-Batch = TypeVar("Batch", bound=Sized)
-Batch_co = TypeVar("Batch_co", bound=Sized, covariant=True)
-Batch_contra = TypeVar("Batch_contra", bound=Sized, contravariant=True)
+
+class Divisible(Sized, Protocol):
+    """A batch; its length is its examples."""
+
+    def divide(self, num_parts: int) -> Sequence[Self]:
+        """Split it into so many parts of about the same size, in order; some may be empty."""
+
+
+Batch = TypeVar("Batch", bound=Divisible)
+Batch_co = TypeVar("Batch_co", bound=Divisible, covariant=True)
+Batch_contra = TypeVar("Batch_contra", bound=Divisible, contravariant=True)
 
 
 class BatchSource(Protocol[Batch_co]):
@@ -24,7 +33,7 @@ class BatchSource(Protocol[Batch_co]):
         """Count the batches of an epoch."""
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[Batch_co]:
-        """Yield an epoch's batches from number `first` on; a batch's length is its examples."""
+        """Yield an epoch's batches from number `first` on."""
 
 
 class Objective(Protocol[Batch_contra]):
@@ -64,3 +73,25 @@ class Trainable(Generic[Batch]):
     groups: tuple[ParameterGroup, ...]
     source: BatchSource[Batch]
     objective: Objective[Batch]
+
+
+class Losses(nn.Module, Generic[Batch]):
+    """A trainable as one module whose forward pass is the objective's.
+
+    Wrappers of modules learn from their forward passes when gradients are due, so the objective,
+    which calls `module` as it likes, must be inside of what is wrapped.
+    """
+
+    def __init__(self, trainable: Trainable[Batch]) -> None:
+        super().__init__()
+        self.module = trainable.module
+        self._objective = trainable.objective
+
+    def forward(self, batch: Batch, num_depths: int) -> Tensor:
+        """Return the objective's sums; for an empty batch zeros with a gradient of zero."""
+        if len(batch):
+            return self._objective(batch)
+        # Every process must bring a gradient of every parameter, or the others wait for it.
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        zero = torch.stack([p.sum() * 0.0 for p in parameters]).sum()
+        return zero.expand(num_depths)

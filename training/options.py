@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from server.config import METHODS, DeviceName, DtypeName, Method
 from training.arguments import between, count, shard, temperatures, weights, whole
@@ -16,6 +16,8 @@ from training.config_file import OptionParser, config_path
 from training.distilled import WHOLE, Sampling, Shard
 from training.examples import BatchPlan
 from training.trainer import TrainConfig
+
+MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +91,10 @@ class TrainOptions(ModelOptions):
         held_out: Fraction of the conversations that the heads are measured on.
         cache: Keep all hidden states in memory.
         overwrite: Drop the run and the heads that `output` holds.
+        batch_size: Examples of an optimiser step, on all processes together.
+        gradient_accumulation: Parts in which each process goes through its share of a batch.
         max_grad_norm: Longer gradients are scaled down to this norm; 0 leaves them.
+        mixed_precision: Of the matrix products; `auto` is bf16 for a base model of 16 bits.
     """
 
     data: tuple[Path, ...]
@@ -101,11 +106,13 @@ class TrainOptions(ModelOptions):
     draft_vocab_size: int = 4096
     epochs: int = 3
     batch_size: int = 2048
+    gradient_accumulation: int = 1
     learning_rate: float = 2e-3
     root_rate_factor: float = 16.0
     warmup_fraction: float = 0.03
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    mixed_precision: MixedPrecision = "auto"
     head_decay: float = 0.8
     held_out: float = 0.03
     cache: bool = True
@@ -123,6 +130,7 @@ class TrainOptions(ModelOptions):
             warmup_fraction=self.warmup_fraction,
             weight_decay=self.weight_decay,
             clip_norm=self.max_grad_norm or math.inf,
+            gradient_accumulation=self.gradient_accumulation,
             head_decay=self.head_decay,
             save_interval=self.save_interval,
             log_interval=self.log_interval,
@@ -255,12 +263,14 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("num-blocks", type=count, metavar="N", help="residual blocks per head")
     add("draft-vocab-size", type=whole, metavar="N", help="tokens to draft from; 0 is all")
     add("epochs", type=count, metavar="N", help="passes over the examples")
-    add("batch-size", type=count, metavar="N", help="examples per step")
+    add("batch-size", type=count, metavar="N", help="examples per step of all processes together")
+    add("gradient-accumulation", type=count, metavar="N", help="parts of a process's share of it")
     add("learning-rate", type=between(0.0, 1.0), metavar="LR", help="at its peak")
     add("root-rate-factor", type=between(0.0, 1000.0), metavar="F", help="of the root maps' rate")
     add("warmup-fraction", type=between(0.0, 1.0), metavar="F", help="share of the steps")
     add("weight-decay", type=between(0.0, 1.0), metavar="W", help="of AdamW")
     add("max-grad-norm", type=between(0.0, 1e6), metavar="N", help="clip gradients; 0 is off")
+    add("mixed-precision", choices=get_args(MixedPrecision), help="of the products")
     add("head-decay", type=between(0.0, 1.0), metavar="L", help="weight of head k is L ** k")
     add("held-out", type=between(0.0, 0.5), metavar="F", help="share of conversations to measure")
     add("save-interval", type=count, metavar="N", help="steps between saved states")

@@ -1,5 +1,9 @@
-"""Progress on stderr, so that stdout carries nothing but results."""
+"""Progress on stderr, so that stdout carries nothing but results.
 
+Of several processes that do the same, only the first one shows it.
+"""
+
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +24,20 @@ from rich.text import Text
 
 def note(message: str) -> None:
     """Print a line on stderr."""
-    Console(stderr=True).print(message, style="dim", highlight=False, markup=False)
+    _console().print(message, style="dim", highlight=False, markup=False)
+
+
+def note_error(error: Exception) -> None:
+    """Print why a command cannot go on, from whichever process it is."""
+    rank = os.environ.get("RANK", "0")
+    where = "" if rank == "0" else f"process {rank}: "
+    console = Console(stderr=True)
+    console.print(f"{where}error: {error}", style="dim", highlight=False, markup=False)
+
+
+def _console() -> Console:
+    # Launchers of several processes number them so.
+    return Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
 
 
 class _SpeedColumn(ProgressColumn):
@@ -92,5 +109,5 @@ def progress_bar(
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=_console()) as progress:
         yield Bar(progress, label, total, unit, log_interval_s)

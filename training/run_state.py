@@ -5,7 +5,7 @@ One safetensors file; its metadata holds the step and the options that the run w
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import safetensors.torch
@@ -17,7 +17,7 @@ from training.errors import RunError
 from training.jsonl import replace_file
 
 STATE_FILE = "training_state.safetensors"
-_KIND = "euryale-training-state-1"
+_KIND = "euryale-training-state-2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +27,12 @@ class Progress:
     Attributes:
         step: Optimiser steps done.
         num_examples: Examples seen.
+        loss_scaling: As `Processes.loss_scaling` has it.
     """
 
     step: int
     num_examples: int
+    loss_scaling: Mapping[str, float] = field(default_factory=dict)
 
 
 def save_state(
@@ -57,6 +59,7 @@ def save_state(
         "kind": _KIND,
         "step": str(progress.step),
         "num_examples": str(progress.num_examples),
+        "loss_scaling": json.dumps(dict(progress.loss_scaling)),
         "options": json.dumps(dict(options), sort_keys=True),
     }
     replace_file(directory / STATE_FILE, safetensors.torch.save(stored, metadata))
@@ -83,7 +86,11 @@ def load_state(
         if metadata.get("kind") != _KIND:
             raise ValueError(f"kind is {metadata.get('kind')!r}, not {_KIND!r}")
         saved = json.loads(metadata["options"])
-        progress = Progress(int(metadata["step"]), int(metadata["num_examples"]))
+        progress = Progress(
+            int(metadata["step"]),
+            int(metadata["num_examples"]),
+            json.loads(metadata["loss_scaling"]),
+        )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise RunError(
             f"{path} is no state of a training run ({error}); remove it to start over"

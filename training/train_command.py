@@ -22,7 +22,8 @@ from training.hidden_states import HiddenStateEncoder
 from training.losses import MedusaObjective, medusa_groups
 from training.metrics import METRICS_FILE
 from training.objective import Trainable
-from training.options import TrainOptions
+from training.options import MixedPrecision, TrainOptions
+from training.processes import Processes
 from training.progress import note, progress_bar
 from training.report import ACCEPTANCE_FILE, Measurement, measure, save_acceptance, summary
 from training.run_state import STATE_FILE
@@ -30,12 +31,24 @@ from training.trainer import StepMetrics, Trainer
 
 # What may change while a run is interrupted. The data is compared by content, not by name.
 _FREE_OPTIONS = frozenset(
-    {"data", "output", "overwrite", "device", "num_threads", "log_interval", "save_interval"}
+    {
+        "data",
+        "output",
+        "overwrite",
+        "device",
+        "num_threads",
+        "log_interval",
+        "save_interval",
+        "gradient_accumulation",
+    }
 )
 
 
-def run(options: TrainOptions) -> dict[str, Any]:
-    """Train heads, measure them and write the checkpoint; returns the result to print.
+def run(options: TrainOptions) -> dict[str, Any] | None:
+    """Train heads, measure them and write the checkpoint.
+
+    Returns:
+        The result to print; None on all processes but the first.
 
     Raises:
         DataError: If the data is broken or of another base model.
@@ -43,8 +56,9 @@ def run(options: TrainOptions) -> dict[str, Any]:
         DivergedError: If the loss is no longer a number.
         ModelError: If the base model cannot be loaded or trained for.
     """
-    _prepare_output(options)
-    loaded = load_base(options)
+    processes = Processes(options.device, is_scaled=options.mixed_precision == "fp16")
+    _prepare_output(options, processes)
+    loaded = load_base(options, device=processes.device)
     answers = load_answers(options.data, loaded, options.limit)
     parts = split(answers.corpus, options.held_out)
     if parts.train.num_examples == 0:
@@ -58,7 +72,10 @@ def run(options: TrainOptions) -> dict[str, Any]:
     )
     encoder = HiddenStateEncoder(loaded)
     heads = _fresh_heads(options, loaded, parts.train)
-    trainer = _trained(options, heads, encoder, parts.train, answers.sha256)
+    trainer = _trained(options, heads, encoder, parts.train, answers.sha256, processes)
+    processes.end()
+    if not processes.is_main:
+        return None
     found = _measured(parts.held_out, encoder, heads)
     save_heads(
         options.output,
@@ -74,16 +91,17 @@ def run(options: TrainOptions) -> dict[str, Any]:
     return {"output": str(options.output), "num_steps": trainer.num_steps, **evaluation}
 
 
-def _prepare_output(options: TrainOptions) -> None:
+def _prepare_output(options: TrainOptions, processes: Processes) -> None:
     """Make room for a run.
 
     Raises:
         RunError: If the directory holds finished heads and nothing allows to drop them.
     """
     directory = options.output
-    if options.overwrite:
+    if options.overwrite and processes.is_main:
         for name in (CONFIG_FILE, STATE_FILE, METRICS_FILE, ACCEPTANCE_FILE):
             (directory / name).unlink(missing_ok=True)
+    processes.wait()
     is_done = (directory / CONFIG_FILE).exists() and not (directory / STATE_FILE).exists()
     if is_done:
         raise RunError(f"{directory} holds heads already; give another --output or --overwrite")
@@ -114,6 +132,7 @@ def _trained(
     encoder: HiddenStateEncoder,
     train: Corpus,
     data_sha256: str,
+    processes: Processes,
 ) -> Trainer[Examples]:
     source = ExampleSource(train, encoder, options.num_heads, options.batch_plan)
     if options.cache:
@@ -121,17 +140,18 @@ def _trained(
             source.fill_cache(bar.advance)
     kept = {k: v for k, v in asdict(options).items() if k not in _FREE_OPTIONS}
     kept["data_sha256"] = data_sha256
-    compute_dtype = torch.float32 if encoder.dtype == torch.float32 else torch.bfloat16
+    compute_dtype = _compute_dtype(options.mixed_precision, encoder.dtype)
     trainable = Trainable(
         heads,
         medusa_groups(heads, options.root_rate_factor),
         source,
         MedusaObjective(heads, compute_dtype),
     )
-    trainer = Trainer(trainable, options.train_config, options.output, kept)
+    trainer = Trainer(trainable, options.train_config, options.output, kept, processes)
     if trainer.resume():
         note(f"the run in {options.output} goes on after step {trainer.step}")
-    save_config(options.output / "train.toml", "train", options)
+    if processes.is_main:
+        save_config(options.output / "train.toml", "train", options)
     with progress_bar("training", trainer.num_steps) as bar:
         bar.advance(trainer.step)
 
@@ -141,6 +161,12 @@ def _trained(
 
         trainer.train(show)
     return trainer
+
+
+def _compute_dtype(precision: MixedPrecision, base: torch.dtype) -> torch.dtype:
+    if precision == "auto":
+        return torch.float32 if base == torch.float32 else torch.bfloat16
+    return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 def _measured(

@@ -1,7 +1,9 @@
-"""Trains draft heads of any kind: AdamW, warm-up and cosine decay, resumable.
+"""Trains draft heads of any kind: AdamW, warm-up and cosine decay, resumable, by any processes.
 
 A run that is killed and taken up again ends with the same weights as one that was not, on the same
-machine with the same number of threads.
+machine with the same number of threads and processes. With another number of processes, or of
+parts that a batch is taken in, it takes the same steps up to rounding: losses are divided by the
+labels of whole batches.
 
 Shape suffixes: K draft depths.
 """
@@ -9,6 +11,7 @@ Shape suffixes: K draft depths.
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Generic
@@ -19,7 +22,8 @@ from torch import Tensor
 from training.errors import DivergedError
 from training.jsonl import LineAppender
 from training.metrics import open_metrics
-from training.objective import Batch, Trainable
+from training.objective import Batch, Losses, Trainable
+from training.processes import Processes
 from training.run_state import STATE_FILE, Progress, load_state, save_state
 
 
@@ -34,6 +38,7 @@ class TrainConfig:
         weight_decay: Of AdamW.
         head_decay: Weight of a depth's loss relative to the one before it.
         clip_norm: Largest norm of the gradient.
+        gradient_accumulation: Parts in which each process goes through its share of a batch.
         save_interval: Steps between two saved states.
         log_interval: Steps between two lines of metrics.
     """
@@ -44,6 +49,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     head_decay: float = 0.8
     clip_norm: float = 1.0
+    gradient_accumulation: int = 1
     save_interval: int = 200
     log_interval: int = 10
 
@@ -72,9 +78,9 @@ class StepMetrics:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Loss:
-    """Loss of a batch: the weighted sum, with gradient, and the mean of each depth, without."""
+    """Loss of a batch, without gradient: the weighted sum, and the mean of each depth."""
 
-    total: Tensor
+    total: float
     per_depth_K: Tensor
 
 
@@ -86,6 +92,7 @@ class Trainer(Generic[Batch]):
         config: How to train.
         directory: Gets the state and the metrics.
         options: What must be the same when the run is taken up again; JSON values.
+        processes: All have the same arguments otherwise; the first one writes.
 
     Attributes:
         module: As it is after the last step.
@@ -97,6 +104,7 @@ class Trainer(Generic[Batch]):
         config: TrainConfig,
         directory: Path,
         options: Mapping[str, object],
+        processes: Processes,
     ) -> None:
         self.module = trainable.module
         self._source = trainable.source
@@ -104,7 +112,8 @@ class Trainer(Generic[Batch]):
         self._config = config
         self._directory = directory
         self._options = options
-        self._optimizer = torch.optim.AdamW(
+        self._processes = processes
+        optimizer = torch.optim.AdamW(
             [
                 {"params": list(group.parameters), "rate_factor": group.rate_factor}
                 for group in trainable.groups
@@ -112,6 +121,7 @@ class Trainer(Generic[Batch]):
             betas=(0.9, 0.95),
             weight_decay=config.weight_decay,
         )
+        self._losses, self._optimizer = processes.prepare(Losses(trainable), optimizer)
         self._batches_per_epoch = [self._source.num_batches(e) for e in range(config.epochs)]
         self._progress = Progress(step=0, num_examples=0)
 
@@ -132,8 +142,11 @@ class Trainer(Generic[Batch]):
             RunError: If its state is damaged or of a run with other options.
         """
         found = load_state(self._directory, self.module, self._optimizer, self._options)
-        self._progress = found or self._progress
-        return found is not None
+        if found is None:
+            return False
+        self._progress = found
+        self._processes.set_loss_scaling(found.loss_scaling)
+        return True
 
     def train(self, on_step: Callable[[StepMetrics], None]) -> None:
         """Train to the end of the last epoch, saving the state on the way.
@@ -145,12 +158,12 @@ class Trainer(Generic[Batch]):
             DivergedError: If the loss is no longer a number; the last saved state stays.
         """
         self.module.train()
-        with open_metrics(self._directory, self.step) as metrics:
+        with self._open_metrics() as metrics:
             started_s, num_before = time.perf_counter(), self._progress.num_examples
             for epoch, batch in self._remaining_batches():
-                loss = self._loss(batch)
+                loss = self._backward(batch)
                 gradient_norm = self._update(loss)
-                self._progress = Progress(self.step + 1, self._progress.num_examples + len(batch))
+                self._advance(len(batch))
                 rate = (self._progress.num_examples - num_before) / (
                     time.perf_counter() - started_s
                 )
@@ -161,7 +174,13 @@ class Trainer(Generic[Batch]):
 
     def discard_state(self) -> None:
         """Remove the saved state of a run that has ended."""
-        (self._directory / STATE_FILE).unlink(missing_ok=True)
+        if self._processes.is_main:
+            (self._directory / STATE_FILE).unlink(missing_ok=True)
+
+    def _open_metrics(self) -> AbstractContextManager[LineAppender | None]:
+        if not self._processes.is_main:
+            return nullcontext()
+        return open_metrics(self._directory, self.step)
 
     def _remaining_batches(self) -> Iterator[tuple[int, Batch]]:
         first = self.step
@@ -171,31 +190,45 @@ class Trainer(Generic[Batch]):
                     yield epoch, batch
             first = max(0, first - num_batches)
 
-    def _loss(self, batch: Batch) -> _Loss:
-        num_labels_K = self._objective.num_labels(batch)
-        per_depth_K = self._objective(batch) / num_labels_K.clamp(min=1)
-        depths_K = torch.arange(len(per_depth_K), device=per_depth_K.device)
-        total = (self._config.head_decay**depths_K * per_depth_K).sum()
-        return _Loss(total, per_depth_K.detach())
+    def _backward(self, batch: Batch) -> _Loss:
+        """Compute a batch's loss and leave its gradient, the same on all processes."""
+        self._optimizer.zero_grad(set_to_none=True)
+        num_labels_K = self._objective.num_labels(batch).clamp(min=1)
+        depths_K = torch.arange(len(num_labels_K), device=num_labels_K.device)
+        weights_K = self._config.head_decay**depths_K
+        num_parts = self._processes.count * self._config.gradient_accumulation
+        parts = self._processes.own(batch.divide(num_parts))
+        sums_K = torch.zeros_like(weights_K)
+        for number, part in enumerate(parts, start=1):
+            with self._processes.accumulating(self._losses, is_last=number == len(parts)):
+                part_sums_K = self._losses(part, len(weights_K))
+                self._processes.backward((weights_K * part_sums_K / num_labels_K).sum())
+            sums_K += part_sums_K.detach()
+        per_depth_K = self._processes.sum(sums_K) / num_labels_K
+        return _Loss(float((weights_K * per_depth_K).sum()), per_depth_K)
 
     def _update(self, loss: _Loss) -> float:
         """Take one optimiser step; returns the gradient's norm."""
         for group in self._optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step) * group["rate_factor"]
-        self._optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss.total)
-        norm = float(
-            torch.nn.utils.clip_grad_norm_(self.module.parameters(), self._config.clip_norm)
-        )
-        total = float(loss.total.detach())
-        if not (math.isfinite(total) and math.isfinite(norm)):
+        norm = self._processes.clip(self._losses.parameters(), self._config.clip_norm)
+        # While there is a scale to lower, a gradient out of float16's range costs only this step.
+        is_skipped = self._processes.loss_scale > 1.0 and not math.isfinite(norm)
+        if not math.isfinite(loss.total) or not (math.isfinite(norm) or is_skipped):
             raise DivergedError(
-                f"step {self.step + 1}: the loss is {total} and its gradient's norm {norm}; "
+                f"step {self.step + 1}: the loss is {loss.total} and its gradient's norm {norm}; "
                 f"lower --learning-rate (now {self._config.learning_rate}) and start again; the "
                 "state saved last is of an earlier step"
             )
         self._optimizer.step()
         return norm
+
+    def _advance(self, num_examples: int) -> None:
+        self._progress = Progress(
+            self.step + 1,
+            self._progress.num_examples + num_examples,
+            self._processes.loss_scaling(),
+        )
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of a step, from 0: linear warm-up, then a cosine to 0."""
@@ -209,7 +242,7 @@ class Trainer(Generic[Batch]):
         return StepMetrics(
             step=self.step,
             epoch=epoch,
-            loss=float(loss.total.detach()),
+            loss=loss.total,
             loss_per_head=loss.per_depth_K.tolist(),
             learning_rate=self.learning_rate(self.step - 1),
             gradient_norm=gradient_norm,
@@ -217,7 +250,9 @@ class Trainer(Generic[Batch]):
             examples_per_s=rate,
         )
 
-    def _record(self, metrics: StepMetrics, file: LineAppender) -> None:
+    def _record(self, metrics: StepMetrics, file: LineAppender | None) -> None:
+        if file is None:
+            return
         is_last = self.step == self.num_steps
         if is_last or self.step % self._config.log_interval == 0:
             file.append(asdict(metrics))

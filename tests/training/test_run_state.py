@@ -68,7 +68,7 @@ def test_other_options_are_refused_by_name_and_value(
         lambda data: data[: len(data) // 2],
         lambda data: b"",
         lambda data: safetensors.torch.save({"heads.x": torch.ones(1)}),
-        lambda data: safetensors.torch.save({}, {"kind": "euryale-training-state-1"}),
+        lambda data: safetensors.torch.save({}, {"kind": "euryale-training-state-2"}),
     ],
     ids=["truncated", "empty", "no-metadata", "no-step"],
 )

@@ -16,6 +16,7 @@ from training.hidden_states import HiddenStateEncoder
 from training.losses import MedusaObjective, medusa_groups
 from training.metrics import read_metrics
 from training.objective import ParameterGroup, Trainable
+from training.processes import Processes
 from training.run_state import STATE_FILE
 from training.trainer import StepMetrics, TrainConfig, Trainer
 
@@ -50,7 +51,7 @@ def make_trainer(
         ExampleSource(documents or corpus(9), encoder, 2, plan),
         MedusaObjective(heads, torch.float32),
     )
-    return Trainer(trainable, config, directory, options)
+    return Trainer(trainable, config, directory, options, Processes("cpu"))
 
 
 def weights(trainer: Trainer[Examples]) -> list[torch.Tensor]:
@@ -206,48 +207,73 @@ def test_gradients_are_clipped_to_the_norm_and_not_at_all_without_one(
     assert norm == pytest.approx(min(found[-1], limit), rel=1e-3)
 
 
+class Stored:
+    """Examples of two depths: labels, and losses, [examples, depths]."""
+
+    def __init__(self, labels: torch.Tensor, losses: torch.Tensor) -> None:
+        self.labels, self.losses = labels, losses
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def divide(self, num_parts: int) -> list["Stored"]:
+        columns = self.labels.tensor_split(num_parts), self.losses.tensor_split(num_parts)
+        return [Stored(*part) for part in zip(*columns, strict=True)]
+
+
 class StoredLosses:
-    """An objective of two depths that knows its answer: a batch is its labels and summed losses."""
+    """An objective that knows its answer."""
 
     def __init__(self, weight: torch.nn.Parameter) -> None:
         self.weight = weight
 
-    def num_labels(self, batch: torch.Tensor) -> torch.Tensor:
-        return batch[0].long()
+    def num_labels(self, batch: Stored) -> torch.Tensor:
+        return batch.labels.sum(dim=0)
 
-    def __call__(self, batch: torch.Tensor) -> torch.Tensor:
-        return batch[1] * self.weight[0]
+    def __call__(self, batch: Stored) -> torch.Tensor:
+        assert len(batch)
+        return batch.losses.sum(dim=0) * self.weight[0]
 
 
 class OneBatch:
-    def __init__(self, batch: torch.Tensor) -> None:
+    def __init__(self, batch: Stored) -> None:
         self.batch = batch
 
     def num_batches(self, epoch: int) -> int:
         return 1
 
-    def batches(self, epoch: int, first: int = 0) -> Iterator[torch.Tensor]:
+    def batches(self, epoch: int, first: int = 0) -> Iterator[Stored]:
         yield self.batch
 
 
-@pytest.mark.parametrize("num_labels", [(4, 2), (4, 0)])
+# With more parts than examples some parts are empty.
+@pytest.mark.parametrize("gradient_accumulation", [1, 2, 3, 7])
+@pytest.mark.parametrize("has_second", [True, False])
 def test_each_depths_sum_is_divided_by_its_labels_then_weighted(
-    num_labels: tuple[int, int], tmp_path: Path
+    has_second: bool, gradient_accumulation: int, tmp_path: Path
 ) -> None:
     module = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.ones_(module.weight)
-    sums = (8.0, 6.0 * bool(num_labels[1]))
+    labels = torch.tensor([[1, 1], [1, 0], [1, 1], [1, 0]])
+    losses = torch.tensor([[1.0, 2.0], [2.0, 0.0], [4.0, 4.0], [1.0, 0.0]])
+    mask = torch.tensor([1, int(has_second)])
     weight = module.get_parameter("weight")
     trainable = Trainable(
         module,
         (ParameterGroup((weight,)),),
-        OneBatch(torch.tensor([num_labels, sums])),
+        OneBatch(Stored(labels * mask, losses * mask)),
         StoredLosses(weight),
     )
-    config = TrainConfig(epochs=1, head_decay=0.5, warmup_fraction=0.0)
+    config = TrainConfig(
+        epochs=1,
+        head_decay=0.5,
+        warmup_fraction=0.0,
+        gradient_accumulation=gradient_accumulation,
+    )
     found: list[StepMetrics] = []
-    Trainer(trainable, config, tmp_path, {}).train(found.append)
-    expected = [2.0, 3.0 if num_labels[1] else 0.0]
+    Trainer(trainable, config, tmp_path, {}, Processes("cpu")).train(found.append)
+    expected = [2.0, 3.0 if has_second else 0.0]
     assert found[0].loss_per_head == expected
     assert found[0].loss == expected[0] + 0.5 * expected[1]
     assert found[0].gradient_norm == pytest.approx(found[0].loss)
+    assert found[0].num_examples == 4
