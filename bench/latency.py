@@ -1,13 +1,14 @@
 """`latency`: tokens per second of one request at a time, against two slower ways to run it.
 
-Three contenders answer the same greedy prompts in one process, prompt by prompt and in rotating
+The contenders answer the same greedy prompts in one process, prompt by prompt and in rotating
 order, so that drifts of the machine hit all of them alike: *speculation* and *plain* are the same
-engine with drafts on and off, *transformers* is a separate plain model's `generate`. A request is
-timed as a whole; figures without its prefill stand under `decode`.
+engine with drafts on and off, *transformers* is a separate plain model's `generate`, and with
+`--rival-heads` *rival* is a second engine with these heads. A request is timed as a whole; figures
+without its prefill stand under `decode`.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from bench.conversations import Conversation
@@ -30,7 +31,7 @@ from bench.workload import (
 from server.config import SamplingParams, SpeculationParams
 from server.engine.engine import Engine
 
-Name = Literal["speculation", "plain", "transformers"]
+Name = Literal["speculation", "plain", "transformers", "rival"]
 NAMES: tuple[Name, ...] = ("speculation", "plain", "transformers")
 _WARMUP_TOKENS = 8
 
@@ -69,6 +70,7 @@ class CategorySpeed:
     tokens_per_s: float
     speedup_vs_plain: float
     speedup_vs_transformers: float
+    speedup_vs_rival: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,7 @@ class LatencyResult:
         speedup_vs_plain: Ratio of the two totals; medians and decode-only stand in `speedups`.
         speedup_vs_transformers: Likewise.
         mean_acceptance_length: Tokens per verify step with speculation.
+        rival_acceptance_length: Likewise of the rival heads, if there are any.
         step_ms: Mean measured milliseconds of a decode step, the engine's own work included.
         num_outputs: Turns that were raced.
         num_different_outputs: Turns where the contenders' tokens are not all the same; see
@@ -93,6 +96,7 @@ class LatencyResult:
     speedups: dict[Name, Speedup]
     by_category: dict[str, CategorySpeed]
     mean_acceptance_length: float
+    rival_acceptance_length: float | None
     step_ms: dict[Name, float]
     num_outputs: int
     num_different_outputs: int
@@ -100,17 +104,16 @@ class LatencyResult:
 
 def summarise(races: Sequence[Race]) -> LatencyResult:
     """Pool the races, of which there is at least one."""
-    runs: dict[Name, list[Run]] = {name: [race.runs[name] for race in races] for name in NAMES}
-    timings = {name: [run.timing for run in runs[name]] for name in NAMES}
+    names = tuple(races[0].runs)
+    runs: dict[Name, list[Run]] = {name: [race.runs[name] for race in races] for name in names}
+    timings = {name: [run.timing for run in runs[name]] for name in names}
     speedups: dict[Name, Speedup] = {
-        name: speedup(timings["speculation"], timings[name]) for name in NAMES[1:]
+        name: speedup(timings["speculation"], timings[name]) for name in names[1:]
     }
     by_category: dict[str, list[Race]] = {}
     for race in races:
         by_category.setdefault(race.category, []).append(race)
-    num_steps = sum(run.num_steps for run in runs["speculation"])
-    num_decoded = sum(timing.num_decode_tokens for timing in timings["speculation"])
-    speeds = {name: speed(timings[name]) for name in NAMES}
+    speeds = {name: speed(timings[name]) for name in names}
     return LatencyResult(
         tokens_per_s=speeds["speculation"].tokens_per_s,
         speedup_vs_plain=speedups["plain"].total,
@@ -118,8 +121,9 @@ def summarise(races: Sequence[Race]) -> LatencyResult:
         speeds=speeds,
         speedups=speedups,
         by_category={name: _category(group) for name, group in by_category.items()},
-        mean_acceptance_length=num_decoded / max(num_steps, 1),
-        step_ms={name: _step_ms(runs[name]) for name in NAMES},
+        mean_acceptance_length=_acceptance_length(runs["speculation"]),
+        rival_acceptance_length=_acceptance_length(runs["rival"]) if "rival" in runs else None,
+        step_ms={name: _step_ms(runs[name]) for name in names},
         num_outputs=len(races),
         num_different_outputs=sum(
             len({run.token_ids for run in race.runs.values()}) > 1 for race in races
@@ -128,13 +132,20 @@ def summarise(races: Sequence[Race]) -> LatencyResult:
 
 
 def _category(races: Sequence[Race]) -> CategorySpeed:
-    fast, plain, slow = ([race.runs[name].timing for race in races] for name in NAMES)
+    names = tuple(races[0].runs)
+    fast, plain, slow, *rival = ([race.runs[name].timing for race in races] for name in names)
     return CategorySpeed(
         num_outputs=len(races),
         tokens_per_s=speed(fast).tokens_per_s,
         speedup_vs_plain=speedup(fast, plain).total,
         speedup_vs_transformers=speedup(fast, slow).total,
+        speedup_vs_rival=speedup(fast, rival[0]).total if rival else None,
     )
+
+
+def _acceptance_length(runs: Sequence[Run]) -> float:
+    num_decoded = sum(run.timing.num_decode_tokens for run in runs)
+    return num_decoded / max(1, sum(run.num_steps for run in runs))
 
 
 def _step_ms(runs: Sequence[Run]) -> float:
@@ -167,9 +178,10 @@ def race_turn(
     contenders: dict[Name, Contender], turn: Turn, max_new_tokens: int, first: int
 ) -> Race:
     """Let all contenders answer, beginning with the one at index `first`."""
-    order = [NAMES[(first + i) % len(NAMES)] for i in range(len(NAMES))]
+    names = tuple(contenders)
+    order = [names[(first + i) % len(names)] for i in range(len(names))]
     runs = {name: contenders[name](turn, max_new_tokens) for name in order}
-    return Race(turn.conversation.category, {name: runs[name] for name in NAMES})
+    return Race(turn.conversation.category, {name: runs[name] for name in names})
 
 
 def race_conversations(
@@ -217,6 +229,14 @@ def run(options: BenchOptions) -> Outcome:
         "plain": engine_contender(engine, speculation_off()),
         "transformers": reference_contender(reference),
     }
+    rival = None
+    if options.rival_heads is not None:
+        rival = build_engine(
+            replace(engine_config(options, tree="auto"), heads=options.rival_heads)
+        )
+        contenders["rival"] = engine_contender(
+            rival, SpeculationParams(max_nodes=options.max_nodes)
+        )
     with progress("latency", len(workload.conversations)) as advance:
         races, skipped = race_conversations(
             engine, contenders, workload.conversations, options.max_new_tokens, advance
@@ -239,6 +259,8 @@ def run(options: BenchOptions) -> Outcome:
             "limit": traffic.describe(),
             **describe_cost(engine),
             **describe_engine(engine),
+            "rival_heads": options.rival_heads,
+            "rival": None if rival is None else describe_cost(rival),
             **workload.describe(tuple(skipped)),
         },
     )

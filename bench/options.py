@@ -34,6 +34,7 @@ class BenchOptions:
         max_new_tokens: Upper bound on each output.
         model: As `EngineConfig.model`.
         heads: As `EngineConfig.heads`.
+        rival_heads: Heads of a second engine in the latency bench; None runs none.
         method: Draft source of the runs with speculation.
         max_nodes: Largest tree, root included.
         dtype: As `EngineConfig.dtype`.
@@ -49,6 +50,7 @@ class BenchOptions:
     max_new_tokens: int = 128
     model: str = "smollm2"
     heads: str = "auto"
+    rival_heads: str | None = None
     method: Method = "auto"
     max_nodes: int = 32
     dtype: DtypeName = "auto"
@@ -70,6 +72,10 @@ def parse_options(argv: Sequence[str]) -> BenchOptions:
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
         _add_common(command)
+        if name == "latency":
+            command.add_argument(
+                "--rival-heads", metavar="DIR", help="other draft heads to race in the same process"
+            )
         if name in _BATCHED:
             command.add_argument(
                 "--concurrency",

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 ENGINE_OPTIONS: Mapping[str, str] = {
     "model": "Hub id, local directory, .gguf file or the built-in smollm2.",
-    "heads": "Directory of draft heads; auto takes those shipped for the model, native the MTP "
-    "layer of its own checkpoint, none has none.",
+    "heads": "Directory of draft heads; auto, medusa and mtp take those shipped for the model, "
+    "native the MTP layer of its own checkpoint, none has none.",
     "device": "Where the model runs; auto takes CUDA if there is a device.",
     "dtype": "Weight type; auto is float32 on CPU and bfloat16 on CUDA.",
     "block_size": "Tokens per KV block.",

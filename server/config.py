@@ -17,6 +17,7 @@ DraftMethod = Literal["medusa", "mtp"]
 Method = Literal["auto", "none", "medusa", "mtp"]
 AcceptanceName = Literal["auto", "exact", "typical"]
 
+SHIPPED_HEADS: tuple[DraftMethod, ...] = ("medusa", "mtp")
 METHODS: tuple[Method, ...] = ("auto", "none", "medusa", "mtp")
 ACCEPTANCES: tuple[AcceptanceName, ...] = ("auto", "exact", "typical")
 # As `heads`: the MTP layer that the base checkpoint ships.
@@ -176,8 +177,8 @@ class EngineConfig:
     Attributes:
         model: Hub id, local directory, `.gguf` file or the built-in `smollm2`.
         heads: Directory of a heads checkpoint; `auto` takes the heads that ship for the model if
-            there are any; `native` takes the MTP layer of the model's own checkpoint; `none` serves
-            without heads.
+            there are any, `medusa` and `mtp` insist on that kind of them; `native` takes the MTP
+            layer of the model's own checkpoint; `none` serves without heads.
         device: Where the model runs; `auto` takes CUDA if there is a device.
         dtype: Weight and activation type; `auto` is float32 on CPU and bfloat16 on CUDA.
         block_size: Tokens per KV block.

@@ -11,7 +11,7 @@ import heads as heads_package
 from heads.medusa import MedusaHeads
 from heads.tree_search import AcceptanceProfile, best_tree, node_values
 from server.attention.backend import AttentionBatch, AttentionSpan
-from server.config import NATIVE_HEADS, EngineConfig
+from server.config import NATIVE_HEADS, SHIPPED_HEADS, EngineConfig
 from server.engine.batch import StepBatch
 from server.engine.cost_model import CostModel, measure
 from server.engine.drafter import MedusaDrafter
@@ -29,6 +29,8 @@ _MAX_CPU_CACHE_BYTES = 4 << 30
 _CPU_MEMORY_SHARE = 0.25
 _CUDA_MEMORY_SHARE = 0.85
 _CALIBRATION_CONTEXT = 256
+# Of the heads that ship for the built-in model; docs/benchmarks.md says why.
+_DEFAULT_KIND = "medusa"
 # For heads that were saved without a measured profile; the rates are of weak heads, so that trees
 # stay small rather than wasteful.
 _CAUTIOUS_PROFILE = AcceptanceProfile(((0.35, 0.12, 0.06, 0.04), (0.2, 0.08, 0.04, 0.03)))
@@ -139,14 +141,22 @@ def _heads_name(config: EngineConfig, directory: Path | None) -> str | None:
 def _heads_directory(config: EngineConfig) -> Path | None:
     if config.heads in ("none", NATIVE_HEADS):
         return None
-    if config.heads == "auto":
-        shipped = Path(heads_package.__path__[0]) / "pretrained" / f"{config.model}-medusa"
-        return shipped if config.model.isidentifier() and shipped.is_dir() else None
+    if config.heads in ("auto", *SHIPPED_HEADS):
+        kind = _DEFAULT_KIND if config.heads == "auto" else config.heads
+        shipped = Path(heads_package.__path__[0]) / "pretrained" / f"{config.model}-{kind}"
+        if config.model.isidentifier() and shipped.is_dir():
+            return shipped
+        if config.heads != "auto":
+            raise ConfigError(
+                f"heads is {config.heads!r}, but none of that kind ship for {config.model}; give "
+                "a heads checkpoint, 'auto' or 'none'"
+            )
+        return None
     path = Path(config.heads)
     if not path.is_dir():
         raise ConfigError(
             f"heads is {config.heads!r}, which is no directory; give a heads checkpoint, 'auto', "
-            "'native' or 'none'"
+            "'native' or 'none', or the kind of the heads that ship: 'medusa' or 'mtp'"
         )
     return path
 

@@ -61,6 +61,17 @@ def test_categories_have_figures_of_their_own() -> None:
     assert result.by_category["b"].num_outputs == 1
 
 
+def test_a_rival_is_compared_with_like_the_others() -> None:
+    races = [race_of("a", 1.0, 2.0, 3.0), race_of("a", 1.0, 2.0, 3.0)]
+    for race, seconds in zip(races, (2.0, 3.0), strict=True):
+        race.runs["rival"] = run_of(seconds, num_steps=4)
+    result = summarise(races)
+    assert result.speedups["rival"].total == pytest.approx(7 / 4)
+    assert result.rival_acceptance_length == pytest.approx(2.5)
+    assert result.by_category["a"].speedup_vs_rival == pytest.approx(7 / 4)
+    assert summarise([race_of("a", 1.0, 2.0, 3.0)]).rival_acceptance_length is None
+
+
 def test_outputs_that_differ_are_counted() -> None:
     races = [race_of("a", 1.0, 1.0, 1.0), race_of("a", 1.0, 1.0, 1.0, token=7)]
     assert summarise(races).num_different_outputs == 1

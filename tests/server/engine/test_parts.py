@@ -127,6 +127,12 @@ class TestHeads:
         with pytest.raises(ConfigError):
             build(model_dir, heads=str(tmp_path))
 
+    @pytest.mark.parametrize("kind", ["medusa", "mtp"])
+    def test_shipped_heads_that_do_not_exist_are_named(self, model_dir: Path, kind: str) -> None:
+        config = EngineConfig(model=str(model_dir), heads=kind, num_blocks=8)
+        with pytest.raises(ConfigError, match=f"heads is '{kind}', but none of that kind ship"):
+            Engine.from_config(config)
+
     def test_auto_serves_other_models_without_heads(self, model_dir: Path) -> None:
         assert build(model_dir, heads="auto").heads_name is None
 
