@@ -144,7 +144,8 @@ class MTPModule(nn.Module):
         joined_TX = torch.cat(
             (self.hidden_norm(states_TD.to(dtype)), self.embedding_norm(embedded_TD.to(dtype))), 1
         )
-        states: Tensor = self.final_norm(run_block(self.projection(joined_TX)))
+        # Under autocast the block returns another dtype.
+        states: Tensor = self.final_norm(run_block(self.projection(joined_TX)).to(dtype))
         return states
 
     @torch.inference_mode()

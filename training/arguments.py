@@ -1,7 +1,9 @@
 """Values of command lines: each function reads one kind of value or says what is wrong with it."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields
+from typing import Any
 
 from training.distilled import Shard
 
@@ -59,3 +61,30 @@ def between(low: float, high: float) -> Callable[[str], float]:
         return value
 
     return parse
+
+
+def adder(
+    parser: argparse.ArgumentParser, options: Any
+) -> tuple[Callable[..., None], Mapping[str, Any]]:
+    """Return an `add_argument` that asks a dataclass for an option's default, and all defaults.
+
+    An option without a default is required.
+    """
+    default = {item.name: item.default for item in fields(options) if item.default is not MISSING}
+
+    def add(name: str, **settings: Any) -> None:
+        field_name = name.replace("-", "_")
+        if field_name in default:
+            settings["default"] = default[field_name]
+        else:
+            settings["required"] = True
+        parser.add_argument(f"--{name}", **settings)
+
+    return add, default
+
+
+def add_switch(parser: argparse.ArgumentParser, name: str, default: bool, summary: str) -> None:
+    """Add an option that `--no-` turns off."""
+    parser.add_argument(
+        f"--{name}", action=argparse.BooleanOptionalAction, default=default, help=summary
+    )

@@ -1,10 +1,10 @@
 """Measures draft heads on answers that they were not trained on.
 
-For every position of every answer it finds the rank that each head gives the token that the target
+For every position of every answer it finds the rank that each depth gives the token that the target
 model really drew. From the ranks alone follow the accept rates and, by walking through the answers
 as the engine would, the tokens that a verify step emits with any tree.
 
-Shape suffixes: N examples, D model width, K draft heads, U draft vocabulary, R ranks.
+Shape suffixes: N examples, D model width, K depths, U draft vocabulary, R ranks.
 """
 
 import itertools
@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from heads.medusa import MedusaHeads
 from heads.tree import DraftTree
 from heads.tree_search import AcceptanceProfile, best_tree, expected_tokens_per_step
 from training.calibration import CalibrationCounter
 from training.dataset import Corpus, Document
+from training.drafts import Drafts
 from training.errors import DataError
-from training.examples import NO_LABEL, document_examples
-from training.hidden_states import HiddenStateEncoder
+from training.examples import NO_LABEL, document_labels
+from training.losses import draft_vocab_index
 
 # No candidate of any tree: the token is not drafted at all, or the answer ends before it.
 UNRANKED = -1
@@ -40,7 +40,7 @@ class RankedAnswer:
     """Ranks in one answer.
 
     Attributes:
-        ranks: Entry [i][k] is the rank, from 0, that head k gives the token k + 1 places after the
+        ranks: Entry [i][k] is the rank, from 0, that depth k gives the token k + 1 places after the
             answer's token i, drafted when token i is the root; or `UNRANKED`.
         num_tokens: Tokens of the answer; one more than there are entries.
     """
@@ -53,8 +53,7 @@ class RankedAnswer:
 @torch.no_grad()
 def rank_answers(
     corpus: Corpus,
-    encoder: HiddenStateEncoder,
-    heads: MedusaHeads,
+    drafts: Drafts,
     calibration: CalibrationCounter,
     on_documents: Callable[[int], None],
 ) -> list[RankedAnswer]:
@@ -62,61 +61,57 @@ def rank_answers(
 
     Args:
         corpus: Answers of the base model that the heads belong to.
-        encoder: Of that model.
-        heads: In eval mode, on the encoder's device.
+        drafts: Of the heads.
         calibration: Counts the heads' candidates on the way.
         on_documents: Called with the number of documents that are done.
     """
     answers: list[RankedAnswer] = []
     for start in range(0, len(corpus.documents), _DOCUMENTS_AT_ONCE):
         documents = corpus.documents[start : start + _DOCUMENTS_AT_ONCE]
-        for document, hidden_ND in zip(documents, encoder.encode(documents), strict=True):
-            answers += _rank_document(document, hidden_ND, heads, calibration)
+        for document, states_KND in zip(documents, drafts.states(documents), strict=True):
+            answers += _rank_document(document, states_KND, drafts, calibration)
         on_documents(len(documents))
     return answers
 
 
 def _rank_document(
-    document: Document, hidden_ND: Tensor, heads: MedusaHeads, calibration: CalibrationCounter
+    document: Document, states_KND: Tensor, drafts: Drafts, calibration: CalibrationCounter
 ) -> list[RankedAnswer]:
-    examples = document_examples(document, hidden_ND, heads.config.num_heads)
-    head_hidden_KND = heads(examples.hidden_ND, examples.roots_N)
+    labels_NK = document_labels(document, drafts.num_depths).to(states_KND.device)
     answers, first = [], 0
     for span in document.spans:
-        last = first + span.num_examples
+        rows = slice(first, first + span.num_examples)
         prompt = document.token_ids_T[: span.start].tolist()
-        labels_NK = examples.labels_NK[first:last]
-        ranks_NK = _ranks(head_hidden_KND[:, first:last], labels_NK, heads, prompt, calibration)
+        ranks_NK = _ranks(states_KND[:, rows], labels_NK[rows], drafts, prompt, calibration)
         answers.append(RankedAnswer(document.category, ranks_NK.tolist(), span.end - span.start))
-        first = last
+        first = rows.stop
     return answers
 
 
 def _ranks(
-    head_hidden_KND: Tensor,
+    states_KND: Tensor,
     labels_NK: Tensor,
-    heads: MedusaHeads,
+    drafts: Drafts,
     prompt: Sequence[int],
     calibration: CalibrationCounter,
 ) -> Tensor:
-    """Ranks NK among the draft vocabulary and the prompt's tokens, as `propose` orders them."""
-    token_ids_U = heads.draft_vocab_ids
-    seen = heads.seen_rows(prompt)
+    """Ranks NK among the draft vocabulary and the prompt's tokens, as the engine orders them."""
+    token_ids_U = drafts.draft_vocab_ids
+    seen = drafts.seen_rows(prompt)
     if seen is not None:
         token_ids_U = torch.cat((token_ids_U, seen.token_ids_E))
-    index_V = token_ids_U.new_full((heads.config.vocab_size + 1,), NO_LABEL)
-    index_V[token_ids_U] = torch.arange(len(token_ids_U), device=token_ids_U.device)
+    index_V = draft_vocab_index(token_ids_U, drafts.vocab_size)
     index_NK = index_V[labels_NK.clamp(min=-1)]
     ranks_NK = torch.full_like(index_NK, UNRANKED)
-    for head, hidden_ND in enumerate(head_hidden_KND):
-        logits_NU = F.linear(hidden_ND, heads.draft_rows(head))
+    for depth, states_ND in enumerate(states_KND):
+        logits_NU = F.linear(states_ND, drafts.draft_rows(depth))
         if seen is not None:
-            logits_NU = torch.cat((logits_NU, F.linear(hidden_ND, seen.rows_ED)), dim=1)
-        index_N1 = index_NK[:, head : head + 1]
+            logits_NU = torch.cat((logits_NU, F.linear(states_ND, seen.rows_ED)), dim=1)
+        index_N1 = index_NK[:, depth : depth + 1]
         drawn_N1 = logits_NU.gather(1, index_N1.clamp(min=0))
         ranks_N = (logits_NU > drawn_N1).sum(dim=1)
-        ranks_NK[:, head] = torch.where(index_N1[:, 0] >= 0, ranks_N, UNRANKED)
-        calibration.add(head, logits_NU, index_N1[:, 0], labels_NK[:, head] != NO_LABEL)
+        ranks_NK[:, depth] = torch.where(index_N1[:, 0] >= 0, ranks_N, UNRANKED)
+        calibration.add(depth, logits_NU, index_N1[:, 0], labels_NK[:, depth] != NO_LABEL)
     return ranks_NK
 
 

@@ -4,14 +4,18 @@ from typing import Any
 
 from heads.checkpoint import save_heads
 from heads.medusa import MedusaHeads
-from server.model.draft_heads import load_draft_heads
+from server.model.draft_heads import DraftHeads, load_draft_heads
 from training.answers import load_answers
 from training.base_model import load_base
 from training.config_file import save_config
-from training.errors import DataError
+from training.drafts import Drafts, MedusaDrafts, MTPDrafts
+from training.errors import RunError
 from training.hidden_states import HiddenStateEncoder
 from training.options import EvaluateOptions
 from training.report import measure, save_acceptance, summary
+
+# Of an MTP module that was never measured.
+_DEFAULT_DEPTHS = 4
 
 
 def run(options: EvaluateOptions) -> dict[str, Any]:
@@ -20,16 +24,15 @@ def run(options: EvaluateOptions) -> dict[str, Any]:
     Raises:
         DataError: If the data is broken, empty or of another base model.
         ConfigError: If the heads cannot be read.
+        RunError: If an option does not go with the heads.
         HeadsMismatchError: If the heads belong to another base model.
         ModelError: If the base model cannot be loaded.
     """
     loaded = load_base(options, options.heads)
     found = load_draft_heads(options.heads, loaded)
     answers = load_answers(options.data, loaded, options.limit)
-    if not isinstance(found.heads, MedusaHeads):
-        raise DataError(f"{options.heads} holds an MTP module, which evaluate cannot measure yet")
-    encoder = HiddenStateEncoder(loaded)
-    measured = measure(answers.corpus, encoder, found.heads.float(), options.num_ranks)
+    drafts = _drafts(options, found, HiddenStateEncoder(loaded))
+    measured = measure(answers.corpus, drafts, options.num_ranks)
     if options.save:
         profile = measured.result.profile
         save_heads(
@@ -43,3 +46,21 @@ def run(options: EvaluateOptions) -> dict[str, Any]:
         save_config(options.heads / "evaluate.toml", "evaluate", options)
         save_acceptance(options.heads, measured, found.base_name, answers.sha256)
     return {"heads": str(options.heads), **summary(measured.result)}
+
+
+def _drafts(options: EvaluateOptions, found: DraftHeads, encoder: HiddenStateEncoder) -> Drafts:
+    # In float32, because ranks must not hang on how a kernel rounds.
+    found.heads.float()
+    if isinstance(found.heads, MedusaHeads):
+        if options.num_depths is not None:
+            raise RunError(
+                f"num_depths is {options.num_depths}, but {options.heads} holds Medusa heads, "
+                "which have one depth each; leave it out"
+            )
+        return MedusaDrafts(encoder, found.heads)
+    if found.block is None:
+        raise AssertionError("an MTP module came without its block")
+    num_depths = options.num_depths
+    if num_depths is None:
+        num_depths = found.profile.max_depth if found.profile else _DEFAULT_DEPTHS
+    return MTPDrafts(encoder, found.heads, found.block, num_depths)

@@ -67,14 +67,19 @@ def document_examples(document: Document, hidden_ND: Tensor, num_heads: int) -> 
         hidden_ND: What `HiddenStateEncoder.encode` returned for it.
         num_heads: K.
     """
-    roots, labels = [], []
+    device, roots_N = hidden_ND.device, document.token_ids_T[document.roots()]
+    labels_NK = document_labels(document, num_heads)
+    return Examples(hidden_ND, roots_N.to(device), labels_NK.to(device))
+
+
+def document_labels(document: Document, num_depths: int) -> Tensor:
+    """Return the tokens after each root, int64 NK on the CPU; `NO_LABEL` behind the answer."""
+    labels = [torch.zeros(0, num_depths, dtype=torch.int64)]
     for span in document.spans:
         answer = document.token_ids_T[span.start : span.end]
-        padded = torch.cat((answer, answer.new_full((num_heads,), NO_LABEL)))
-        roots.append(answer[:-1])
-        labels.append(padded[1:].unfold(0, num_heads, 1)[: span.num_examples])
-    device = hidden_ND.device
-    return Examples(hidden_ND, torch.cat(roots).to(device), torch.cat(labels).to(device))
+        padded = torch.cat((answer, answer.new_full((num_depths,), NO_LABEL)))
+        labels.append(padded[1:].unfold(0, num_depths, 1)[: span.num_examples])
+    return torch.cat(labels)
 
 
 @dataclass(frozen=True, slots=True)

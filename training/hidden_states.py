@@ -59,7 +59,6 @@ class HiddenStateEncoder:
         hidden_BTD: Tensor = self._decoder(input_ids=ids_BT, use_cache=False).last_hidden_state
         return hidden_BTD
 
-    @torch.no_grad()
     def encode(self, documents: Sequence[Document]) -> list[Tensor]:
         """Return for each document the hidden states that its roots were drawn from.
 
@@ -70,6 +69,19 @@ class HiddenStateEncoder:
         Raises:
             ModelError: If a document is longer than the model's context.
         """
+        return self._encode(documents, [document.roots() - 1 for document in documents])
+
+    def encode_all(self, documents: Sequence[Document]) -> list[Tensor]:
+        """Return for each document the hidden states of all its tokens but the last; see `encode`.
+
+        Raises:
+            ModelError: If a document is longer than the model's context.
+        """
+        rows = [torch.arange(len(document.token_ids_T) - 1) for document in documents]
+        return self._encode(documents, rows)
+
+    @torch.no_grad()
+    def _encode(self, documents: Sequence[Document], rows: Sequence[Tensor]) -> list[Tensor]:
         # The result owns its memory, so that the padded batch it is cut from is freed.
         encoded: list[Tensor] = [torch.zeros(0)] * len(documents)
         for batch in self._batches(documents):
@@ -80,8 +92,7 @@ class HiddenStateEncoder:
                 ids_BT[row, : len(token_ids_T)] = token_ids_T
             hidden_BTD = self._decode(ids_BT.to(self._device))
             for row, index in enumerate(batch):
-                rows_N = documents[index].roots() - 1
-                encoded[index] = hidden_BTD[row, rows_N.to(self._device)]
+                encoded[index] = hidden_BTD[row, rows[index].to(self._device)]
         return encoded
 
     def _batches(self, documents: Sequence[Document]) -> list[list[int]]:

@@ -22,19 +22,8 @@ from server.model.attention_hook import AttentionContext
 from server.model.decoder_block import DecoderBlock
 from training.dataset import Document
 from training.examples import NO_LABEL
+from training.mtp_source import EncodedDocument
 from training.unrolled_attention import Unroll, UnrolledAttention
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class EncodedDocument:
-    """A document with the base model's hidden states.
-
-    Attributes:
-        hidden_XD: Of every token but the last, after the final norm.
-    """
-
-    document: Document
-    hidden_XD: Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,23 +50,31 @@ def unroll(
         module: Built around `block.module`.
         block: Runs it.
         batch: Documents; they do not see each other.
-        num_depths: Depths to yield.
+        num_depths: Depths to yield; fewer come where no answer is long enough for more.
     """
     memory = Unroll()
     context = AttentionContext(UnrolledAttention(), memory)
+    device = module.draft_vocab_ids.device
+    documents = [item.document for item in batch]
+    tokens = [document.token_ids_T.to(device) for document in documents]
     # At depth 1 the state before position i is hidden i - 1, and nothing is before position 0.
     before = [F.pad(item.hidden_XD, (0, 0, 1, 0)) for item in batch]
-    places = [torch.arange(len(item.document.token_ids_T)) for item in batch]
+    places = [torch.arange(len(tokens_X), device=device) for tokens_X in tokens]
     for depth in range(1, num_depths + 1):
+        # Not every class can run on no token at all.
+        if not any(len(at) for at in places):
+            return
         memory.begin_depth(places)
-        tokens_T = torch.cat(
-            [item.document.token_ids_T[at] for item, at in zip(batch, places, strict=True)]
-        )
+        tokens_T = torch.cat([tokens_X[at] for tokens_X, at in zip(tokens, places, strict=True)])
         states_TD = module(torch.cat(before), tokens_T, block.runner(torch.cat(places), context))
-        labels = [_labels(item.document, at, depth) for item, at in zip(batch, places, strict=True)]
+        learnt = [draft_positions(document, depth).to(device) for document in documents]
+        labels = [
+            torch.where(torch.isin(at, learnt_X), tokens_X.roll(-1)[at], NO_LABEL)
+            for tokens_X, at, learnt_X in zip(tokens, places, learnt, strict=True)
+        ]
         yield DepthOutput(states_TD, torch.cat(labels), tuple(places))
         states = states_TD.split([len(at) for at in places])
-        upcoming = [_positions(item.document, depth + 1) for item in batch]
+        upcoming = [draft_positions(document, depth + 1).to(device) for document in documents]
         before = [
             # The state before position i is this depth's output at i - 1.
             states_XD[torch.searchsorted(at, later - 1)]
@@ -86,19 +83,13 @@ def unroll(
         places = upcoming
 
 
-def _positions(document: Document, depth: int) -> Tensor:
-    """Where depth > 1 runs: the root is an answer token, and so is the token to draft."""
+def draft_positions(document: Document, depth: int) -> Tensor:
+    """Return where a depth's labels are, int64: the root and the token to draft are of one answer.
+
+    A depth beyond the first runs nowhere else.
+    """
     ranges = [
         torch.arange(span.start + depth - 1, max(span.start + depth - 1, span.end - 1))
         for span in document.spans
     ]
     return torch.cat(ranges) if ranges else torch.zeros(0, dtype=torch.int64)
-
-
-def _labels(document: Document, positions: Tensor, depth: int) -> Tensor:
-    """The token after each position, where its root lies in the same answer."""
-    token_ids_T = document.token_ids_T
-    is_learnt = torch.zeros(len(token_ids_T), dtype=torch.bool)
-    is_learnt[_positions(document, depth)] = True
-    labels = token_ids_T.roll(-1)[positions]
-    return torch.where(is_learnt[positions], labels, NO_LABEL)

@@ -6,18 +6,27 @@ Knows no model and no engine beyond the names of their options.
 import argparse
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from server.config import METHODS, DeviceName, DtypeName, Method
-from training.arguments import between, count, shard, temperatures, weights, whole
+from training.arguments import (
+    add_switch,
+    adder,
+    between,
+    count,
+    shard,
+    temperatures,
+    weights,
+    whole,
+)
 from training.config_file import OptionParser, config_path
 from training.distilled import WHOLE, Sampling, Shard
 from training.examples import BatchPlan
+from training.mtp_source import TokenPlan
+from training.train_arguments import LEARNING_RATES, MixedPrecision, TrainMethod, add_train
 from training.trainer import TrainConfig
-
-MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,8 +92,12 @@ class TrainOptions(ModelOptions):
     Attributes:
         data: Distilled files.
         output: Directory of the run and of the heads.
+        method: `medusa` trains Medusa heads, `mtp` an MTP module.
         limit: Number of conversations from the beginning of the files; None takes all.
+        num_depths: Depths that an MTP module is unrolled to.
         draft_vocab_size: Most frequent tokens that the heads can draft; 0 takes all.
+        batch_tokens: Tokens of a step of an MTP module, prompts included.
+        learning_rate: At its peak; None is what suits the method.
         root_rate_factor: Multiplies the learning rate of the maps of the root embedding. Embeddings
             are an order of magnitude smaller than hidden states, so that their maps' weights have
             a longer way to go.
@@ -99,15 +112,18 @@ class TrainOptions(ModelOptions):
 
     data: tuple[Path, ...]
     output: Path
+    method: TrainMethod = "medusa"
     limit: int | None = None
     num_heads: int = 4
     num_blocks: int = 2
     root_conditioned: bool = True
+    num_depths: int = 4
     draft_vocab_size: int = 4096
     epochs: int = 3
     batch_size: int = 2048
+    batch_tokens: int = 4096
     gradient_accumulation: int = 1
-    learning_rate: float = 2e-3
+    learning_rate: float | None = None
     root_rate_factor: float = 16.0
     warmup_fraction: float = 0.03
     weight_decay: float = 0.0
@@ -122,11 +138,18 @@ class TrainOptions(ModelOptions):
     overwrite: bool = False
 
     @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate at its peak."""
+        if self.learning_rate is None:
+            return LEARNING_RATES[self.method]
+        return self.learning_rate
+
+    @property
     def train_config(self) -> TrainConfig:
         """How heads are trained."""
         return TrainConfig(
             epochs=self.epochs,
-            learning_rate=self.learning_rate,
+            learning_rate=self.peak_learning_rate,
             warmup_fraction=self.warmup_fraction,
             weight_decay=self.weight_decay,
             clip_norm=self.max_grad_norm or math.inf,
@@ -141,6 +164,11 @@ class TrainOptions(ModelOptions):
         """How examples are put into batches."""
         return BatchPlan(batch_size=self.batch_size, is_cached=self.cache, seed=self.seed)
 
+    @property
+    def token_plan(self) -> TokenPlan:
+        """How whole documents are put into batches."""
+        return TokenPlan(batch_tokens=self.batch_tokens, is_cached=self.cache, seed=self.seed)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateOptions(ModelOptions):
@@ -150,7 +178,8 @@ class EvaluateOptions(ModelOptions):
         heads: Directory of the heads.
         data: Distilled files that they were not trained on.
         limit: Number of conversations from the beginning of the files; None takes all.
-        num_ranks: Candidates per head that the profile covers.
+        num_ranks: Candidates per depth that the profile covers.
+        num_depths: Depths that an MTP module is measured at; None is as many as its profile has.
         save: Write the profile into the checkpoint.
     """
 
@@ -158,6 +187,7 @@ class EvaluateOptions(ModelOptions):
     data: tuple[Path, ...]
     limit: int | None = None
     num_ranks: int = 16
+    num_depths: int | None = None
     save: bool = True
 
 
@@ -225,7 +255,7 @@ def parse_options(argv: Sequence[str]) -> Options:
 
 
 def _add_distill(parser: argparse.ArgumentParser) -> None:
-    add, default = _adder(parser, DistillOptions)
+    add, default = adder(parser, DistillOptions)
     add("data", type=Path, metavar="PROMPTS", help="JSON lines: messages, turns or prompt (.gz)")
     add("output", type=Path, metavar="FILE", help="JSON lines to write; an earlier run goes on")
     add("limit", type=count, metavar="N", help="conversations, from the beginning of PROMPTS")
@@ -245,46 +275,15 @@ def _add_distill(parser: argparse.ArgumentParser) -> None:
     add("method", choices=METHODS, help="draft source; changes no token")
     add("heads", help="directory of draft heads, auto or none, if METHOD is not none")
     add("concurrency", type=count, metavar="N", help="conversations in flight")
-    _add_switch(parser, "stop-repeats", default["stop_repeats"], "end answers that go in circles")
+    add_switch(parser, "stop-repeats", default["stop_repeats"], "end answers that go in circles")
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
-    add, default = _adder(parser, TrainOptions)
-    add(
-        "data",
-        type=Path,
-        action="append",
-        metavar="FILE",
-        help="distilled or other answers (.gz); repeatable",
-    )
-    add("output", type=Path, metavar="DIR", help="run and heads; an unfinished run goes on")
-    add("limit", type=count, metavar="N", help="conversations, from the beginning of the data")
-    add("num-heads", type=count, metavar="K", help="draft heads, hence the largest depth")
-    add("num-blocks", type=count, metavar="N", help="residual blocks per head")
-    add("draft-vocab-size", type=whole, metavar="N", help="tokens to draft from; 0 is all")
-    add("epochs", type=count, metavar="N", help="passes over the examples")
-    add("batch-size", type=count, metavar="N", help="examples per step of all processes together")
-    add("gradient-accumulation", type=count, metavar="N", help="parts of a process's share of it")
-    add("learning-rate", type=between(0.0, 1.0), metavar="LR", help="at its peak")
-    add("root-rate-factor", type=between(0.0, 1000.0), metavar="F", help="of the root maps' rate")
-    add("warmup-fraction", type=between(0.0, 1.0), metavar="F", help="share of the steps")
-    add("weight-decay", type=between(0.0, 1.0), metavar="W", help="of AdamW")
-    add("max-grad-norm", type=between(0.0, 1e6), metavar="N", help="clip gradients; 0 is off")
-    add("mixed-precision", choices=get_args(MixedPrecision), help="of the products")
-    add("head-decay", type=between(0.0, 1.0), metavar="L", help="weight of head k is L ** k")
-    add("held-out", type=between(0.0, 0.5), metavar="F", help="share of conversations to measure")
-    add("save-interval", type=count, metavar="N", help="steps between saved states")
-    add("log-interval", type=count, metavar="N", help="steps between lines of metrics")
-    add("seed", type=whole, metavar="S", help="of the order of the examples")
-    _add_switch(
-        parser, "root-conditioned", default["root_conditioned"], "show heads the root token"
-    )
-    _add_switch(parser, "cache", default["cache"], "keep all hidden states in memory")
-    parser.add_argument("--overwrite", action="store_true", help="drop what DIR holds")
+    add_train(parser, TrainOptions)
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
-    add, default = _adder(parser, EvaluateOptions)
+    add, default = adder(parser, EvaluateOptions)
     add("heads", type=Path, metavar="DIR", help="heads checkpoint")
     add(
         "data",
@@ -294,12 +293,13 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         help="held-out answers (.gz); repeatable",
     )
     add("limit", type=count, metavar="N", help="conversations, from the beginning of the data")
-    add("num-ranks", type=count, metavar="R", help="candidates per head in the profile")
-    _add_switch(parser, "save", default["save"], "write the profile into the checkpoint")
+    add("num-ranks", type=count, metavar="R", help="candidates per depth in the profile")
+    add("num-depths", type=count, metavar="K", help="mtp: depths to measure")
+    add_switch(parser, "save", default["save"], "write the profile into the checkpoint")
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
-    add, _ = _adder(parser, ConvertOptions)
+    add, _ = adder(parser, ConvertOptions)
     add(
         "source",
         type=Path,
@@ -311,40 +311,17 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
-    add, _ = _adder(parser, ReportOptions)
+    add, _ = adder(parser, ReportOptions)
     add("heads", type=Path, metavar="DIR", help="heads with acceptance.json")
     add("output", type=Path, metavar="FILE", help="page to write; DIR/report.html if not given")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    add, _ = _adder(parser, ModelOptions)
+    add, _ = adder(parser, ModelOptions)
     add("model", help="hub id, directory, .gguf file or smollm2")
     add("device", choices=get_args(DeviceName), help="where the model runs")
     add("dtype", choices=get_args(DtypeName), help="type of its weights")
     add("num-threads", type=count, metavar="N", help="CPU threads")
-
-
-def _adder(
-    parser: argparse.ArgumentParser, options: type[ModelOptions] | type[ReportOptions]
-) -> tuple[Callable[..., None], Mapping[str, Any]]:
-    """An `add_argument` that takes the option's default, or that it is required, from the type."""
-    default = {item.name: item.default for item in fields(options) if item.default is not MISSING}
-
-    def add(name: str, **settings: Any) -> None:
-        field_name = name.replace("-", "_")
-        if field_name in default:
-            settings["default"] = default[field_name]
-        else:
-            settings["required"] = True
-        parser.add_argument(f"--{name}", **settings)
-
-    return add, default
-
-
-def _add_switch(parser: argparse.ArgumentParser, name: str, default: bool, summary: str) -> None:
-    parser.add_argument(
-        f"--{name}", action=argparse.BooleanOptionalAction, default=default, help=summary
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,7 +333,7 @@ class _Command:
 
 _COMMANDS: Mapping[str, _Command] = {
     "distill": _Command("have the base model answer prompts", DistillOptions, _add_distill),
-    "train": _Command("train Medusa heads on distilled answers", TrainOptions, _add_train),
+    "train": _Command("train draft heads on distilled answers", TrainOptions, _add_train),
     "evaluate": _Command(
         "measure heads on answers they were not trained on", EvaluateOptions, _add_evaluate
     ),

@@ -6,13 +6,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from heads.medusa import MedusaHeads
 from heads.tree_search import node_values
 from training.calibration import CalibrationBin, CalibrationCounter
 from training.dataset import Corpus
+from training.drafts import Drafts
 from training.errors import DataError
 from training.evaluate import EvaluationResult, evaluate, rank_answers
-from training.hidden_states import HiddenStateEncoder
 from training.jsonl import replace_file
 from training.progress import progress_bar
 
@@ -50,17 +49,15 @@ class Measurement:
     calibration: tuple[tuple[CalibrationBin, ...], ...]
 
 
-def measure(
-    corpus: Corpus, encoder: HiddenStateEncoder, heads: MedusaHeads, num_ranks: int = NUM_RANKS
-) -> Measurement:
-    """Measure heads while a bar shows how far it is.
+def measure(corpus: Corpus, drafts: Drafts, num_ranks: int = NUM_RANKS) -> Measurement:
+    """Measure what heads draft while a bar shows how far it is.
 
     Raises:
         DataError: If no answer has two tokens.
     """
-    counter = CalibrationCounter(heads.config.num_heads)
+    counter = CalibrationCounter(drafts.num_depths)
     with progress_bar("measuring", len(corpus.documents)) as bar:
-        answers = rank_answers(corpus, encoder, heads, counter, bar.advance)
+        answers = rank_answers(corpus, drafts, counter, bar.advance)
     return Measurement(evaluate(answers, num_ranks), counter.result())
 
 

@@ -4,25 +4,30 @@ The output directory first holds a run (state and metrics), then the heads with 
 measured on the held-out conversations.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
 
 from heads.checkpoint import CONFIG_FILE, save_heads
+from heads.kinds import AnyHeads
 from heads.medusa import MedusaConfig, MedusaHeads
 from server.model.loading import LoadedModel
 from training.answers import load_answers
 from training.base_model import load_base
 from training.config_file import save_config
 from training.dataset import Corpus, frequent_tokens, split
+from training.drafts import Drafts, MedusaDrafts, MTPDrafts
 from training.errors import DataError, RunError
 from training.examples import Examples, ExampleSource
 from training.hidden_states import HiddenStateEncoder
 from training.losses import MedusaObjective, medusa_groups
 from training.metrics import METRICS_FILE
-from training.objective import Trainable
-from training.options import MixedPrecision, TrainOptions
+from training.mtp_objective import MTPObjective
+from training.mtp_source import EncodedBatch, EncodedSource
+from training.mtp_start import FreshMTP, fresh_mtp
+from training.objective import ParameterGroup, Trainable
+from training.options import TrainOptions
 from training.processes import Processes
 from training.progress import note, progress_bar
 from training.report import ACCEPTANCE_FILE, Measurement, measure, save_acceptance, summary
@@ -42,6 +47,31 @@ _FREE_OPTIONS = frozenset(
         "gradient_accumulation",
     }
 )
+# Options that only one method has.
+_METHOD_OPTIONS = {
+    "medusa": ("num_heads", "num_blocks", "root_conditioned", "root_rate_factor", "batch_size"),
+    "mtp": ("num_depths", "batch_tokens"),
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Task:
+    """What is trained for, and on what."""
+
+    options: TrainOptions
+    loaded: LoadedModel
+    encoder: HiddenStateEncoder
+    train: Corpus
+    data_sha256: str
+    processes: Processes
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of the heads' matrix products."""
+        precision = self.options.mixed_precision
+        if precision == "auto":
+            return torch.float32 if self.encoder.dtype == torch.float32 else torch.bfloat16
+        return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 def run(options: TrainOptions) -> dict[str, Any] | None:
@@ -52,10 +82,12 @@ def run(options: TrainOptions) -> dict[str, Any] | None:
 
     Raises:
         DataError: If the data is broken or of another base model.
-        RunError: If `output` holds heads, or a run with other options.
+        RunError: If `output` holds heads, or a run with other options, or an option does not go
+            with the method.
         DivergedError: If the loss is no longer a number.
         ModelError: If the base model cannot be loaded or trained for.
     """
+    _check_options(options)
     processes = Processes(options.device, is_scaled=options.mixed_precision == "fp16")
     _prepare_output(options, processes)
     loaded = load_base(options, device=processes.device)
@@ -70,13 +102,24 @@ def run(options: TrainOptions) -> dict[str, Any] | None:
         f"{parts.train.num_answer_tokens} answer tokens to train on, "
         f"{parts.held_out.num_answer_tokens} held out"
     )
-    encoder = HiddenStateEncoder(loaded)
-    heads = _fresh_heads(options, loaded, parts.train)
-    trainer = _trained(options, heads, encoder, parts.train, answers.sha256, processes)
+    task = _Task(
+        options, loaded, HiddenStateEncoder(loaded), parts.train, answers.sha256, processes
+    )
+    heads: AnyHeads
+    drafts: Drafts
+    if options.method == "mtp":
+        fresh = fresh_mtp(options, loaded, parts.train)
+        heads = fresh.module
+        trainer = _trained(task, _mtp(task, fresh))
+        drafts = MTPDrafts(task.encoder, fresh.module, fresh.block, options.num_depths)
+    else:
+        heads = _fresh_medusa(options, loaded, parts.train)
+        trainer = _trained(task, _medusa(task, heads))
+        drafts = MedusaDrafts(task.encoder, heads)
     processes.end()
     if not processes.is_main:
         return None
-    found = _measured(parts.held_out, encoder, heads)
+    found = _measured(parts.held_out, drafts)
     save_heads(
         options.output,
         heads,
@@ -89,6 +132,18 @@ def run(options: TrainOptions) -> dict[str, Any] | None:
     trainer.discard_state()
     evaluation = {} if found is None else summary(found.result)
     return {"output": str(options.output), "num_steps": trainer.num_steps, **evaluation}
+
+
+def _check_options(options: TrainOptions) -> None:
+    default = {item.name: item.default for item in fields(TrainOptions)}
+    for method, names in _METHOD_OPTIONS.items():
+        for name in names:
+            value = getattr(options, name)
+            if method != options.method and value != default[name]:
+                raise RunError(
+                    f"{name} is {value}, which method {options.method} has no use for; leave it "
+                    f"out or give --method {method}"
+                )
 
 
 def _prepare_output(options: TrainOptions, processes: Processes) -> None:
@@ -108,8 +163,8 @@ def _prepare_output(options: TrainOptions, processes: Processes) -> None:
     directory.mkdir(parents=True, exist_ok=True)
 
 
-def _fresh_heads(options: TrainOptions, loaded: LoadedModel, train: Corpus) -> MedusaHeads:
-    """Untrained heads with float32 weights; the draft vocabulary comes from the answers."""
+def _fresh_medusa(options: TrainOptions, loaded: LoadedModel, train: Corpus) -> MedusaHeads:
+    """Untrained Medusa heads with float32 weights; the draft vocabulary comes from the answers."""
     draft_vocab_size = min(options.draft_vocab_size, loaded.vocab_size) or None
     config = MedusaConfig(
         hidden_size=loaded.hidden_size,
@@ -126,31 +181,43 @@ def _fresh_heads(options: TrainOptions, loaded: LoadedModel, train: Corpus) -> M
     return heads.float()
 
 
-def _trained(
-    options: TrainOptions,
-    heads: MedusaHeads,
-    encoder: HiddenStateEncoder,
-    train: Corpus,
-    data_sha256: str,
-    processes: Processes,
-) -> Trainer[Examples]:
-    source = ExampleSource(train, encoder, options.num_heads, options.batch_plan)
-    if options.cache:
-        with progress_bar("hidden states", len(train.documents)) as bar:
-            source.fill_cache(bar.advance)
-    kept = {k: v for k, v in asdict(options).items() if k not in _FREE_OPTIONS}
-    kept["data_sha256"] = data_sha256
-    compute_dtype = _compute_dtype(options.mixed_precision, encoder.dtype)
-    trainable = Trainable(
-        heads,
-        medusa_groups(heads, options.root_rate_factor),
+def _medusa(task: _Task, heads: MedusaHeads) -> Trainable[Examples]:
+    options = task.options
+    source = ExampleSource(task.train, task.encoder, options.num_heads, options.batch_plan)
+    _fill_cache(task, source)
+    groups = medusa_groups(heads, options.root_rate_factor)
+    return Trainable(heads, groups, source, MedusaObjective(heads, task.compute_dtype))
+
+
+def _mtp(task: _Task, fresh: FreshMTP) -> Trainable[EncodedBatch]:
+    source = EncodedSource(task.train, task.encoder, task.options.token_plan)
+    _fill_cache(task, source)
+    module, num_depths = fresh.module, task.options.num_depths
+    return Trainable(
+        module,
+        (ParameterGroup(tuple(module.parameters())),),
         source,
-        MedusaObjective(heads, compute_dtype),
+        MTPObjective(module, fresh.block, num_depths, task.compute_dtype),
     )
-    trainer = Trainer(trainable, options.train_config, options.output, kept, processes)
+
+
+def _fill_cache(task: _Task, source: ExampleSource | EncodedSource) -> None:
+    if task.options.cache:
+        with progress_bar("hidden states", len(task.train.documents)) as bar:
+            source.fill_cache(bar.advance)
+
+
+def _trained(task: _Task, trainable: Trainable[Any]) -> Trainer[Any]:
+    """Train to the end, from where an earlier process was if there was one."""
+    options = task.options
+    # Said in full, because the default hangs on the method.
+    options = replace(options, learning_rate=options.peak_learning_rate)
+    kept = {k: v for k, v in asdict(options).items() if k not in _FREE_OPTIONS}
+    kept["data_sha256"] = task.data_sha256
+    trainer = Trainer(trainable, options.train_config, options.output, kept, task.processes)
     if trainer.resume():
         note(f"the run in {options.output} goes on after step {trainer.step}")
-    if processes.is_main:
+    if task.processes.is_main:
         save_config(options.output / "train.toml", "train", options)
     with progress_bar("training", trainer.num_steps) as bar:
         bar.advance(trainer.step)
@@ -163,17 +230,9 @@ def _trained(
     return trainer
 
 
-def _compute_dtype(precision: MixedPrecision, base: torch.dtype) -> torch.dtype:
-    if precision == "auto":
-        return torch.float32 if base == torch.float32 else torch.bfloat16
-    return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-
-
-def _measured(
-    held_out: Corpus, encoder: HiddenStateEncoder, heads: MedusaHeads
-) -> Measurement | None:
+def _measured(held_out: Corpus, drafts: Drafts) -> Measurement | None:
     """Measure the heads; None if nothing was held out."""
     if held_out.num_examples == 0:
         note("nothing was held out: the heads get no acceptance profile; run evaluate")
         return None
-    return measure(held_out, encoder, heads)
+    return measure(held_out, drafts)

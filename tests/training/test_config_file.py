@@ -210,5 +210,6 @@ def test_the_written_file_is_plain_toml(tmp_path: Path) -> None:
     save_config(path, "train", TRAIN)
     values: dict[str, Any] = tomllib.loads(path.read_text())
     assert values["data"] == ["a.jsonl", "b.jsonl.gz"]
-    assert values["learning-rate"] == TRAIN.learning_rate
+    assert values["head-decay"] == TRAIN.head_decay
+    assert "learning-rate" not in values
     assert "limit" not in values

@@ -9,6 +9,7 @@ from heads.tree_search import AcceptanceProfile, best_tree, expected_tokens_per_
 from server.model.loading import LoadedModel
 from tests.training.corpora import corpus
 from training.calibration import CalibrationCounter
+from training.drafts import MedusaDrafts
 from training.errors import DataError
 from training.evaluate import (
     PROFILE_TREE_SIZE,
@@ -72,11 +73,9 @@ def test_ranks_are_places_among_the_proposed_candidates(
     loaded: LoadedModel, encoder: HiddenStateEncoder, draft_vocab_size: int | None
 ) -> None:
     heads, documents = make_heads(loaded, draft_vocab_size), corpus(5)
-    answers = iter(
-        rank_answers(
-            documents, encoder, heads, CalibrationCounter(heads.config.num_heads), lambda _: None
-        )
-    )
+    counter = CalibrationCounter(heads.config.num_heads)
+    drafts = MedusaDrafts(encoder, heads)
+    answers = iter(rank_answers(documents, drafts, counter, lambda _: None))
     for doc, hidden_ND in zip(
         documents.documents, encoder.encode(documents.documents), strict=True
     ):
@@ -100,7 +99,7 @@ def test_every_document_is_reported(loaded: LoadedModel, encoder: HiddenStateEnc
     counts: list[int] = []
     heads = make_heads(loaded, None)
     counter = CalibrationCounter(heads.config.num_heads)
-    rank_answers(corpus(70), encoder, heads, counter, counts.append)
+    rank_answers(corpus(70), MedusaDrafts(encoder, heads), counter, counts.append)
     assert sum(counts) == 70
 
 

@@ -24,6 +24,17 @@ def hidden_states_slowly(loaded: LoadedModel, doc: Document) -> Tensor:
     return torch.stack(seen)
 
 
+def test_all_hidden_states_hold_those_of_the_roots(encoder: HiddenStateEncoder) -> None:
+    documents = corpus(6).documents
+    for doc, all_XD, hidden_ND in zip(
+        documents, encoder.encode_all(documents), encoder.encode(documents), strict=True
+    ):
+        assert len(all_XD) == len(doc.token_ids_T) - 1
+        assert torch.equal(all_XD[doc.roots() - 1], hidden_ND)
+    with pytest.raises(ModelError, match="'big' has"):
+        encoder.encode_all([document(MAX_MODEL_LEN + 1, (2, 8), name="big")])
+
+
 @pytest.mark.parametrize("kind", TINY_KINDS)
 def test_hidden_states_are_those_that_the_roots_were_drawn_from(
     kind: TinyKind, tmp_path: Path

@@ -11,7 +11,8 @@ from server.model.loading import LoadedModel, load_model
 from tests.tiny_models import save_tiny_model
 from training.dataset import Document, Span
 from training.examples import NO_LABEL
-from training.mtp_unroll import EncodedDocument, unroll
+from training.mtp_source import EncodedDocument
+from training.mtp_unroll import unroll
 from training.unrolled_attention import Unroll, UnrolledAttention
 
 NUM_DEPTHS = 4

@@ -7,6 +7,7 @@ import pytest
 
 from training.distilled import Sampling, Shard
 from training.examples import BatchPlan
+from training.mtp_source import TokenPlan
 from training.options import (
     ConvertOptions,
     DistillOptions,
@@ -87,6 +88,10 @@ def test_options_arrive_where_they_are_used() -> None:
     assert isinstance(unclipped, TrainOptions)
     assert unclipped.train_config.clip_norm == math.inf
     assert train.batch_plan == BatchPlan(batch_size=5, is_cached=False)
+    mtp = parse_options([*TRAIN, "--method", "mtp", "--batch-tokens", "9", "--seed", "3"])
+    assert isinstance(mtp, TrainOptions)
+    assert mtp.method == "mtp"
+    assert mtp.token_plan == TokenPlan(batch_tokens=9, seed=3)
 
 
 def test_data_may_be_given_several_times_and_keeps_its_order() -> None:
@@ -110,6 +115,7 @@ def test_data_may_be_given_several_times_and_keeps_its_order() -> None:
         ([*DISTILL, "--shard", "-1/2"], "is no shard|expected one argument"),
         ([*DISTILL, "--method", "magic"], "invalid choice: 'magic'"),
         ([*TRAIN, "--learning-rate", "fast"], "'fast' is no number"),
+        ([*TRAIN, "--method", "magic"], "invalid choice: 'magic'"),
         ([*TRAIN, "--draft-vocab-size", "-1"], "'-1' is no whole number|expected one argument"),
         ([*TRAIN, "--held-out", "0.9"], "0.9 is out of range; give 0 to 0.5"),
         ([*EVALUATE, "--unknown", "1"], "unrecognized arguments: --unknown 1"),

@@ -1,0 +1,53 @@
+"""The options of `train` on the command line."""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from training.arguments import add_switch, adder, between, count, whole
+
+TrainMethod = Literal["medusa", "mtp"]
+MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
+# At the peak, by method.
+LEARNING_RATES: Mapping[TrainMethod, float] = {"medusa": 2e-3, "mtp": 1e-3}
+
+
+def add_train(parser: argparse.ArgumentParser, options: Any) -> None:
+    """Add the options of `train`, all but those of the base model, with the defaults of a type."""
+    add, default = adder(parser, options)
+    add(
+        "data",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help="distilled or other answers (.gz); repeatable",
+    )
+    add("output", type=Path, metavar="DIR", help="run and heads; an unfinished run goes on")
+    add("limit", type=count, metavar="N", help="conversations, from the beginning of the data")
+    add("method", choices=get_args(TrainMethod), help="Medusa heads or an MTP module")
+    add("num-heads", type=count, metavar="K", help="medusa: draft heads, hence the largest depth")
+    add("num-blocks", type=count, metavar="N", help="medusa: residual blocks per head")
+    add("num-depths", type=count, metavar="K", help="mtp: depths to unroll")
+    add("draft-vocab-size", type=whole, metavar="N", help="tokens to draft from; 0 is all")
+    add("epochs", type=count, metavar="N", help="passes over the examples")
+    add("batch-size", type=count, metavar="N", help="medusa: examples per step, all processes")
+    add("batch-tokens", type=count, metavar="N", help="mtp: tokens per step, prompts included")
+    add("gradient-accumulation", type=count, metavar="N", help="parts of a process's share of it")
+    rates = ", ".join(f"{rate:g} for {method}" for method, rate in LEARNING_RATES.items())
+    add("learning-rate", type=between(0.0, 1.0), metavar="LR", help=f"at its peak; else {rates}")
+    add("root-rate-factor", type=between(0.0, 1000.0), metavar="F", help="medusa: of root maps")
+    add("warmup-fraction", type=between(0.0, 1.0), metavar="F", help="share of the steps")
+    add("weight-decay", type=between(0.0, 1.0), metavar="W", help="of AdamW")
+    add("max-grad-norm", type=between(0.0, 1e6), metavar="N", help="clip gradients; 0 is off")
+    add("mixed-precision", choices=get_args(MixedPrecision), help="of the products")
+    add("head-decay", type=between(0.0, 1.0), metavar="L", help="weight of depth k is L ** k")
+    add("held-out", type=between(0.0, 0.5), metavar="F", help="share of conversations to measure")
+    add("save-interval", type=count, metavar="N", help="steps between saved states")
+    add("log-interval", type=count, metavar="N", help="steps between lines of metrics")
+    add("seed", type=whole, metavar="S", help="of the order of the examples")
+    add_switch(
+        parser, "root-conditioned", default["root_conditioned"], "medusa: show heads the root token"
+    )
+    add_switch(parser, "cache", default["cache"], "keep all hidden states in memory")
+    parser.add_argument("--overwrite", action="store_true", help="drop what DIR holds")
