@@ -37,6 +37,14 @@ def temperatures(text: str) -> tuple[float, ...]:
     return tuple(between(0.0, 2.0)(part) for part in text.split(","))
 
 
+def names(text: str) -> tuple[str, ...]:
+    """Names, apart by commas."""
+    found = tuple(part.strip() for part in text.split(","))
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"{text!r} has an empty name; give NAME,NAME")
+    return found
+
+
 def weights(text: str) -> dict[str, float]:
     """Pairs NAME=WEIGHT, apart by commas."""
     weights: dict[str, float] = {}

@@ -5,7 +5,7 @@ Values pass the same checks; where both name an option the command line wins. Pa
 the working directory, as on the command line.
 
     switches          true or false
-    several values    a list, or one value: data, temperatures
+    several values    a list, or one value: data, temperatures, lora-targets
     pairs             a table: category-weights = {math = 2}
 """
 
@@ -101,8 +101,8 @@ def _value(action: argparse.Action, kind: Any, value: Any) -> Any:
     if origin is tuple:
         items = value if isinstance(value, list) else [value]
         texts = [_text(get_args(kind)[0], item) for item in items]
-        # Numbers are one argument of the command line, files are one each.
-        if get_args(kind)[0] is float:
+        # Files are one argument of the command line each, other values are one together.
+        if get_args(kind)[0] is not Path:
             return _converted(action, ",".join(texts))
         return tuple(_converted(action, text) for text in texts)
     if origin is Mapping and isinstance(value, dict):

@@ -52,6 +52,11 @@ class Document:
         ranges = [torch.arange(span.start, span.end - 1) for span in self.spans]
         return torch.cat(ranges) if ranges else torch.zeros(0, dtype=torch.int64)
 
+    def answers(self) -> Tensor:
+        """Return the positions of all answer tokens, int64, in order: of roots and last tokens."""
+        ranges = [torch.arange(span.start, span.end) for span in self.spans]
+        return torch.cat(ranges) if ranges else torch.zeros(0, dtype=torch.int64)
+
 
 @dataclass(frozen=True, slots=True)
 class Corpus:

@@ -5,13 +5,17 @@ from typing import Any
 from heads.checkpoint import save_heads
 from heads.medusa import MedusaHeads
 from server.model.draft_heads import DraftHeads, load_draft_heads
+from server.model.loading import LoadedModel
 from training.answers import load_answers
 from training.base_model import load_base
 from training.config_file import save_config
+from training.dataset import Corpus
 from training.drafts import Drafts, MedusaDrafts, MTPDrafts
 from training.errors import RunError
 from training.hidden_states import HiddenStateEncoder
 from training.options import EvaluateOptions
+from training.perplexity import comparison, perplexity
+from training.progress import note
 from training.report import measure, save_acceptance, summary
 
 # Of an MTP module that was never measured.
@@ -31,7 +35,8 @@ def run(options: EvaluateOptions) -> dict[str, Any]:
     loaded = load_base(options, options.heads)
     found = load_draft_heads(options.heads, loaded)
     answers = load_answers(options.data, loaded, options.limit)
-    drafts = _drafts(options, found, HiddenStateEncoder(loaded))
+    encoder = HiddenStateEncoder(loaded)
+    drafts = _drafts(options, found, encoder)
     measured = measure(answers.corpus, drafts, options.num_ranks)
     if options.save:
         profile = measured.result.profile
@@ -45,7 +50,23 @@ def run(options: EvaluateOptions) -> dict[str, Any]:
         )
         save_config(options.heads / "evaluate.toml", "evaluate", options)
         save_acceptance(options.heads, measured, found.base_name, answers.sha256)
-    return {"heads": str(options.heads), **summary(measured.result)}
+    printed = summary(measured.result)
+    if found.adapter is not None:
+        printed["perplexity"] = _perplexities(options, loaded, encoder, answers.corpus)
+    return {"heads": str(options.heads), **printed}
+
+
+def _perplexities(
+    options: EvaluateOptions, loaded: LoadedModel, encoder: HiddenStateEncoder, corpus: Corpus
+) -> dict[str, float] | None:
+    """Compare the base model with its adapter and without; None if its logits are unusual."""
+    if not encoder.has_plain_logits:
+        note(f"{loaded.name} scales, caps or shifts its logits: its perplexity is not measured")
+        return None
+    adapted = perplexity(corpus, encoder, loaded.unembedding())
+    base = load_base(options)
+    plain = perplexity(corpus, HiddenStateEncoder(base), base.unembedding())
+    return comparison(plain, adapted)
 
 
 def _drafts(options: EvaluateOptions, found: DraftHeads, encoder: HiddenStateEncoder) -> Drafts:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from server.errors import ModelError
 from server.model.loading import LoadedModel
@@ -25,6 +26,8 @@ class HiddenStateEncoder:
 
     Attributes:
         dtype: Of the hidden states.
+        has_plain_logits: Whether the model's logits are the product of its hidden states and its
+            unembedding, without a bias, a scale or a cap.
 
     Raises:
         ModelError: If the model's unembedding gets something else than its last hidden state.
@@ -46,7 +49,7 @@ class HiddenStateEncoder:
         handle = unembedding.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         ids_1T = torch.arange(1, 5, device=self._device).unsqueeze(0)
         try:
-            loaded.model(input_ids=ids_1T, use_cache=False)
+            logits_1TV = loaded.model(input_ids=ids_1T, use_cache=False).logits
         finally:
             handle.remove()
         if len(seen) != 1 or not torch.allclose(seen[0], self._decode(ids_1T), rtol=1e-3):
@@ -54,6 +57,8 @@ class HiddenStateEncoder:
                 f"model {loaded.name!r} changes its last hidden states before the unembedding; "
                 "draft heads for such models are not supported"
             )
+        product_1TV = F.linear(seen[0], loaded.unembedding())
+        self.has_plain_logits = torch.allclose(logits_1TV, product_1TV, rtol=1e-2, atol=1e-2)
 
     def _decode(self, ids_BT: Tensor) -> Tensor:
         hidden_BTD: Tensor = self._decoder(input_ids=ids_BT, use_cache=False).last_hidden_state
@@ -71,6 +76,7 @@ class HiddenStateEncoder:
         """
         return self._encode(documents, [document.roots() - 1 for document in documents])
 
+    @torch.no_grad()
     def encode_all(self, documents: Sequence[Document]) -> list[Tensor]:
         """Return for each document the hidden states of all its tokens but the last; see `encode`.
 
@@ -81,6 +87,20 @@ class HiddenStateEncoder:
         return self._encode(documents, rows)
 
     @torch.no_grad()
+    def encode_answers(self, documents: Sequence[Document]) -> list[Tensor]:
+        """Return for each document the hidden states that all answer tokens were drawn from.
+
+        In the order of `Document.answers`; see `encode`.
+
+        Raises:
+            ModelError: If a document is longer than the model's context.
+        """
+        return self.encode_answers_with_gradient(documents)
+
+    def encode_answers_with_gradient(self, documents: Sequence[Document]) -> list[Tensor]:
+        """Do what `encode_answers` does; gradients flow to whatever of the model is trained."""
+        return self._encode(documents, [document.answers() - 1 for document in documents])
+
     def _encode(self, documents: Sequence[Document], rows: Sequence[Tensor]) -> list[Tensor]:
         # The result owns its memory, so that the padded batch it is cut from is freed.
         encoded: list[Tensor] = [torch.zeros(0)] * len(documents)

@@ -6,8 +6,8 @@ processes) can be added up before anything is divided.
 Shape suffixes: K draft depths.
 """
 
-from collections.abc import Iterator, Sequence, Sized
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, field
 from typing import Generic, Protocol, Self, TypeVar
 
 import torch
@@ -43,7 +43,10 @@ class Objective(Protocol[Batch_contra]):
         """Count the labels that each depth learns from, int64 K, without running the module."""
 
     def __call__(self, batch: Batch_contra, /) -> Tensor:
-        """Sum each depth's cross-entropy over its labels, in nats: float32 K with gradient."""
+        """Sum each depth's cross-entropy over its labels, in nats: float32 K with gradient.
+
+        The trainable's further losses come after the K depths, here as in `num_labels`.
+        """
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,12 +70,15 @@ class Trainable(Generic[Batch]):
         groups: All parameters that are trained, each once.
         source: Batches.
         objective: Runs `module`.
+        further_losses: Names and weights of the losses that the objective gives beside those of
+            the depths.
     """
 
     module: nn.Module
     groups: tuple[ParameterGroup, ...]
     source: BatchSource[Batch]
     objective: Objective[Batch]
+    further_losses: Mapping[str, float] = field(default_factory=dict)
 
 
 class Losses(nn.Module, Generic[Batch]):
@@ -87,11 +93,11 @@ class Losses(nn.Module, Generic[Batch]):
         self.module = trainable.module
         self._objective = trainable.objective
 
-    def forward(self, batch: Batch, num_depths: int) -> Tensor:
+    def forward(self, batch: Batch, num_losses: int) -> Tensor:
         """Return the objective's sums; for an empty batch zeros with a gradient of zero."""
         if len(batch):
             return self._objective(batch)
         # Every process must bring a gradient of every parameter, or the others wait for it.
         parameters = [p for p in self.module.parameters() if p.requires_grad]
         zero = torch.stack([p.sum() * 0.0 for p in parameters]).sum()
-        return zero.expand(num_depths)
+        return zero.expand(num_losses)

@@ -25,7 +25,13 @@ from training.config_file import OptionParser, config_path
 from training.distilled import WHOLE, Sampling, Shard
 from training.examples import BatchPlan
 from training.mtp_source import TokenPlan
-from training.train_arguments import LEARNING_RATES, MixedPrecision, TrainMethod, add_train
+from training.train_arguments import (
+    ALL_LINEAR,
+    LEARNING_RATES,
+    MixedPrecision,
+    TrainMethod,
+    add_train,
+)
 from training.trainer import TrainConfig
 
 
@@ -92,7 +98,9 @@ class TrainOptions(ModelOptions):
     Attributes:
         data: Distilled files.
         output: Directory of the run and of the heads.
-        method: `medusa` trains Medusa heads, `mtp` an MTP module.
+        method: `medusa` trains Medusa heads, `medusa2` an adapter of the base with them, `mtp` an
+            MTP module.
+        init_heads: Medusa heads to begin with; None begins with fresh ones.
         limit: Number of conversations from the beginning of the files; None takes all.
         num_depths: Depths that an MTP module is unrolled to.
         draft_vocab_size: Most frequent tokens that the heads can draft; 0 takes all.
@@ -108,11 +116,18 @@ class TrainOptions(ModelOptions):
         gradient_accumulation: Parts in which each process goes through its share of a batch.
         max_grad_norm: Longer gradients are scaled down to this norm; 0 leaves them.
         mixed_precision: Of the matrix products; `auto` is bf16 for a base model of 16 bits.
+        warmup_epochs: In which `medusa2` trains fresh heads alone; heads to begin with need none.
+        lora_rank: Of the adapter; its alpha is twice that.
+        lora_targets: Layers that are adapted; `all-linear` is all but the unembedding.
+        lora_learning_rate: Of the adapter, at its peak.
+        divergence_weight: Weight of the divergence of the adapted base from the plain one, where
+            the first head's loss has the weight 1.
     """
 
     data: tuple[Path, ...]
     output: Path
     method: TrainMethod = "medusa"
+    init_heads: Path | None = None
     limit: int | None = None
     num_heads: int = 4
     num_blocks: int = 2
@@ -136,6 +151,11 @@ class TrainOptions(ModelOptions):
     log_interval: int = 10
     seed: int = 0
     overwrite: bool = False
+    warmup_epochs: int = 1
+    lora_rank: int = 16
+    lora_targets: tuple[str, ...] = (ALL_LINEAR,)
+    lora_learning_rate: float = 4e-4
+    divergence_weight: float = 30.0
 
     @property
     def peak_learning_rate(self) -> float:

@@ -4,24 +4,26 @@ The output directory first holds a run (state and metrics), then the heads with 
 measured on the held-out conversations.
 """
 
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import torch
 
-from heads.checkpoint import CONFIG_FILE, save_heads
+from heads.checkpoint import CONFIG_FILE, WEIGHTS_FILE, save_heads
 from heads.kinds import AnyHeads
-from heads.medusa import MedusaConfig, MedusaHeads
-from server.model.loading import LoadedModel
+from heads.medusa import MedusaHeads
 from training.answers import load_answers
 from training.base_model import load_base
 from training.config_file import save_config
-from training.dataset import Corpus, frequent_tokens, split
+from training.dataset import Corpus, split
 from training.drafts import Drafts, MedusaDrafts, MTPDrafts
 from training.errors import DataError, RunError
 from training.examples import Examples, ExampleSource
 from training.hidden_states import HiddenStateEncoder
+from training.jsonl import file_sha256
 from training.losses import MedusaObjective, medusa_groups
+from training.medusa2_start import adapted_base, medusa2_trainable, perplexities
 from training.metrics import METRICS_FILE
 from training.mtp_objective import MTPObjective
 from training.mtp_source import EncodedBatch, EncodedSource
@@ -32,6 +34,9 @@ from training.processes import Processes
 from training.progress import note, progress_bar
 from training.report import ACCEPTANCE_FILE, Measurement, measure, save_acceptance, summary
 from training.run_state import STATE_FILE
+from training.starting_heads import starting_heads
+from training.task import Task
+from training.train_arguments import TrainMethod
 from training.trainer import StepMetrics, Trainer
 
 # What may change while a run is interrupted. The data is compared by content, not by name.
@@ -40,6 +45,7 @@ _FREE_OPTIONS = frozenset(
         "data",
         "output",
         "overwrite",
+        "init_heads",
         "device",
         "num_threads",
         "log_interval",
@@ -47,31 +53,27 @@ _FREE_OPTIONS = frozenset(
         "gradient_accumulation",
     }
 )
-# Options that only one method has.
-_METHOD_OPTIONS = {
-    "medusa": ("num_heads", "num_blocks", "root_conditioned", "root_rate_factor", "batch_size"),
-    "mtp": ("num_depths", "batch_tokens"),
+# Inside of `output`.
+WARMUP_DIR = "warmup"
+# Options that not all methods have.
+_METHOD_OPTIONS: Mapping[tuple[TrainMethod, ...], tuple[str, ...]] = {
+    ("medusa", "medusa2"): (
+        "init_heads",
+        "num_heads",
+        "num_blocks",
+        "root_conditioned",
+        "root_rate_factor",
+        "batch_size",
+    ),
+    ("mtp",): ("num_depths", "batch_tokens"),
+    ("medusa2",): (
+        "warmup_epochs",
+        "lora_rank",
+        "lora_targets",
+        "lora_learning_rate",
+        "divergence_weight",
+    ),
 }
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Task:
-    """What is trained for, and on what."""
-
-    options: TrainOptions
-    loaded: LoadedModel
-    encoder: HiddenStateEncoder
-    train: Corpus
-    data_sha256: str
-    processes: Processes
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """Of the heads' matrix products."""
-        precision = self.options.mixed_precision
-        if precision == "auto":
-            return torch.float32 if self.encoder.dtype == torch.float32 else torch.bfloat16
-        return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 def run(options: TrainOptions) -> dict[str, Any] | None:
@@ -90,7 +92,8 @@ def run(options: TrainOptions) -> dict[str, Any] | None:
     _check_options(options)
     processes = Processes(options.device, is_scaled=options.mixed_precision == "fp16")
     _prepare_output(options, processes)
-    loaded = load_base(options, device=processes.device)
+    is_packed = options.method != "medusa2"
+    loaded = load_base(options, is_packed=is_packed, device=processes.device)
     answers = load_answers(options.data, loaded, options.limit)
     parts = split(answers.corpus, options.held_out)
     if parts.train.num_examples == 0:
@@ -102,19 +105,23 @@ def run(options: TrainOptions) -> dict[str, Any] | None:
         f"{parts.train.num_answer_tokens} answer tokens to train on, "
         f"{parts.held_out.num_answer_tokens} held out"
     )
-    task = _Task(
-        options, loaded, HiddenStateEncoder(loaded), parts.train, answers.sha256, processes
-    )
+    task = Task(options, loaded, HiddenStateEncoder(loaded), parts.train, answers.sha256, processes)
     heads: AnyHeads
     drafts: Drafts
+    base = None
     if options.method == "mtp":
         fresh = fresh_mtp(options, loaded, parts.train)
         heads = fresh.module
         trainer = _trained(task, _mtp(task, fresh))
         drafts = MTPDrafts(task.encoder, fresh.module, fresh.block, options.num_depths)
     else:
-        heads = _fresh_medusa(options, loaded, parts.train)
-        trainer = _trained(task, _medusa(task, heads))
+        heads = starting_heads(options, loaded, parts.train)
+        if options.method == "medusa2":
+            heads = _warmed_up(task, heads)
+            base = adapted_base(task)
+            trainer = _trained(task, medusa2_trainable(task, heads, base))
+        else:
+            trainer = _trained(task, _medusa(task, heads))
         drafts = MedusaDrafts(task.encoder, heads)
     processes.end()
     if not processes.is_main:
@@ -126,24 +133,34 @@ def run(options: TrainOptions) -> dict[str, Any] | None:
         loaded.fingerprint,
         options.model,
         None if found is None else found.result.profile,
+        adapter=None if base is None else base.files(),
     )
     if found is not None:
         save_acceptance(options.output, found, options.model, answers.sha256)
     trainer.discard_state()
     evaluation = {} if found is None else summary(found.result)
+    if found is not None and base is not None:
+        evaluation["perplexity"] = perplexities(task, base, parts.held_out)
     return {"output": str(options.output), "num_steps": trainer.num_steps, **evaluation}
 
 
 def _check_options(options: TrainOptions) -> None:
     default = {item.name: item.default for item in fields(TrainOptions)}
-    for method, names in _METHOD_OPTIONS.items():
+    for methods, names in _METHOD_OPTIONS.items():
         for name in names:
             value = getattr(options, name)
-            if method != options.method and value != default[name]:
+            if options.method not in methods and value != default[name]:
                 raise RunError(
                     f"{name} is {value}, which method {options.method} has no use for; leave it "
-                    f"out or give --method {method}"
+                    f"out or give --method {' or '.join(methods)}"
                 )
+    if options.method == "medusa2" and options.learning_rate == 0.0:
+        raise RunError("learning_rate is 0.0; for medusa2 give the heads a rate above 0")
+    if options.init_heads is not None and options.warmup_epochs != default["warmup_epochs"]:
+        raise RunError(
+            f"warmup_epochs is {options.warmup_epochs}, but heads to begin with get no warm-up; "
+            "leave out one of --warmup-epochs and --init-heads"
+        )
 
 
 def _prepare_output(options: TrainOptions, processes: Processes) -> None:
@@ -156,6 +173,7 @@ def _prepare_output(options: TrainOptions, processes: Processes) -> None:
     if options.overwrite and processes.is_main:
         for name in (CONFIG_FILE, STATE_FILE, METRICS_FILE, ACCEPTANCE_FILE):
             (directory / name).unlink(missing_ok=True)
+            (directory / WARMUP_DIR / name).unlink(missing_ok=True)
     processes.wait()
     is_done = (directory / CONFIG_FILE).exists() and not (directory / STATE_FILE).exists()
     if is_done:
@@ -163,33 +181,39 @@ def _prepare_output(options: TrainOptions, processes: Processes) -> None:
     directory.mkdir(parents=True, exist_ok=True)
 
 
-def _fresh_medusa(options: TrainOptions, loaded: LoadedModel, train: Corpus) -> MedusaHeads:
-    """Untrained Medusa heads with float32 weights; the draft vocabulary comes from the answers."""
-    draft_vocab_size = min(options.draft_vocab_size, loaded.vocab_size) or None
-    config = MedusaConfig(
-        hidden_size=loaded.hidden_size,
-        vocab_size=loaded.vocab_size,
-        num_heads=options.num_heads,
-        num_blocks=options.num_blocks,
-        root_conditioned=options.root_conditioned,
-        draft_vocab_size=draft_vocab_size,
-    )
-    ids_U = None
-    if draft_vocab_size is not None:
-        ids_U = frequent_tokens(train.documents, loaded.vocab_size, draft_vocab_size)
-    heads = MedusaHeads(config, loaded.unembedding(), loaded.input_embedding(), ids_U)
-    return heads.float()
+def _warmed_up(task: Task, heads: MedusaHeads) -> MedusaHeads:
+    """Heads that were trained alone first, in a run and a checkpoint of their own.
 
-
-def _medusa(task: _Task, heads: MedusaHeads) -> Trainable[Examples]:
+    Those that a checkpoint brought are returned as they are.
+    """
     options = task.options
-    source = ExampleSource(task.train, task.encoder, options.num_heads, options.batch_plan)
+    if options.init_heads is not None:
+        return heads
+    directory = options.output / WARMUP_DIR
+    is_done = (directory / CONFIG_FILE).exists() and not (directory / STATE_FILE).exists()
+    if not is_done:
+        note(f"warm-up: the heads alone, {options.warmup_epochs} epochs")
+        directory.mkdir(exist_ok=True)
+        alone = replace(options, method="medusa", output=directory, epochs=options.warmup_epochs)
+        warmup = replace(task, options=alone)
+        trainer = _trained(warmup, _medusa(warmup, heads))
+        if task.processes.is_main:
+            name, fingerprint = options.model, task.loaded.fingerprint
+            save_heads(directory, heads, fingerprint, name, None, dtype=torch.float32)
+        trainer.discard_state()
+    task.processes.wait()
+    return starting_heads(replace(options, init_heads=directory), task.loaded, task.train)
+
+
+def _medusa(task: Task, heads: MedusaHeads) -> Trainable[Examples]:
+    options = task.options
+    source = ExampleSource(task.train, task.encoder, heads.config.num_heads, options.batch_plan)
     _fill_cache(task, source)
     groups = medusa_groups(heads, options.root_rate_factor)
     return Trainable(heads, groups, source, MedusaObjective(heads, task.compute_dtype))
 
 
-def _mtp(task: _Task, fresh: FreshMTP) -> Trainable[EncodedBatch]:
+def _mtp(task: Task, fresh: FreshMTP) -> Trainable[EncodedBatch]:
     source = EncodedSource(task.train, task.encoder, task.options.token_plan)
     _fill_cache(task, source)
     module, num_depths = fresh.module, task.options.num_depths
@@ -201,19 +225,21 @@ def _mtp(task: _Task, fresh: FreshMTP) -> Trainable[EncodedBatch]:
     )
 
 
-def _fill_cache(task: _Task, source: ExampleSource | EncodedSource) -> None:
+def _fill_cache(task: Task, source: ExampleSource | EncodedSource) -> None:
     if task.options.cache:
         with progress_bar("hidden states", len(task.train.documents)) as bar:
             source.fill_cache(bar.advance)
 
 
-def _trained(task: _Task, trainable: Trainable[Any]) -> Trainer[Any]:
+def _trained(task: Task, trainable: Trainable[Any]) -> Trainer[Any]:
     """Train to the end, from where an earlier process was if there was one."""
     options = task.options
     # Said in full, because the default hangs on the method.
     options = replace(options, learning_rate=options.peak_learning_rate)
     kept = {k: v for k, v in asdict(options).items() if k not in _FREE_OPTIONS}
     kept["data_sha256"] = task.data_sha256
+    if options.init_heads is not None:
+        kept["init_heads_sha256"] = file_sha256(options.init_heads / WEIGHTS_FILE)
     trainer = Trainer(trainable, options.train_config, options.output, kept, task.processes)
     if trainer.resume():
         note(f"the run in {options.output} goes on after step {trainer.step}")

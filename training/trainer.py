@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Generic
 
@@ -60,10 +60,11 @@ class StepMetrics:
 
     Attributes:
         step: From 1.
-        loss: Weighted sum of the depths' losses, in nats.
+        loss: Weighted sum of all losses, in nats.
         loss_per_head: Each depth's mean cross-entropy, in nats; 0.0 for one without labels.
         gradient_norm: Before clipping.
         examples_per_s: Since this process began to train.
+        further_losses: Means of the trainable's further losses, in nats.
     """
 
     step: int
@@ -74,14 +75,16 @@ class StepMetrics:
     gradient_norm: float
     num_examples: int
     examples_per_s: float
+    further_losses: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Loss:
-    """Loss of a batch, without gradient: the weighted sum, and the mean of each depth."""
+    """Loss of a batch, without gradient: the weighted sum, and the means that it is of."""
 
     total: float
     per_depth_K: Tensor
+    further: dict[str, float]
 
 
 class Trainer(Generic[Batch]):
@@ -109,6 +112,7 @@ class Trainer(Generic[Batch]):
         self.module = trainable.module
         self._source = trainable.source
         self._objective = trainable.objective
+        self._further_weights = trainable.further_losses
         self._config = config
         self._directory = directory
         self._options = options
@@ -194,8 +198,7 @@ class Trainer(Generic[Batch]):
         """Compute a batch's loss and leave its gradient, the same on all processes."""
         self._optimizer.zero_grad(set_to_none=True)
         num_labels_K = self._objective.num_labels(batch).clamp(min=1)
-        depths_K = torch.arange(len(num_labels_K), device=num_labels_K.device)
-        weights_K = self._config.head_decay**depths_K
+        weights_K = self._weights(num_labels_K)
         num_parts = self._processes.count * self._config.gradient_accumulation
         parts = self._processes.own(batch.divide(num_parts))
         sums_K = torch.zeros_like(weights_K)
@@ -204,8 +207,19 @@ class Trainer(Generic[Batch]):
                 part_sums_K = self._losses(part, len(weights_K))
                 self._processes.backward((weights_K * part_sums_K / num_labels_K).sum())
             sums_K += part_sums_K.detach()
-        per_depth_K = self._processes.sum(sums_K) / num_labels_K
-        return _Loss(float((weights_K * per_depth_K).sum()), per_depth_K)
+        means_K = self._processes.sum(sums_K) / num_labels_K
+        num_depths = len(means_K) - len(self._further_weights)
+        further = dict(zip(self._further_weights, means_K[num_depths:].tolist(), strict=True))
+        return _Loss(float((weights_K * means_K).sum()), means_K[:num_depths], further)
+
+    def _weights(self, num_labels_K: Tensor) -> Tensor:
+        """Weights of the depths' losses and, behind them, of the further ones."""
+        depths_K = torch.arange(len(num_labels_K), device=num_labels_K.device)
+        weights_K = self._config.head_decay**depths_K
+        num_depths = len(num_labels_K) - len(self._further_weights)
+        for index, weight in enumerate(self._further_weights.values()):
+            weights_K[num_depths + index] = weight
+        return weights_K
 
     def _update(self, loss: _Loss) -> float:
         """Take one optimiser step; returns the gradient's norm."""
@@ -248,6 +262,7 @@ class Trainer(Generic[Batch]):
             gradient_norm=gradient_norm,
             num_examples=self._progress.num_examples,
             examples_per_s=rate,
+            further_losses=loss.further,
         )
 
     def _record(self, metrics: StepMetrics, file: LineAppender | None) -> None:

@@ -3,10 +3,18 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, GraniteConfig
 
 from server.errors import ModelError
 from server.model.loading import LoadedModel, load_model
-from tests.tiny_models import MAX_MODEL_LEN, TINY_KINDS, TinyKind, save_tiny_model
+from tests.tiny_models import (
+    MAX_MODEL_LEN,
+    TINY_KINDS,
+    TinyKind,
+    save_tiny_model,
+    tiny_config,
+    tiny_tokenizer,
+)
 from tests.training.corpora import corpus, document
 from training.dataset import Document
 from training.hidden_states import HiddenStateEncoder
@@ -80,3 +88,25 @@ def test_a_model_that_changes_hidden_states_before_its_unembedding_is_refused(
     unembedding.register_forward_pre_hook(lambda _, args: (args[0] * 2,))
     with pytest.raises(ModelError, match="changes its last hidden states"):
         HiddenStateEncoder(model)
+
+
+def test_states_of_all_answer_tokens_can_be_asked_for(
+    loaded: LoadedModel, encoder: HiddenStateEncoder
+) -> None:
+    doc = document(20, (4, 5), (9, 14))
+    (hidden_ND,) = encoder.encode_answers([doc])
+    with torch.no_grad():
+        states_TD = loaded.model.base_model(input_ids=doc.token_ids_T.unsqueeze(0))[0][0]
+    expected_ND = states_TD[[3, 8, 9, 10, 11, 12]]
+    torch.testing.assert_close(hidden_ND, expected_ND, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("scaling", "is_plain"), [(1.0, True), (8.0, False)])
+def test_logits_that_are_no_plain_product_are_noticed(
+    tmp_path: Path, scaling: float, is_plain: bool
+) -> None:
+    config = GraniteConfig(**tiny_config("llama").to_dict() | {"logits_scaling": scaling})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    encoder = HiddenStateEncoder(load_model(str(tmp_path), "cpu", "float32"))
+    assert encoder.has_plain_logits is is_plain

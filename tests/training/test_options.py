@@ -128,3 +128,11 @@ def test_a_wrong_option_ends_with_its_value(
     with pytest.raises(SystemExit, match="2"):
         parse_options(argv)
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_targets_of_an_adapter_are_names() -> None:
+    options = parse_options([*TRAIN, "--method", "medusa2", "--lora-targets", "q_proj, v_proj"])
+    assert isinstance(options, TrainOptions)
+    assert options.lora_targets == ("q_proj", "v_proj")
+    with pytest.raises(SystemExit, match="2"):
+        parse_options([*TRAIN, "--lora-targets", "q_proj,,v_proj"])

@@ -277,3 +277,41 @@ def test_each_depths_sum_is_divided_by_its_labels_then_weighted(
     assert found[0].loss == expected[0] + 0.5 * expected[1]
     assert found[0].gradient_norm == pytest.approx(found[0].loss)
     assert found[0].num_examples == 4
+
+
+class WithFurther:
+    """A Medusa objective with a loss of its own behind those of the heads."""
+
+    def __init__(self, heads: MedusaHeads, further: float) -> None:
+        self._of_heads = MedusaObjective(heads, torch.float32)
+        self._further = further
+
+    def num_labels(self, batch: Examples) -> torch.Tensor:
+        num_labels_K = self._of_heads.num_labels(batch)
+        return torch.cat((num_labels_K, num_labels_K.new_tensor([4])))
+
+    def __call__(self, batch: Examples) -> torch.Tensor:
+        losses_K = self._of_heads(batch)
+        return torch.cat((losses_K, losses_K.new_tensor([4 * self._further])))
+
+
+def test_further_losses_are_weighed_and_reported_beside_those_of_the_depths(
+    loaded: LoadedModel, encoder: HiddenStateEncoder, tmp_path: Path
+) -> None:
+    plan, heads = BatchPlan(batch_size=16), make_heads(loaded)
+    source = ExampleSource(corpus(9), encoder, 2, plan)
+    found: list[StepMetrics] = []
+    for name in ("with", "without"):
+        objective = (
+            WithFurther(heads, 0.25) if name == "with" else MedusaObjective(heads, torch.float32)
+        )
+        further = {"divergence": 3.0} if name == "with" else {}
+        trainable = Trainable(heads, medusa_groups(heads, 1.0), source, objective, further)
+        config = replace(CONFIG, learning_rate=0.0, epochs=1, log_interval=1)
+        trainer = Trainer(trainable, config, tmp_path / name, OPTIONS, Processes("cpu"))
+        trainer.train(found.append)
+    ours, plain = found[0], found[len(found) // 2]
+    assert ours.loss == pytest.approx(plain.loss + 3.0 * 0.25)
+    assert ours.loss_per_head == plain.loss_per_head
+    assert (ours.further_losses, plain.further_losses) == ({"divergence": 0.25}, {})
+    assert read_metrics(tmp_path / "with")[0]["further_losses"] == {"divergence": 0.25}

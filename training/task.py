@@ -1,0 +1,31 @@
+"""What a training run works with, whatever its method."""
+
+from dataclasses import dataclass
+
+import torch
+
+from server.model.loading import LoadedModel
+from training.dataset import Corpus
+from training.hidden_states import HiddenStateEncoder
+from training.options import TrainOptions
+from training.processes import Processes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Task:
+    """What is trained for, and on what."""
+
+    options: TrainOptions
+    loaded: LoadedModel
+    encoder: HiddenStateEncoder
+    train: Corpus
+    data_sha256: str
+    processes: Processes
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of the heads' matrix products."""
+        precision = self.options.mixed_precision
+        if precision == "auto":
+            return torch.float32 if self.encoder.dtype == torch.float32 else torch.bfloat16
+        return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
