@@ -9,6 +9,7 @@ from training.dataset import Corpus
 from training.hidden_states import HiddenStateEncoder
 from training.options import TrainOptions
 from training.processes import Processes
+from training.usage import Usage
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -21,6 +22,7 @@ class Task:
     train: Corpus
     data_sha256: str
     processes: Processes
+    usage: Usage
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -38,6 +38,7 @@ from training.starting_heads import starting_heads
 from training.task import Task
 from training.train_arguments import TrainMethod
 from training.trainer import StepMetrics, Trainer
+from training.usage import Usage
 
 # What may change while a run is interrupted. The data is compared by content, not by name.
 _FREE_OPTIONS = frozenset(
@@ -105,7 +106,8 @@ def run(options: TrainOptions) -> dict[str, Any] | None:
         f"{parts.train.num_answer_tokens} answer tokens to train on, "
         f"{parts.held_out.num_answer_tokens} held out"
     )
-    task = Task(options, loaded, HiddenStateEncoder(loaded), parts.train, answers.sha256, processes)
+    usage, encoder = Usage(), HiddenStateEncoder(loaded)
+    task = Task(options, loaded, encoder, parts.train, answers.sha256, processes, usage)
     heads: AnyHeads
     drafts: Drafts
     base = None
@@ -117,7 +119,8 @@ def run(options: TrainOptions) -> dict[str, Any] | None:
     else:
         heads = starting_heads(options, loaded, parts.train)
         if options.method == "medusa2":
-            heads = _warmed_up(task, heads)
+            with usage.stage("warmup"):
+                heads = _warmed_up(task, heads)
             base = adapted_base(task)
             trainer = _trained(task, medusa2_trainable(task, heads, base))
         else:
@@ -126,7 +129,8 @@ def run(options: TrainOptions) -> dict[str, Any] | None:
     processes.end()
     if not processes.is_main:
         return None
-    found = _measured(parts.held_out, drafts)
+    with usage.stage("measuring"):
+        found = _measured(parts.held_out, drafts)
     save_heads(
         options.output,
         heads,
@@ -141,7 +145,12 @@ def run(options: TrainOptions) -> dict[str, Any] | None:
     evaluation = {} if found is None else summary(found.result)
     if found is not None and base is not None:
         evaluation["perplexity"] = perplexities(task, base, parts.held_out)
-    return {"output": str(options.output), "num_steps": trainer.num_steps, **evaluation}
+    return {
+        "output": str(options.output),
+        "num_steps": trainer.num_steps,
+        **evaluation,
+        **usage.summary(parts.train, processes.device),
+    }
 
 
 def _check_options(options: TrainOptions) -> None:
@@ -195,7 +204,7 @@ def _warmed_up(task: Task, heads: MedusaHeads) -> MedusaHeads:
         note(f"warm-up: the heads alone, {options.warmup_epochs} epochs")
         directory.mkdir(exist_ok=True)
         alone = replace(options, method="medusa", output=directory, epochs=options.warmup_epochs)
-        warmup = replace(task, options=alone)
+        warmup = replace(task, options=alone, usage=Usage())
         trainer = _trained(warmup, _medusa(warmup, heads))
         if task.processes.is_main:
             name, fingerprint = options.model, task.loaded.fingerprint
@@ -227,7 +236,8 @@ def _mtp(task: Task, fresh: FreshMTP) -> Trainable[EncodedBatch]:
 
 def _fill_cache(task: Task, source: ExampleSource | EncodedSource) -> None:
     if task.options.cache:
-        with progress_bar("hidden states", len(task.train.documents)) as bar:
+        bar_of = progress_bar("hidden states", len(task.train.documents))
+        with task.usage.stage("hidden_states"), bar_of as bar:
             source.fill_cache(bar.advance)
 
 
@@ -245,7 +255,8 @@ def _trained(task: Task, trainable: Trainable[Any]) -> Trainer[Any]:
         note(f"the run in {options.output} goes on after step {trainer.step}")
     if task.processes.is_main:
         save_config(options.output / "train.toml", "train", options)
-    with progress_bar("training", trainer.num_steps) as bar:
+    num_before = trainer.num_examples
+    with task.usage.stage("steps"), progress_bar("training", trainer.num_steps) as bar:
         bar.advance(trainer.step)
 
         def show(metrics: StepMetrics) -> None:
@@ -253,6 +264,7 @@ def _trained(task: Task, trainable: Trainable[Any]) -> Trainer[Any]:
             bar.show(f"loss {metrics.loss:.3f}, {metrics.examples_per_s:.0f} examples/s")
 
         trainer.train(show)
+    task.usage.add_examples(trainer.num_examples - num_before)
     return trainer
 
 

@@ -25,6 +25,7 @@ from training.metrics import open_metrics
 from training.objective import Batch, Losses, Trainable
 from training.processes import Processes
 from training.run_state import STATE_FILE, Progress, load_state, save_state
+from training.usage import peak_cuda_memory_bytes, peak_memory_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,7 @@ class StepMetrics:
         loss_per_head: Each depth's mean cross-entropy, in nats; 0.0 for one without labels.
         gradient_norm: Before clipping.
         examples_per_s: Since this process began to train.
+        peak_memory_bytes: Of this process; `peak_cuda_memory_bytes` of its device, 0 without CUDA.
         further_losses: Means of the trainable's further losses, in nats.
     """
 
@@ -75,6 +77,8 @@ class StepMetrics:
     gradient_norm: float
     num_examples: int
     examples_per_s: float
+    peak_memory_bytes: int = 0
+    peak_cuda_memory_bytes: int = 0
     further_losses: dict[str, float] = field(default_factory=dict)
 
 
@@ -138,6 +142,11 @@ class Trainer(Generic[Batch]):
     def step(self) -> int:
         """Optimiser steps done, earlier processes' included."""
         return self._progress.step
+
+    @property
+    def num_examples(self) -> int:
+        """Examples seen, earlier processes' included."""
+        return self._progress.num_examples
 
     def resume(self) -> bool:
         """Take up the run that the directory holds; False if it holds none.
@@ -262,6 +271,8 @@ class Trainer(Generic[Batch]):
             gradient_norm=gradient_norm,
             num_examples=self._progress.num_examples,
             examples_per_s=rate,
+            peak_memory_bytes=peak_memory_bytes(),
+            peak_cuda_memory_bytes=peak_cuda_memory_bytes(self._processes.device),
             further_losses=loss.further,
         )
 

@@ -84,6 +84,22 @@ def test_a_finished_run_leaves_metrics_and_no_state(heads_dir: Path) -> None:
     assert {"step", "epoch", "loss_per_head", "learning_rate"} <= set(lines[0])
 
 
+def test_a_run_says_what_it_took(
+    distilled_file: Path, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(distilled_file, tmp_path / "heads", model_dir) == 0
+    found = result(capsys)
+    assert list(found["seconds"]) == ["hidden_states", "steps", "measuring"]
+    assert 0.0 < found["examples_per_s"] < found["answer_tokens_per_s"]
+    assert found["answer_tokens_per_s"] < found["document_tokens_per_s"]
+    lines = read_metrics(tmp_path / "heads")
+    seen = lines[-1]["num_examples"] / found["seconds"]["steps"]
+    assert found["examples_per_s"] == pytest.approx(seen, rel=0.05)
+    assert 0 < lines[-1]["peak_memory_bytes"] <= found["peak_memory_bytes"]
+    assert train(distilled_file, tmp_path / "streamed", model_dir, "--no-cache") == 0
+    assert list(result(capsys)["seconds"]) == ["steps", "measuring"]
+
+
 def test_the_options_of_a_run_lie_beside_the_heads_and_begin_it_again(
     heads_dir: Path, distilled_file: Path, model_dir: Path, tmp_path: Path, loaded: LoadedModel
 ) -> None:
