@@ -4,10 +4,11 @@ With a cache, all hidden states are computed once and kept; without, they are co
 each epoch for one group of documents at a time. Either way the batches of an epoch depend on
 the seed and the epoch alone, so that a run can be taken up again in its middle.
 
-Shape suffixes: N examples, D model width, K draft heads.
+Shape suffixes: N examples, M answer tokens, D model width, K draft heads.
 """
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -23,53 +24,69 @@ NO_LABEL = -100
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Examples:
-    """Any number of examples, all on one device.
+    """Any number of examples, all on one device, and the hidden states that they point into.
 
     Attributes:
-        hidden_ND: Last hidden states of the base model.
+        states_MD: Last hidden states of the base model, one for each answer token: the one that it
+            was drawn from. Those of an answer are next to each other, in order.
+        rows_N: Int64; where each root's own state is.
         roots_N: Int64 tokens drawn from them.
         labels_NK: Int64; head k is to draft the (k + 1)th token after the root, or `NO_LABEL`.
     """
 
-    hidden_ND: Tensor
+    states_MD: Tensor
+    rows_N: Tensor
     roots_N: Tensor
     labels_NK: Tensor
 
     def __len__(self) -> int:
         return len(self.roots_N)
 
+    @property
+    def hidden_ND(self) -> Tensor:
+        """A copy of the states that the roots were drawn from."""
+        return self.states_MD[self.rows_N]
+
+    def label_states(self, head: int) -> Tensor:
+        """Copy the states ND that a head's labels were drawn from; any where it has no label."""
+        return self.states_MD[(self.rows_N + head + 1).clamp(max=len(self.states_MD) - 1)]
+
     def take(self, indices_N: Tensor) -> "Examples":
-        """Copy the examples of these indices."""
+        """Return the examples of these indices; they point into the same states."""
         at = indices_N.to(self.roots_N.device)
-        return Examples(self.hidden_ND[at], self.roots_N[at], self.labels_NK[at])
+        return Examples(self.states_MD, self.rows_N[at], self.roots_N[at], self.labels_NK[at])
 
     def divide(self, num_parts: int) -> Sequence["Examples"]:
         """Split the examples into parts, in order; some may be empty."""
-        columns = (self.hidden_ND, self.roots_N, self.labels_NK)
+        columns = (self.rows_N, self.roots_N, self.labels_NK)
         split = (column.tensor_split(num_parts) for column in columns)
-        return [Examples(*parts) for parts in zip(*split, strict=True)]
+        return [Examples(self.states_MD, *parts) for parts in zip(*split, strict=True)]
 
     @classmethod
     def join(cls, parts: Sequence["Examples"]) -> "Examples":
-        """Put examples one after the other."""
+        """Put examples one after the other; the states are copied."""
+        starts = itertools.accumulate((len(part.states_MD) for part in parts), initial=0)
+        rows = [part.rows_N + start for part, start in zip(parts, starts, strict=False)]
         return cls(
-            torch.cat([part.hidden_ND for part in parts]),
+            torch.cat([part.states_MD for part in parts]),
+            torch.cat(rows),
             torch.cat([part.roots_N for part in parts]),
             torch.cat([part.labels_NK for part in parts]),
         )
 
 
-def document_examples(document: Document, hidden_ND: Tensor, num_heads: int) -> Examples:
+def document_examples(document: Document, states_MD: Tensor, num_heads: int) -> Examples:
     """Make the examples of a document.
 
     Args:
         document: Gives roots and labels.
-        hidden_ND: What `HiddenStateEncoder.encode` returned for it.
+        states_MD: What `HiddenStateEncoder.encode_answers` returned for it.
         num_heads: K.
     """
-    device, roots_N = hidden_ND.device, document.token_ids_T[document.roots()]
-    labels_NK = document_labels(document, num_heads)
-    return Examples(hidden_ND, roots_N.to(device), labels_NK.to(device))
+    device, roots_N = states_MD.device, document.roots()
+    rows_N = torch.searchsorted(document.answers(), roots_N)
+    token_ids_N, labels_NK = document.token_ids_T[roots_N], document_labels(document, num_heads)
+    return Examples(states_MD, *(x.to(device) for x in (rows_N, token_ids_N, labels_NK)))
 
 
 def document_labels(document: Document, num_depths: int) -> Tensor:
@@ -173,10 +190,10 @@ class ExampleSource:
 
     def _examples(self, group: Sequence[int]) -> Examples:
         documents = [self._documents[i] for i in group]
-        encoded = self._encoder.encode(documents)
+        encoded = self._encoder.encode_answers(documents)
         return Examples.join(
             [
-                document_examples(document, hidden_ND, self._num_heads)
-                for document, hidden_ND in zip(documents, encoded, strict=True)
+                document_examples(document, states_MD, self._num_heads)
+                for document, states_MD in zip(documents, encoded, strict=True)
             ]
         )

@@ -1,6 +1,11 @@
-"""The Medusa-1 loss: every head's cross-entropy over the draft vocabulary, backbone frozen.
+"""The Medusa-1 loss: every head's loss over the draft vocabulary, backbone frozen.
 
 Source: Medusa, arXiv:2401.10774, 2.2.1; the trainer weighs head k (from 0) by decay ** k.
+
+Hard labels are the tokens that the base model drew. Soft ones are the distributions that it drew
+them from, restricted to the draft vocabulary and scaled up to 1, at the same positions. So nothing
+outside of the draft vocabulary is ever computed, and the missing mass counts all the same: a
+position has a label in the draft vocabulary as often as its distribution has mass there.
 
 Shape suffixes: N examples, D model width, K draft heads, U draft vocabulary, V vocabulary.
 """
@@ -56,6 +61,79 @@ def frozen_cross_entropy(hidden_ND: Tensor, rows_UD: Tensor, labels_N: Tensor) -
     return loss
 
 
+class _FrozenMixture(torch.autograd.Function):
+    """Hard and soft labels mixed, as `_FrozenCrossEntropy` else."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        rows_UD: Tensor,
+        labels_N: Tensor,
+        teacher_NU: Tensor,
+        kl_weight: float,
+    ) -> Tensor:
+        log_probs_NU = F.linear(hidden_ND, rows_UD).float().log_softmax(dim=1)
+        is_labelled_N1 = (labels_N >= 0).unsqueeze(1)
+        index_N1 = labels_N.clamp(min=0).unsqueeze(1)
+        soft_NU = teacher_NU.exp()
+        divergence_N1 = (soft_NU * (teacher_NU - log_probs_NU)).sum(dim=1, keepdim=True)
+        hard = 1.0 - kl_weight
+        loss_N1 = kl_weight * divergence_N1 - hard * log_probs_NU.gather(1, index_N1)
+        if ctx.needs_input_grad[0]:
+            gradient_NU = log_probs_NU.exp_().sub_(soft_NU, alpha=kl_weight)
+            gradient_NU.scatter_add_(1, index_N1, gradient_NU.new_full(index_N1.shape, -hard))
+            gradient_NU.mul_(is_labelled_N1)
+            ctx.save_for_backward(gradient_NU.to(rows_UD.dtype) @ rows_UD)
+        return (loss_N1 * is_labelled_N1).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (gradient_ND,) = ctx.saved_tensors
+        return gradient_ND * gradients[0].to(gradient_ND.dtype), None, None, None, None
+
+
+class DraftLoss:
+    """The loss of drafts behind the frozen rows of their draft vocabulary.
+
+    Args:
+        rows_UD: Of the base model's unembedding.
+        compute_dtype: Of the products.
+        kl_weight: W in [0, 1]: (1 - W) * cross-entropy with the label + W * KL(base || draft).
+    """
+
+    def __init__(self, rows_UD: Tensor, compute_dtype: torch.dtype, kl_weight: float) -> None:
+        self._rows_UD = rows_UD.to(compute_dtype)
+        self._kl_weight = kl_weight
+
+    @property
+    def is_soft(self) -> bool:
+        """Whether the base model's distributions count."""
+        return self._kl_weight > 0.0
+
+    @torch.no_grad()
+    def soft_labels(self, states_ND: Tensor) -> Tensor:
+        """Return the base model's log-probs NU, float32, from its own hidden states."""
+        logits_NU = F.linear(states_ND.to(self._rows_UD.dtype), self._rows_UD)
+        return logits_NU.float().log_softmax(dim=1)
+
+    def __call__(self, states_ND: Tensor, labels_N: Tensor, soft_NU: Tensor | None) -> Tensor:
+        """Sum the loss over the labelled rows, in float32.
+
+        Args:
+            states_ND: Get the gradient.
+            labels_N: Int64 row of the draft vocabulary, or a negative number for no label.
+            soft_NU: Log-probs of the base model; None if they do not count.
+        """
+        states_ND = states_ND.to(self._rows_UD.dtype)
+        if soft_NU is None:
+            return frozen_cross_entropy(states_ND, self._rows_UD, labels_N)
+        loss: Tensor = _FrozenMixture.apply(  # type: ignore[no-untyped-call]
+            states_ND, self._rows_UD, labels_N, soft_NU, self._kl_weight
+        )
+        return loss
+
+
 def draft_vocab_index(draft_vocab_ids: Tensor, vocab_size: int) -> Tensor:
     """Return for each token its place in the draft vocabulary, int64 [V + 1].
 
@@ -83,12 +161,15 @@ class MedusaObjective:
         heads: Their draft vocabulary must not change any more; labels outside of it count for
             nothing.
         compute_dtype: Of the matrix products; the weights keep theirs.
+        kl_weight: As `DraftLoss` takes it.
     """
 
-    def __init__(self, heads: MedusaHeads, compute_dtype: torch.dtype) -> None:
+    def __init__(
+        self, heads: MedusaHeads, compute_dtype: torch.dtype, kl_weight: float = 0.0
+    ) -> None:
         self._heads = heads
         self._dtype = compute_dtype
-        self._rows_UD = heads.draft_rows_UD.to(compute_dtype)
+        self._loss = DraftLoss(heads.draft_rows_UD, compute_dtype, kl_weight)
         self._index_V = draft_vocab_index(heads.draft_vocab_ids, heads.config.vocab_size)
 
     def num_labels(self, examples: Examples) -> Tensor:
@@ -96,15 +177,17 @@ class MedusaObjective:
         return (self._labels(examples) >= 0).sum(dim=1)
 
     def __call__(self, examples: Examples) -> Tensor:
-        """Sum each head's cross-entropy, K, on the heads' device."""
+        """Sum each head's loss, K, on the heads' device."""
         device_type = self._index_V.device.type
         is_mixed = self._dtype != torch.float32
         with torch.autocast(device_type, self._dtype, enabled=is_mixed):
             head_hidden_KND = self._heads(examples.hidden_ND, examples.roots_N)
-        losses = [
-            frozen_cross_entropy(hidden_ND.to(self._dtype), self._rows_UD, labels_N)
-            for hidden_ND, labels_N in zip(head_hidden_KND, self._labels(examples), strict=True)
-        ]
+        losses = []
+        for head, labels_N in enumerate(self._labels(examples)):
+            soft_NU = None
+            if self._loss.is_soft:
+                soft_NU = self._loss.soft_labels(examples.label_states(head))
+            losses.append(self._loss(head_hidden_KND[head], labels_N, soft_NU))
         return torch.stack(losses)
 
     def _labels(self, examples: Examples) -> Tensor:

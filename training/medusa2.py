@@ -117,9 +117,9 @@ class Medusa2Objective:
 
     def num_labels(self, batch: DocumentBatch) -> Tensor:
         """Count each head's labels and, last, the answer tokens, int64 K + 1."""
-        sizes = [torch.zeros(doc.num_examples, 0, device=self._device) for doc in batch.documents]
+        sizes = [torch.zeros(len(doc.answers()), 0, device=self._device) for doc in batch.documents]
         labels_K = self._of_heads.num_labels(self._examples(batch.documents, sizes))
-        num_answer_tokens = sum(len(document.answers()) for document in batch.documents)
+        num_answer_tokens = sum(map(len, sizes))
         return torch.cat((labels_K, labels_K.new_tensor([num_answer_tokens])))
 
     def __call__(self, batch: DocumentBatch) -> Tensor:
@@ -128,25 +128,14 @@ class Medusa2Objective:
         with self._base.without():
             teacher = self._encoder.encode_answers(documents)
         hidden = self._encoder.encode_answers_with_gradient(documents)
-        examples = self._examples(
-            documents,
-            [
-                hidden_MD[_roots_among_answers(document).to(self._device)]
-                for document, hidden_MD in zip(documents, hidden, strict=True)
-            ],
-        )
+        examples = self._examples(documents, hidden)
         divergence = frozen_divergence(torch.cat(hidden), torch.cat(teacher), self._unembedding_VD)
         return torch.cat((self._of_heads(examples), divergence.unsqueeze(0)))
 
     def _examples(self, documents: Sequence[Document], hidden: Sequence[Tensor]) -> Examples:
         return Examples.join(
             [
-                document_examples(document, hidden_ND, self._num_heads)
-                for document, hidden_ND in zip(documents, hidden, strict=True)
+                document_examples(document, states_MD, self._num_heads)
+                for document, states_MD in zip(documents, hidden, strict=True)
             ]
         )
-
-
-def _roots_among_answers(document: Document) -> Tensor:
-    """Indices into `Document.answers` of `Document.roots`."""
-    return torch.isin(document.answers(), document.roots()).nonzero().flatten()

@@ -43,7 +43,7 @@ class Objective(Protocol[Batch_contra]):
         """Count the labels that each depth learns from, int64 K, without running the module."""
 
     def __call__(self, batch: Batch_contra, /) -> Tensor:
-        """Sum each depth's cross-entropy over its labels, in nats: float32 K with gradient.
+        """Sum each depth's loss over its labels, in nats: float32 K with gradient.
 
         The trainable's further losses come after the K depths, here as in `num_labels`.
         """

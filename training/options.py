@@ -116,6 +116,7 @@ class TrainOptions(ModelOptions):
         gradient_accumulation: Parts in which each process goes through its share of a batch.
         max_grad_norm: Longer gradients are scaled down to this norm; 0 leaves them.
         mixed_precision: Of the matrix products; `auto` is bf16 for a base model of 16 bits.
+        kl_weight: Share of the divergence from the base model's own distribution in the loss.
         warmup_epochs: In which `medusa2` trains fresh heads alone; heads to begin with need none.
         lora_rank: Of the adapter; its alpha is twice that.
         lora_targets: Layers that are adapted; `all-linear` is all but the unembedding.
@@ -145,6 +146,7 @@ class TrainOptions(ModelOptions):
     max_grad_norm: float = 1.0
     mixed_precision: MixedPrecision = "auto"
     head_decay: float = 0.8
+    kl_weight: float = 0.0
     held_out: float = 0.03
     cache: bool = True
     save_interval: int = 200

@@ -17,7 +17,7 @@ _WIDE_INCHES = (12.8, 4.6)
 
 def loss_curves(metrics: Sequence[Mapping[str, Any]]) -> str:
     """Loss of every head over the steps of a run."""
-    figure, axes = _figure("training loss", "step", "cross-entropy, nats")
+    figure, axes = _figure("training loss", "step", "loss, nats")
     steps = [row["step"] for row in metrics]
     for head in range(len(metrics[0]["loss_per_head"])):
         axes.plot(steps, [row["loss_per_head"][head] for row in metrics], label=f"head {head + 1}")

@@ -49,6 +49,7 @@ def add_train(parser: argparse.ArgumentParser, options: Any) -> None:
     add("max-grad-norm", type=between(0.0, 1e6), metavar="N", help="clip gradients; 0 is off")
     add("mixed-precision", choices=get_args(MixedPrecision), help="of the products")
     add("head-decay", type=between(0.0, 1.0), metavar="L", help="weight of depth k is L ** k")
+    add("kl-weight", type=between(0.0, 1.0), metavar="W", help="medusa, mtp: of KL to the base")
     add("held-out", type=between(0.0, 0.5), metavar="F", help="share of conversations to measure")
     add("save-interval", type=count, metavar="N", help="steps between saved states")
     add("log-interval", type=count, metavar="N", help="steps between lines of metrics")

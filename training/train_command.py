@@ -13,6 +13,7 @@ import torch
 from heads.checkpoint import CONFIG_FILE, WEIGHTS_FILE, save_heads
 from heads.kinds import AnyHeads
 from heads.medusa import MedusaHeads
+from server.errors import ModelError
 from training.answers import load_answers
 from training.base_model import load_base
 from training.config_file import save_config
@@ -67,6 +68,7 @@ _METHOD_OPTIONS: Mapping[tuple[TrainMethod, ...], tuple[str, ...]] = {
         "batch_size",
     ),
     ("mtp",): ("num_depths", "batch_tokens"),
+    ("medusa", "mtp"): ("kl_weight",),
     ("medusa2",): (
         "warmup_epochs",
         "lora_rank",
@@ -107,6 +109,11 @@ def run(options: TrainOptions) -> dict[str, Any] | None:
         f"{parts.held_out.num_answer_tokens} held out"
     )
     usage, encoder = Usage(), HiddenStateEncoder(loaded)
+    if options.kl_weight > 0.0 and not encoder.has_plain_logits:
+        raise ModelError(
+            f"kl_weight is {options.kl_weight:g}, but model {loaded.name!r} scales, caps or shifts "
+            "its logits, so that its distribution is not known; leave it out"
+        )
     task = Task(options, loaded, encoder, parts.train, answers.sha256, processes, usage)
     heads: AnyHeads
     drafts: Drafts
@@ -219,7 +226,8 @@ def _medusa(task: Task, heads: MedusaHeads) -> Trainable[Examples]:
     source = ExampleSource(task.train, task.encoder, heads.config.num_heads, options.batch_plan)
     _fill_cache(task, source)
     groups = medusa_groups(heads, options.root_rate_factor)
-    return Trainable(heads, groups, source, MedusaObjective(heads, task.compute_dtype))
+    objective = MedusaObjective(heads, task.compute_dtype, task.options.kl_weight)
+    return Trainable(heads, groups, source, objective)
 
 
 def _mtp(task: Task, fresh: FreshMTP) -> Trainable[EncodedBatch]:
@@ -230,7 +238,7 @@ def _mtp(task: Task, fresh: FreshMTP) -> Trainable[EncodedBatch]:
         module,
         (ParameterGroup(tuple(module.parameters())),),
         source,
-        MTPObjective(module, fresh.block, num_depths, task.compute_dtype),
+        MTPObjective(module, fresh.block, num_depths, task.compute_dtype, task.options.kl_weight),
     )
 
 

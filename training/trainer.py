@@ -62,7 +62,7 @@ class StepMetrics:
     Attributes:
         step: From 1.
         loss: Weighted sum of all losses, in nats.
-        loss_per_head: Each depth's mean cross-entropy, in nats; 0.0 for one without labels.
+        loss_per_head: Each depth's mean loss, in nats; 0.0 for one without labels.
         gradient_norm: Before clipping.
         examples_per_s: Since this process began to train.
         peak_memory_bytes: Of this process; `peak_cuda_memory_bytes` of its device, 0 without CUDA.

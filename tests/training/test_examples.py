@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tests.training.corpora import corpus, document
-from training.dataset import Corpus
+from training.dataset import Corpus, Document
 from training.examples import NO_LABEL, BatchPlan, Examples, ExampleSource, document_examples
 from training.hidden_states import HiddenStateEncoder
 
@@ -34,7 +34,7 @@ def test_labels_are_the_tokens_after_the_root_and_end_with_the_answer(
 ) -> None:
     doc = document(20, (3, 5), (8, 13))
     tokens = doc.token_ids_T.tolist()
-    found = document_examples(doc, encoder.encode([doc])[0], K)
+    found = document_examples(doc, encoder.encode_answers([doc])[0], K)
     ends = {3: 5, 8: 13, 9: 13, 10: 13, 11: 13}
     assert found.roots_N.tolist() == [tokens[root] for root in ends]
     expected = [
@@ -47,7 +47,7 @@ def test_labels_are_the_tokens_after_the_root_and_end_with_the_answer(
 def test_no_user_token_is_ever_a_root_or_a_label(encoder: HiddenStateEncoder) -> None:
     doc = document(30, (4, 9), (15, 22), (25, 30))
     answers = {t for span in doc.spans for t in doc.token_ids_T[span.start : span.end].tolist()}
-    found = document_examples(doc, encoder.encode([doc])[0], K)
+    found = document_examples(doc, encoder.encode_answers([doc])[0], K)
     used = set(found.roots_N.tolist()) | set(found.labels_NK.flatten().tolist())
     assert used <= answers | {NO_LABEL}
 
@@ -60,8 +60,8 @@ def test_an_epoch_has_every_example_once(encoder: HiddenStateEncoder, is_cached:
     documents = corpus(9).documents
     everything = Examples.join(
         [
-            document_examples(doc, hidden_ND, K)
-            for doc, hidden_ND in zip(documents, encoder.encode(documents), strict=True)
+            document_examples(doc, states_MD, K)
+            for doc, states_MD in zip(documents, encoder.encode_answers(documents), strict=True)
         ]
     )
     assert sorted(rows(Examples.join(batches))) == sorted(rows(everything))
@@ -104,10 +104,64 @@ def test_documents_without_examples_are_left_out(encoder: HiddenStateEncoder) ->
     assert [len(batch) for batch in ours.batches(0)] == [2]
 
 
-def test_taking_examples_copies_them() -> None:
-    examples = Examples(torch.ones(3, 2), torch.arange(3), torch.zeros(3, K, dtype=torch.int64))
+def states_slowly(
+    encoder: HiddenStateEncoder, doc: Document
+) -> tuple[list[torch.Tensor], dict[tuple[int, int], torch.Tensor]]:
+    """For each root, and each root's every label, the state that its token was drawn from."""
+    (hidden_XD,) = encoder.encode_all([doc])
+    roots: list[torch.Tensor] = []
+    labels: dict[tuple[int, int], torch.Tensor] = {}
+    for span in doc.spans:
+        for root in range(span.start, span.end - 1):
+            for head in range(K):
+                if root + head + 1 < span.end:
+                    labels[len(roots), head] = hidden_XD[root + head]
+            roots.append(hidden_XD[root - 1])
+    return roots, labels
+
+
+def check_states(examples: Examples, documents: Corpus, encoder: HiddenStateEncoder) -> None:
+    first = 0
+    for doc in documents.documents:
+        roots, labels = states_slowly(encoder, doc)
+        for index, hidden_D in enumerate(roots):
+            torch.testing.assert_close(examples.hidden_ND[first + index], hidden_D)
+        for (index, head), hidden_D in labels.items():
+            torch.testing.assert_close(examples.label_states(head)[first + index], hidden_D)
+        is_labelled = examples.labels_NK[first : first + len(roots)] != NO_LABEL
+        assert [tuple(at) for at in is_labelled.nonzero().tolist()] == sorted(labels)
+        first += len(roots)
+    assert first == len(examples)
+
+
+def test_states_are_those_that_roots_and_labels_were_drawn_from(
+    encoder: HiddenStateEncoder,
+) -> None:
+    doc = document(30, (4, 9), (15, 16), (18, 22), (25, 30))
+    found = document_examples(doc, encoder.encode_answers([doc])[0], K)
+    check_states(found, Corpus((doc,)), encoder)
+
+
+def test_states_stay_with_their_examples_when_these_are_joined_taken_and_divided(
+    encoder: HiddenStateEncoder,
+) -> None:
+    documents = corpus(5)
+    encoded = encoder.encode_answers(documents.documents)
+    pairs = zip(documents.documents, encoded, strict=True)
+    whole = Examples.join([document_examples(doc, states_MD, K) for doc, states_MD in pairs])
+    check_states(whole, documents, encoder)
+    order_N = torch.randperm(len(whole))
+    back = whole.take(order_N).take(order_N.argsort())
+    check_states(back, documents, encoder)
+    check_states(Examples.join(whole.divide(4)), documents, encoder)
+
+
+def test_taken_examples_point_into_the_same_states() -> None:
+    rows_N, labels_NK = torch.tensor([0, 1, 3]), torch.zeros(3, K, dtype=torch.int64)
+    examples = Examples(torch.arange(8.0).view(4, 2), rows_N, torch.arange(3), labels_NK)
     taken = examples.take(torch.tensor([2, 0]))
     assert taken.roots_N.tolist() == [2, 0]
     assert len(taken) == 2
-    taken.hidden_ND.zero_()
-    assert bool(examples.hidden_ND.all())
+    assert taken.states_MD is examples.states_MD
+    assert taken.hidden_ND.tolist() == [[6.0, 7.0], [0.0, 1.0]]
+    assert taken.label_states(1).tolist() == [[6.0, 7.0], [4.0, 5.0]]

@@ -7,9 +7,13 @@ from torch.nn import functional as F
 
 from heads.medusa import MedusaConfig, MedusaHeads
 from training.examples import NO_LABEL, Examples
-from training.losses import MedusaObjective, frozen_cross_entropy, medusa_groups
+from training.losses import DraftLoss, MedusaObjective, frozen_cross_entropy, medusa_groups
 
 N, D, V, U, K = 13, 8, 40, 12, 3
+
+
+# Unembedding of the base model.
+BASE_VD = torch.randn(V, D, generator=torch.Generator().manual_seed(0))
 
 
 def make_heads(draft_vocab_size: int | None = U) -> MedusaHeads:
@@ -31,8 +35,12 @@ def make_examples(dtype: torch.dtype = torch.float32) -> Examples:
     labels_NK = torch.randint(V, (N, K), generator=generator)
     labels_NK[-1, 1:] = NO_LABEL
     labels_NK[-2, 2] = NO_LABEL
-    hidden_ND = torch.randn(N, D, generator=generator).to(dtype)
-    return Examples(hidden_ND, torch.randint(V, (N,), generator=generator), labels_NK)
+    # Of two answers, each with one token more than it has roots.
+    states_MD = torch.randn(N + 2, D, generator=generator).to(dtype)
+    rows_N = torch.cat((torch.arange(5), torch.arange(6, N + 1)))
+    labels_NK[4, 1:] = NO_LABEL
+    labels_NK[3, 2] = NO_LABEL
+    return Examples(states_MD, rows_N, torch.randint(V, (N,), generator=generator), labels_NK)
 
 
 def loss_slowly(heads: MedusaHeads, examples: Examples, decay: float) -> Tensor:
@@ -48,6 +56,25 @@ def loss_slowly(heads: MedusaHeads, examples: Examples, decay: float) -> Tensor:
         ]
         total = total + decay**head * torch.stack(terms).mean()
     return total
+
+
+def soft_loss_slowly(heads: MedusaHeads, examples: Examples, kl_weight: float) -> Tensor:
+    """Each head's sum, one example at a time, by the base's distribution over all tokens."""
+    ids = heads.draft_vocab_ids.tolist()
+    log_probs_KNU = heads.draft_logits(heads(examples.hidden_ND, examples.roots_N)).log_softmax(2)
+    sums_K = [torch.zeros(()) for _ in range(K)]
+    for n, row in enumerate(examples.rows_N.tolist()):
+        for head, label in enumerate(examples.labels_NK[n].tolist()):
+            if label not in ids:
+                continue
+            ours_U = log_probs_KNU[head, n]
+            # The label's own token was drawn from the state so many rows after the root's.
+            base_V = (examples.states_MD[row + head + 1] @ BASE_VD.T).softmax(0)
+            kept_U = base_V[ids] / base_V[ids].sum()
+            divergence = (kept_U * (kept_U.log() - ours_U)).sum()
+            hard = -ours_U[ids.index(label)]
+            sums_K[head] = sums_K[head] + (1 - kl_weight) * hard + kl_weight * divergence
+    return torch.stack(sums_K)
 
 
 def weighted(objective: MedusaObjective, examples: Examples, decay: float) -> Tensor:
@@ -102,8 +129,56 @@ def test_the_loss_and_its_gradients_are_those_of_a_slow_loop(
         torch.testing.assert_close(ours.grad, theirs.grad)
 
 
-def test_parts_of_a_batch_add_up_to_the_whole() -> None:
-    objective, examples = MedusaObjective(make_heads(), torch.float32), make_examples()
+@pytest.mark.parametrize("draft_vocab_size", [U, None])
+@pytest.mark.parametrize("kl_weight", [0.0, 0.3, 1.0])
+def test_soft_labels_are_the_bases_own_distribution_where_the_label_was_drawn(
+    draft_vocab_size: int | None, kl_weight: float
+) -> None:
+    heads, expected_heads = make_heads(draft_vocab_size), make_heads(draft_vocab_size)
+    sums_K = MedusaObjective(heads, torch.float32, kl_weight)(make_examples())
+    torch.autograd.backward(sums_K.sum())
+    expected_K = soft_loss_slowly(expected_heads, make_examples(), kl_weight)
+    torch.autograd.backward(expected_K.sum())
+    torch.testing.assert_close(sums_K, expected_K)
+    for ours, theirs in zip(heads.parameters(), expected_heads.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_drafts_as_the_base_draws_have_no_divergence_and_no_gradient() -> None:
+    states_ND = make_examples().states_MD
+    ours_ND = states_ND.clone().requires_grad_()
+    loss = DraftLoss(BASE_VD[:U], torch.float32, 1.0)
+    labels_N = torch.zeros(len(states_ND), dtype=torch.int64)
+    found = loss(ours_ND, labels_N, loss.soft_labels(states_ND))
+    torch.autograd.backward(found)
+    assert abs(float(found.detach())) < 1e-5
+    assert ours_ND.grad is not None
+    assert float(ours_ND.grad.abs().max()) < 1e-5
+
+
+def test_soft_labels_weigh_positions_as_often_as_hard_ones_are_in_the_draft_vocabulary() -> None:
+    """Why restricted distributions may be scaled up to 1: on average over labels nothing is lost.
+
+    The expected gradient of hard labels, drawn from the whole vocabulary, is that of soft ones.
+    """
+    generator = torch.Generator().manual_seed(4)
+    state_1D, ours_1D = torch.randn(2, 1, D, generator=generator)
+    probs_V = (state_1D @ BASE_VD.T).softmax(1)[0]
+    gradients = []
+    for kl_weight in (0.0, 1.0):
+        loss = DraftLoss(BASE_VD[:U], torch.float32, kl_weight)
+        hidden_VD = ours_1D.repeat(V, 1).requires_grad_()
+        soft_VU = loss.soft_labels(state_1D).repeat(V, 1)
+        labels_V = torch.where(torch.arange(V) < U, torch.arange(V), NO_LABEL)
+        torch.autograd.backward(loss(hidden_VD, labels_V, soft_VU))
+        assert hidden_VD.grad is not None
+        gradients.append(probs_V @ hidden_VD.grad)
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("kl_weight", [0.0, 0.3])
+def test_parts_of_a_batch_add_up_to_the_whole(kl_weight: float) -> None:
+    objective, examples = MedusaObjective(make_heads(), torch.float32, kl_weight), make_examples()
     parts = [examples.take(torch.arange(4)), examples.take(torch.arange(4, N))]
     sums_K = objective(parts[0]) + objective(parts[1])
     torch.testing.assert_close(sums_K, objective(examples))
@@ -124,10 +199,11 @@ def test_a_batch_without_labels_for_a_head_costs_that_head_nothing() -> None:
     assert bool((heads.block_weights.grad[:, 2] == 0).all())
 
 
-def test_bfloat16_products_come_close_and_leave_the_weights_in_float32() -> None:
+@pytest.mark.parametrize("kl_weight", [0.0, 1.0])
+def test_bfloat16_products_come_close_and_leave_the_weights_in_float32(kl_weight: float) -> None:
     heads = make_heads()
-    exact_K = MedusaObjective(heads, torch.float32)(make_examples())
-    rough_K = MedusaObjective(heads, torch.bfloat16)(make_examples(torch.bfloat16))
+    exact_K = MedusaObjective(heads, torch.float32, kl_weight)(make_examples())
+    rough_K = MedusaObjective(heads, torch.bfloat16, kl_weight)(make_examples(torch.bfloat16))
     torch.testing.assert_close(rough_K, exact_K, rtol=0.03, atol=0.0)
     torch.autograd.backward(rough_K.sum())
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in heads.parameters())
