@@ -17,7 +17,7 @@ from heads.mtp import MTPModule
 from heads.seen_rows import SeenRows
 from server.model.decoder_block import DecoderBlock
 from training.dataset import Document
-from training.hidden_states import HiddenStateEncoder
+from training.hidden_states import HiddenStates
 from training.mtp_source import EncodedDocument
 from training.mtp_unroll import unroll
 
@@ -54,11 +54,11 @@ class MedusaDrafts:
     """Drafts of Medusa heads; see `Drafts`.
 
     Args:
-        encoder: Of the base model.
+        encoder: Gives the base model's hidden states.
         heads: In eval mode, on the encoder's device.
     """
 
-    def __init__(self, encoder: HiddenStateEncoder, heads: MedusaHeads) -> None:
+    def __init__(self, encoder: HiddenStates, heads: MedusaHeads) -> None:
         self.num_depths = heads.config.num_heads
         self.vocab_size = heads.config.vocab_size
         self._encoder = encoder
@@ -91,14 +91,14 @@ class MTPDrafts:
     """Drafts of an MTP module; see `Drafts`.
 
     Args:
-        encoder: Of the base model.
+        encoder: Gives the base model's hidden states.
         module: In eval mode, on the encoder's device.
         block: Runs the module's block.
         num_depths: Depths to draft.
     """
 
     def __init__(
-        self, encoder: HiddenStateEncoder, module: MTPModule, block: DecoderBlock, num_depths: int
+        self, encoder: HiddenStates, module: MTPModule, block: DecoderBlock, num_depths: int
     ) -> None:
         self.num_depths = num_depths
         self.vocab_size = module.config.vocab_size

@@ -12,7 +12,8 @@ from training.config_file import save_config
 from training.dataset import Corpus
 from training.drafts import Drafts, MedusaDrafts, MTPDrafts
 from training.errors import RunError
-from training.hidden_states import HiddenStateEncoder
+from training.hidden_cache import open_cache
+from training.hidden_states import HiddenStateEncoder, HiddenStates
 from training.options import EvaluateOptions
 from training.perplexity import comparison, perplexity
 from training.progress import note
@@ -36,7 +37,8 @@ def run(options: EvaluateOptions) -> dict[str, Any]:
     found = load_draft_heads(options.heads, loaded)
     answers = load_answers(options.data, loaded, options.limit)
     encoder = HiddenStateEncoder(loaded)
-    drafts = _drafts(options, found, encoder)
+    states: HiddenStates = open_cache(options, encoder, loaded) or encoder
+    drafts = _drafts(options, found, states)
     measured = measure(answers.corpus, drafts, options.num_ranks)
     if options.save:
         profile = measured.result.profile
@@ -69,7 +71,7 @@ def _perplexities(
     return comparison(plain, adapted)
 
 
-def _drafts(options: EvaluateOptions, found: DraftHeads, encoder: HiddenStateEncoder) -> Drafts:
+def _drafts(options: EvaluateOptions, found: DraftHeads, states: HiddenStates) -> Drafts:
     # In float32, because ranks must not hang on how a kernel rounds.
     found.heads.float()
     if isinstance(found.heads, MedusaHeads):
@@ -78,10 +80,10 @@ def _drafts(options: EvaluateOptions, found: DraftHeads, encoder: HiddenStateEnc
                 f"num_depths is {options.num_depths}, but {options.heads} holds Medusa heads, "
                 "which have one depth each; leave it out"
             )
-        return MedusaDrafts(encoder, found.heads)
+        return MedusaDrafts(states, found.heads)
     if found.block is None:
         raise AssertionError("an MTP module came without its block")
     num_depths = options.num_depths
     if num_depths is None:
         num_depths = found.profile.max_depth if found.profile else _DEFAULT_DEPTHS
-    return MTPDrafts(encoder, found.heads, found.block, num_depths)
+    return MTPDrafts(states, found.heads, found.block, num_depths)

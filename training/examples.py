@@ -1,7 +1,7 @@
 """Training examples: a hidden state, the root token drawn from it, and the tokens after the root.
 
-With a cache, all hidden states are computed once and kept; without, they are computed again in
-each epoch for one group of documents at a time. Either way the batches of an epoch depend on
+With a cache, all hidden states are kept in memory; without, they are asked for again in each epoch
+for one group of documents at a time. Either way the batches of an epoch depend on
 the seed and the epoch alone, so that a run can be taken up again in its middle.
 
 Shape suffixes: N examples, M answer tokens, D model width, K draft heads.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from training.dataset import Corpus, Document
-from training.hidden_states import HiddenStateEncoder
+from training.hidden_states import HiddenStates
 
 # Stands where a head has no label because the answer ends before.
 NO_LABEL = -100
@@ -128,7 +128,7 @@ class ExampleSource:
     """
 
     def __init__(
-        self, corpus: Corpus, encoder: HiddenStateEncoder, num_heads: int, plan: BatchPlan
+        self, corpus: Corpus, encoder: HiddenStates, num_heads: int, plan: BatchPlan
     ) -> None:
         self._documents = [doc for doc in corpus.documents if doc.num_examples]
         self._encoder = encoder

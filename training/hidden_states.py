@@ -7,6 +7,7 @@ Shape suffixes: B documents, T positions, N examples, D model width.
 """
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +16,25 @@ from torch.nn import functional as F
 from server.errors import ModelError
 from server.model.loading import LoadedModel
 from training.dataset import Document
+
+
+class HiddenStates(Protocol):
+    """Hidden states of documents, wherever they come from.
+
+    Attributes:
+        dtype: Of the hidden states.
+    """
+
+    dtype: torch.dtype
+
+    def encode(self, documents: Sequence[Document]) -> list[Tensor]:
+        """See `HiddenStateEncoder.encode`."""
+
+    def encode_all(self, documents: Sequence[Document]) -> list[Tensor]:
+        """See `HiddenStateEncoder.encode_all`."""
+
+    def encode_answers(self, documents: Sequence[Document]) -> list[Tensor]:
+        """See `HiddenStateEncoder.encode_answers`."""
 
 
 class HiddenStateEncoder:

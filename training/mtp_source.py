@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from training.dataset import Corpus, Document
-from training.hidden_states import HiddenStateEncoder
+from training.hidden_states import HiddenStates
 
 # A prompt's tokens count too, and in float32 a million of them take gigabytes.
 _CACHE_DTYPE = torch.bfloat16
@@ -59,7 +59,7 @@ class TokenPlan:
 
     Attributes:
         batch_tokens: Tokens of a batch at most, prompts included; a longer document is alone.
-        group_size: Documents that the base model runs over together, roughly.
+        group_size: Documents whose hidden states are asked for together, roughly.
         is_cached: Keep all hidden states in memory.
         seed: Of the order.
     """
@@ -79,7 +79,7 @@ class EncodedSource:
         plan: Sizes and order.
     """
 
-    def __init__(self, corpus: Corpus, encoder: HiddenStateEncoder, plan: TokenPlan) -> None:
+    def __init__(self, corpus: Corpus, encoder: HiddenStates, plan: TokenPlan) -> None:
         self._documents = [doc for doc in corpus.documents if doc.num_examples]
         self._encoder = encoder
         self._plan = plan

@@ -10,19 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from server.config import METHODS, DeviceName, DtypeName, Method
-from training.arguments import (
-    add_switch,
-    adder,
-    between,
-    count,
-    shard,
-    temperatures,
-    weights,
-    whole,
-)
+from server.config import DeviceName, DtypeName, Method
+from training.arguments import adder, count
 from training.config_file import OptionParser, config_path
+from training.distill_arguments import add_distill
 from training.distilled import WHOLE, Sampling, Shard
+from training.evaluate_arguments import add_evaluate
 from training.examples import BatchPlan
 from training.mtp_source import TokenPlan
 from training.train_arguments import (
@@ -43,6 +36,19 @@ class ModelOptions:
     device: DeviceName = "auto"
     dtype: DtypeName = "auto"
     num_threads: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HiddenCacheOptions(ModelOptions):
+    """Where hidden states are kept, beside the base model that they are of.
+
+    Attributes:
+        hidden_cache: Directory of the states, which runs may share; None keeps none on disk.
+        hidden_cache_dtype: Of the states on disk; `auto` is the base model's, which loses nothing.
+    """
+
+    hidden_cache: Path | None = None
+    hidden_cache_dtype: DtypeName = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +98,7 @@ class DistillOptions(ModelOptions):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainOptions(ModelOptions):
+class TrainOptions(HiddenCacheOptions):
     """What `train` was asked to do.
 
     Attributes:
@@ -193,7 +199,7 @@ class TrainOptions(ModelOptions):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluateOptions(ModelOptions):
+class EvaluateOptions(HiddenCacheOptions):
     """What `evaluate` was asked to do.
 
     Attributes:
@@ -267,6 +273,8 @@ def parse_options(argv: Sequence[str]) -> Options:
         command.add_options(subparser)
         if issubclass(command.type, ModelOptions):
             _add_model(subparser)
+        if issubclass(command.type, HiddenCacheOptions):
+            _add_hidden_cache(subparser)
         subparser.add_config()
         if path is not None and name in argv[:1]:
             values = subparser.read_config(path, command.type)
@@ -277,27 +285,7 @@ def parse_options(argv: Sequence[str]) -> Options:
 
 
 def _add_distill(parser: argparse.ArgumentParser) -> None:
-    add, default = adder(parser, DistillOptions)
-    add("data", type=Path, metavar="PROMPTS", help="JSON lines: messages, turns or prompt (.gz)")
-    add("output", type=Path, metavar="FILE", help="JSON lines to write; an earlier run goes on")
-    add("limit", type=count, metavar="N", help="conversations, from the beginning of PROMPTS")
-    add("shard", type=shard, metavar="I/N", help="every Nth of them, from number I on")
-    add("max-tokens", type=count, metavar="N", help="begin none after so many answer tokens")
-    add(
-        "category-weights",
-        type=weights,
-        metavar="NAME=W,NAME=W",
-        help="balance answer tokens over categories; 1 if not named",
-    )
-    add("max-new-tokens", type=count, metavar="N", help="longest answer")
-    add("temperatures", type=temperatures, metavar="T,T", help="one per conversation; 0 is greedy")
-    add("top-p", type=between(0.0, 1.0), metavar="P", help="nucleus mass")
-    add("top-k", type=whole, metavar="K", help="most probable tokens kept; 0 is off")
-    add("seed", type=whole, metavar="S", help="each answer's own seed derives from it")
-    add("method", choices=METHODS, help="draft source; changes no token")
-    add("heads", help="directory of draft heads, auto or none, if METHOD is not none")
-    add("concurrency", type=count, metavar="N", help="conversations in flight")
-    add_switch(parser, "stop-repeats", default["stop_repeats"], "end answers that go in circles")
+    add_distill(parser, DistillOptions)
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
@@ -305,19 +293,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
-    add, default = adder(parser, EvaluateOptions)
-    add("heads", type=Path, metavar="DIR", help="heads checkpoint")
-    add(
-        "data",
-        type=Path,
-        action="append",
-        metavar="FILE",
-        help="held-out answers (.gz); repeatable",
-    )
-    add("limit", type=count, metavar="N", help="conversations, from the beginning of the data")
-    add("num-ranks", type=count, metavar="R", help="candidates per depth in the profile")
-    add("num-depths", type=count, metavar="K", help="mtp: depths to measure")
-    add_switch(parser, "save", default["save"], "write the profile into the checkpoint")
+    add_evaluate(parser, EvaluateOptions)
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
@@ -344,6 +320,12 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add("device", choices=get_args(DeviceName), help="where the model runs")
     add("dtype", choices=get_args(DtypeName), help="type of its weights")
     add("num-threads", type=count, metavar="N", help="CPU threads")
+
+
+def _add_hidden_cache(parser: argparse.ArgumentParser) -> None:
+    add, _ = adder(parser, HiddenCacheOptions)
+    add("hidden-cache", type=Path, metavar="DIR", help="keep hidden states on disk, for all runs")
+    add("hidden-cache-dtype", choices=get_args(DtypeName), help="type of the states on disk")
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import torch
 
 from server.model.loading import LoadedModel
 from training.dataset import Corpus
-from training.hidden_states import HiddenStateEncoder
+from training.hidden_states import HiddenStateEncoder, HiddenStates
 from training.options import TrainOptions
 from training.processes import Processes
 from training.usage import Usage
@@ -14,11 +14,17 @@ from training.usage import Usage
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Task:
-    """What is trained for, and on what."""
+    """What is trained for, and on what.
+
+    Attributes:
+        encoder: Runs the base model.
+        states: Of the plain base model: computed by the encoder, or kept on disk.
+    """
 
     options: TrainOptions
     loaded: LoadedModel
     encoder: HiddenStateEncoder
+    states: HiddenStates
     train: Corpus
     data_sha256: str
     processes: Processes

@@ -21,7 +21,8 @@ from training.dataset import Corpus, split
 from training.drafts import Drafts, MedusaDrafts, MTPDrafts
 from training.errors import DataError, RunError
 from training.examples import Examples, ExampleSource
-from training.hidden_states import HiddenStateEncoder
+from training.hidden_cache import open_cache
+from training.hidden_states import HiddenStateEncoder, HiddenStates
 from training.jsonl import file_sha256
 from training.losses import MedusaObjective, medusa_groups
 from training.medusa2_start import adapted_base, medusa2_trainable, perplexities
@@ -53,6 +54,7 @@ _FREE_OPTIONS = frozenset(
         "log_interval",
         "save_interval",
         "gradient_accumulation",
+        "hidden_cache",
     }
 )
 # Inside of `output`.
@@ -68,7 +70,7 @@ _METHOD_OPTIONS: Mapping[tuple[TrainMethod, ...], tuple[str, ...]] = {
         "batch_size",
     ),
     ("mtp",): ("num_depths", "batch_tokens"),
-    ("medusa", "mtp"): ("kl_weight",),
+    ("medusa", "mtp"): ("kl_weight", "hidden_cache", "hidden_cache_dtype"),
     ("medusa2",): (
         "warmup_epochs",
         "lora_rank",
@@ -114,7 +116,8 @@ def run(options: TrainOptions) -> dict[str, Any] | None:
             f"kl_weight is {options.kl_weight:g}, but model {loaded.name!r} scales, caps or shifts "
             "its logits, so that its distribution is not known; leave it out"
         )
-    task = Task(options, loaded, encoder, parts.train, answers.sha256, processes, usage)
+    task = Task(options, loaded, encoder, encoder, parts.train, answers.sha256, processes, usage)
+    task = replace(task, states=_hidden_states(task, answers.corpus))
     heads: AnyHeads
     drafts: Drafts
     base = None
@@ -122,7 +125,7 @@ def run(options: TrainOptions) -> dict[str, Any] | None:
         fresh = fresh_mtp(options, loaded, parts.train)
         heads = fresh.module
         trainer = _trained(task, _mtp(task, fresh))
-        drafts = MTPDrafts(task.encoder, fresh.module, fresh.block, options.num_depths)
+        drafts = MTPDrafts(task.states, fresh.module, fresh.block, options.num_depths)
     else:
         heads = starting_heads(options, loaded, parts.train)
         if options.method == "medusa2":
@@ -132,7 +135,7 @@ def run(options: TrainOptions) -> dict[str, Any] | None:
             trainer = _trained(task, medusa2_trainable(task, heads, base))
         else:
             trainer = _trained(task, _medusa(task, heads))
-        drafts = MedusaDrafts(task.encoder, heads)
+        drafts = MedusaDrafts(task.states, heads)
     processes.end()
     if not processes.is_main:
         return None
@@ -223,7 +226,7 @@ def _warmed_up(task: Task, heads: MedusaHeads) -> MedusaHeads:
 
 def _medusa(task: Task, heads: MedusaHeads) -> Trainable[Examples]:
     options = task.options
-    source = ExampleSource(task.train, task.encoder, heads.config.num_heads, options.batch_plan)
+    source = ExampleSource(task.train, task.states, heads.config.num_heads, options.batch_plan)
     _fill_cache(task, source)
     groups = medusa_groups(heads, options.root_rate_factor)
     objective = MedusaObjective(heads, task.compute_dtype, task.options.kl_weight)
@@ -231,7 +234,7 @@ def _medusa(task: Task, heads: MedusaHeads) -> Trainable[Examples]:
 
 
 def _mtp(task: Task, fresh: FreshMTP) -> Trainable[EncodedBatch]:
-    source = EncodedSource(task.train, task.encoder, task.options.token_plan)
+    source = EncodedSource(task.train, task.states, task.options.token_plan)
     _fill_cache(task, source)
     module, num_depths = fresh.module, task.options.num_depths
     return Trainable(
@@ -240,6 +243,25 @@ def _mtp(task: Task, fresh: FreshMTP) -> Trainable[EncodedBatch]:
         source,
         MTPObjective(module, fresh.block, num_depths, task.compute_dtype, task.options.kl_weight),
     )
+
+
+def _hidden_states(task: Task, corpus: Corpus) -> HiddenStates:
+    """Where hidden states come from; each process computes its share of what disk lacks."""
+    cache, processes = open_cache(task.options, task.encoder, task.loaded), task.processes
+    if cache is None:
+        return task.encoder
+    missing = cache.missing(corpus.documents)
+    # None writes before all have looked.
+    processes.wait()
+    share = missing[processes.rank :: processes.count]
+    if missing:
+        note(f"hidden states of {len(missing)} of {len(corpus.documents)} documents are missing")
+    bar_of = progress_bar("hidden states to disk", len(share))
+    with task.usage.stage("hidden_states"), bar_of as bar:
+        cache.fill(share, bar.advance)
+        processes.wait()
+    cache.refresh()
+    return cache
 
 
 def _fill_cache(task: Task, source: ExampleSource | EncodedSource) -> None:
