@@ -65,34 +65,41 @@ class Processes:
         self.device: torch.device = self._accelerator.device
         self.count: int = self._accelerator.num_processes
         self.rank: int = self._accelerator.process_index
+        self._prepared: nn.Module | None = None
 
     @property
     def is_main(self) -> bool:
         """Whether this process prints and writes for all."""
         return self.rank == 0
 
-    def prepare(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """Return what to call and to step in their place; the parameters stay the same tensors.
+    def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """Take a module to run; returns what to step in place of its optimiser.
 
-        NOTE: all processes must begin with the same weights, and call the module equally often.
+        The parameters stay the same tensors. A module that was prepared before is let go.
+
+        NOTE: all processes must begin with the same weights, and run the module equally often.
         """
-        prepared: tuple[nn.Module, torch.optim.Optimizer] = self._accelerator.prepare(
-            module, optimizer
-        )
+        prepared: torch.optim.Optimizer
+        self._prepared, prepared = self._accelerator.prepare(module, optimizer)
         return prepared
+
+    def run(self, *inputs: object) -> Tensor:
+        """Call the prepared module."""
+        if self._prepared is None:
+            raise AssertionError("no module was prepared")
+        output: Tensor = self._prepared(*inputs)
+        return output
 
     def own(self, parts: Sequence[Item]) -> Sequence[Item]:
         """Return this process's share of parts, equally many for each."""
         each = len(parts) // self.count
         return parts[self.rank * each : (self.rank + 1) * each]
 
-    def accumulating(self, module: nn.Module, is_last: bool) -> AbstractContextManager[None]:
+    def accumulating(self, is_last: bool) -> AbstractContextManager[None]:
         """Keep gradients on this process until the last part of its share."""
         if is_last:
             return nullcontext()
-        context: AbstractContextManager[None] = self._accelerator.no_sync(module)
+        context: AbstractContextManager[None] = self._accelerator.no_sync(self._prepared)
         return context
 
     def backward(self, loss: Tensor) -> None:
@@ -130,7 +137,12 @@ class Processes:
         self._accelerator.wait_for_everyone()
 
     def end(self) -> None:
-        """Leave the others; nothing can be exchanged any more."""
+        """Leave the others; nothing can be exchanged or run any more."""
+        # NOTE: what wraps the module goes before the group that it exchanges gradients by. The last
+        # owner of the group waits for its threads, and a wrapper would do so with the interpreter
+        # locked, while a thread may still need it to free what it has sent: both wait forever.
+        self._prepared = None
+        self._accelerator.free_memory()
         self._accelerator.end_training()
 
 

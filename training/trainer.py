@@ -129,7 +129,7 @@ class Trainer(Generic[Batch]):
             betas=(0.9, 0.95),
             weight_decay=config.weight_decay,
         )
-        self._losses, self._optimizer = processes.prepare(Losses(trainable), optimizer)
+        self._optimizer = processes.prepare(Losses(trainable), optimizer)
         self._batches_per_epoch = [self._source.num_batches(e) for e in range(config.epochs)]
         self._progress = Progress(step=0, num_examples=0)
 
@@ -212,8 +212,8 @@ class Trainer(Generic[Batch]):
         parts = self._processes.own(batch.divide(num_parts))
         sums_K = torch.zeros_like(weights_K)
         for number, part in enumerate(parts, start=1):
-            with self._processes.accumulating(self._losses, is_last=number == len(parts)):
-                part_sums_K = self._losses(part, len(weights_K))
+            with self._processes.accumulating(is_last=number == len(parts)):
+                part_sums_K = self._processes.run(part, len(weights_K))
                 self._processes.backward((weights_K * part_sums_K / num_labels_K).sum())
             sums_K += part_sums_K.detach()
         means_K = self._processes.sum(sums_K) / num_labels_K
@@ -234,7 +234,7 @@ class Trainer(Generic[Batch]):
         """Take one optimiser step; returns the gradient's norm."""
         for group in self._optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step) * group["rate_factor"]
-        norm = self._processes.clip(self._losses.parameters(), self._config.clip_norm)
+        norm = self._processes.clip(self.module.parameters(), self._config.clip_norm)
         # While there is a scale to lower, a gradient out of float16's range costs only this step.
         is_skipped = self._processes.loss_scale > 1.0 and not math.isfinite(norm)
         if not math.isfinite(loss.total) or not (math.isfinite(norm) or is_skipped):

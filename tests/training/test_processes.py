@@ -1,21 +1,22 @@
 """Training by two processes that talk through gloo, started as a user starts them."""
 
+import gc
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
+import signal
 import time
+import weakref
 from pathlib import Path
 from random import Random
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.parallel import DistributedDataParallel
 
 from tests.training.corpora import write_lines
-from tests.training.launched import launch
+from tests.training.launched import launch, launch_function, torchrun
 from training.__main__ import main
 from training.errors import RunError
 from training.metrics import METRICS_FILE, read_metrics
@@ -24,7 +25,6 @@ from training.run_state import STATE_FILE
 
 # Sums of a batch are taken in another order; ten AdamW steps carry that on.
 RELATIVE_TOLERANCE = 1e-5
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 OPTIONS = {
     "--draft-vocab-size": "100",
     "--num-heads": "2",
@@ -77,12 +77,7 @@ def test_two_processes_take_the_steps_of_one_with_the_same_batch(
 ) -> None:
     """Started by torchrun, as a user does."""
     argv = arguments(distilled_file, model_dir, tmp_path / "two")
-    found = subprocess.run(
-        [sys.executable, *TORCHRUN, "-m", "training", *argv],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    found = torchrun(argv)
     assert found.returncode == 0, found.stderr
     check_same(tmp_path / "two", alone)
     assert not (tmp_path / "two" / STATE_FILE).exists()
@@ -122,6 +117,41 @@ def test_a_loss_that_is_no_number_stops_all_processes(model_dir: Path, tmp_path:
     assert found.wait() == [3, 3]
     assert "error: step 1: the loss is nan" in found.text(0)
     assert found.text(1).startswith("process 1: error: step 1: the loss is nan")
+
+
+def test_when_one_process_dies_the_others_end_too(
+    distilled_file: Path, model_dir: Path, tmp_path: Path
+) -> None:
+    """Without a launcher, which would kill them."""
+    argv = arguments(distilled_file, model_dir, tmp_path / "heads", "--epochs", "10000")
+    running = launch(argv, tmp_path)
+    metrics = tmp_path / "heads" / METRICS_FILE
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 2):
+        assert running.processes[0].is_alive(), running.text(0)
+        time.sleep(0.001)
+    running.processes[1].kill()
+    assert running.wait() == [1, -signal.SIGKILL]
+    assert "gloo/transport" in running.text(0)
+
+
+def trained_and_ended(_: list[str]) -> int:
+    processes = Processes("cpu")
+    module = torch.nn.Linear(3, 2)
+    processes.prepare(module, torch.optim.AdamW(module.parameters()))
+    processes.backward(processes.run(torch.ones(3)).sum())
+    wrappers = [weakref.ref(o) for o in gc.get_objects() if isinstance(o, DistributedDataParallel)]
+    group = weakref.ref(torch.distributed.group.WORLD)
+    assert len(wrappers) == 1
+    processes.end()
+    assert wrappers[0]() is None
+    assert group() is None
+    return 0
+
+
+def test_no_wrapper_outlives_the_group_of_processes(tmp_path: Path) -> None:
+    """It would free the group, and wait for its threads, which may then wait for it."""
+    running = launch_function(trained_and_ended, [], tmp_path)
+    assert running.wait() == [0, 0]
 
 
 @pytest.mark.parametrize("num_parts", ["2", "5", "50"])
