@@ -116,6 +116,8 @@ class TrainOptions(HiddenCacheOptions):
             are an order of magnitude smaller than hidden states, so that their maps' weights have
             a longer way to go.
         held_out: Fraction of the conversations that the heads are measured on.
+        early_stopping: Measurements in a row without a better one that end the run; 0 never does.
+        validation_interval: Steps between these measurements.
         cache: Keep all hidden states in memory.
         overwrite: Drop the run and the heads that `output` holds.
         batch_size: Examples of an optimiser step, on all processes together.
@@ -154,6 +156,8 @@ class TrainOptions(HiddenCacheOptions):
     head_decay: float = 0.8
     kl_weight: float = 0.0
     held_out: float = 0.03
+    early_stopping: int = 0
+    validation_interval: int = 200
     cache: bool = True
     save_interval: int = 200
     log_interval: int = 10

@@ -17,7 +17,23 @@ from training.errors import RunError
 from training.jsonl import replace_file
 
 STATE_FILE = "training_state.safetensors"
-_KIND = "euryale-training-state-2"
+_KIND = "euryale-training-state-3"
+_BEST = "best."
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Best:
+    """The best that a run was when it was measured.
+
+    Attributes:
+        step: After which that was.
+        length: Mean acceptance length on held-out answers.
+        weights: Of the module, by the names of its parameters, on the CPU.
+    """
+
+    step: int
+    length: float
+    weights: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +44,13 @@ class Progress:
         step: Optimiser steps done.
         num_examples: Examples seen.
         loss_scaling: As `Processes.loss_scaling` has it.
+        best: None if the run has not been measured.
     """
 
     step: int
     num_examples: int
     loss_scaling: Mapping[str, float] = field(default_factory=dict)
+    best: Best | None = None
 
 
 def save_state(
@@ -51,15 +69,19 @@ def save_state(
         progress: Where the run stands.
         options: What must be the same when the run is taken up again; JSON values.
     """
-    tensors = {f"heads.{name}": parameter for name, parameter in module.named_parameters()}
+    tensors: dict[str, Tensor] = {f"heads.{name}": p for name, p in module.named_parameters()}
     for index, values in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
+    best = progress.best
+    if best is not None:
+        tensors |= {f"{_BEST}{name}": weight for name, weight in best.weights.items()}
     stored = {name: value.detach().to("cpu").contiguous() for name, value in tensors.items()}
     metadata = {
         "kind": _KIND,
         "step": str(progress.step),
         "num_examples": str(progress.num_examples),
         "loss_scaling": json.dumps(dict(progress.loss_scaling)),
+        "best": json.dumps(None if best is None else [best.step, best.length]),
         "options": json.dumps(dict(options), sort_keys=True),
     }
     replace_file(directory / STATE_FILE, safetensors.torch.save(stored, metadata))
@@ -90,6 +112,7 @@ def load_state(
             int(metadata["step"]),
             int(metadata["num_examples"]),
             json.loads(metadata["loss_scaling"]),
+            _pop_best(metadata, tensors),
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise RunError(
@@ -103,6 +126,13 @@ def load_state(
             f"{path} does not fit the heads ({error}); remove it to start over"
         ) from error
     return progress
+
+
+def _pop_best(metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> Best | None:
+    names = [name for name in tensors if name.startswith(_BEST)]
+    weights = {name.removeprefix(_BEST): tensors.pop(name) for name in names}
+    found = json.loads(metadata["best"])
+    return None if found is None else Best(int(found[0]), float(found[1]), weights)
 
 
 def _check_options(path: Path, saved: Mapping[str, object], options: Mapping[str, object]) -> None:

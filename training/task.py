@@ -26,6 +26,7 @@ class Task:
     encoder: HiddenStateEncoder
     states: HiddenStates
     train: Corpus
+    held_out: Corpus
     data_sha256: str
     processes: Processes
     usage: Usage

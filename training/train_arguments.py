@@ -51,6 +51,8 @@ def add_train(parser: argparse.ArgumentParser, options: Any) -> None:
     add("head-decay", type=between(0.0, 1.0), metavar="L", help="weight of depth k is L ** k")
     add("kl-weight", type=between(0.0, 1.0), metavar="W", help="medusa, mtp: of KL to the base")
     add("held-out", type=between(0.0, 0.5), metavar="F", help="share of conversations to measure")
+    add("early-stopping", type=whole, metavar="N", help="end after N measurements none better")
+    add("validation-interval", type=count, metavar="N", help="steps between measurements for it")
     add("save-interval", type=count, metavar="N", help="steps between saved states")
     add("log-interval", type=count, metavar="N", help="steps between lines of metrics")
     add("seed", type=whole, metavar="S", help="of the order of the examples")

@@ -4,8 +4,9 @@ The output directory first holds a run (state and metrics), then the heads with 
 measured on the held-out conversations.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,17 +21,13 @@ from training.config_file import save_config
 from training.dataset import Corpus, split
 from training.drafts import Drafts, MedusaDrafts, MTPDrafts
 from training.errors import DataError, RunError
-from training.examples import Examples, ExampleSource
-from training.hidden_cache import open_cache
 from training.hidden_states import HiddenStateEncoder, HiddenStates
 from training.jsonl import file_sha256
-from training.losses import MedusaObjective, medusa_groups
+from training.lora import AdaptedBase
 from training.medusa2_start import adapted_base, medusa2_trainable, perplexities
 from training.metrics import METRICS_FILE
-from training.mtp_objective import MTPObjective
-from training.mtp_source import EncodedBatch, EncodedSource
-from training.mtp_start import FreshMTP, fresh_mtp
-from training.objective import ParameterGroup, Trainable
+from training.mtp_start import fresh_mtp
+from training.objective import Trainable
 from training.options import TrainOptions
 from training.processes import Processes
 from training.progress import note, progress_bar
@@ -39,8 +36,10 @@ from training.run_state import STATE_FILE
 from training.starting_heads import starting_heads
 from training.task import Task
 from training.train_arguments import TrainMethod
+from training.trainables import hidden_states, medusa_trainable, mtp_trainable
 from training.trainer import StepMetrics, Trainer
 from training.usage import Usage
+from training.validation import validation
 
 # What may change while a run is interrupted. The data is compared by content, not by name.
 _FREE_OPTIONS = frozenset(
@@ -111,53 +110,33 @@ def run(options: TrainOptions) -> dict[str, Any] | None:
         f"{parts.held_out.num_answer_tokens} held out"
     )
     usage, encoder = Usage(), HiddenStateEncoder(loaded)
-    if options.kl_weight > 0.0 and not encoder.has_plain_logits:
-        raise ModelError(
-            f"kl_weight is {options.kl_weight:g}, but model {loaded.name!r} scales, caps or shifts "
-            "its logits, so that its distribution is not known; leave it out"
-        )
-    task = Task(options, loaded, encoder, encoder, parts.train, answers.sha256, processes, usage)
-    task = replace(task, states=_hidden_states(task, answers.corpus))
-    heads: AnyHeads
-    drafts: Drafts
-    base = None
-    if options.method == "mtp":
-        fresh = fresh_mtp(options, loaded, parts.train)
-        heads = fresh.module
-        trainer = _trained(task, _mtp(task, fresh))
-        drafts = MTPDrafts(task.states, fresh.module, fresh.block, options.num_depths)
-    else:
-        heads = starting_heads(options, loaded, parts.train)
-        if options.method == "medusa2":
-            with usage.stage("warmup"):
-                heads = _warmed_up(task, heads)
-            base = adapted_base(task)
-            trainer = _trained(task, medusa2_trainable(task, heads, base))
-        else:
-            trainer = _trained(task, _medusa(task, heads))
-        drafts = MedusaDrafts(task.states, heads)
+    _check_logits(options, encoder)
+    train, held_out, sha256 = parts.train, parts.held_out, answers.sha256
+    task = Task(options, loaded, encoder, encoder, train, held_out, sha256, processes, usage)
+    task = replace(task, states=hidden_states(task, answers.corpus))
+    learnt = _learnt(task)
     processes.end()
     if not processes.is_main:
         return None
     with usage.stage("measuring"):
-        found = _measured(parts.held_out, drafts)
+        found = _measured(parts.held_out, learnt.drafts)
     save_heads(
         options.output,
-        heads,
+        learnt.heads,
         loaded.fingerprint,
         options.model,
         None if found is None else found.result.profile,
-        adapter=None if base is None else base.files(),
+        adapter=None if learnt.base is None else learnt.base.files(),
     )
     if found is not None:
         save_acceptance(options.output, found, options.model, answers.sha256)
-    trainer.discard_state()
+    learnt.trainer.discard_state()
     evaluation = {} if found is None else summary(found.result)
-    if found is not None and base is not None:
-        evaluation["perplexity"] = perplexities(task, base, parts.held_out)
+    if found is not None and learnt.base is not None:
+        evaluation["perplexity"] = perplexities(task, learnt.base, parts.held_out)
     return {
         "output": str(options.output),
-        "num_steps": trainer.num_steps,
+        "num_steps": learnt.trainer.step,
         **evaluation,
         **usage.summary(parts.train, processes.device),
     }
@@ -175,10 +154,26 @@ def _check_options(options: TrainOptions) -> None:
                 )
     if options.method == "medusa2" and options.learning_rate == 0.0:
         raise RunError("learning_rate is 0.0; for medusa2 give the heads a rate above 0")
+    if (
+        options.early_stopping == 0
+        and options.validation_interval != default["validation_interval"]
+    ):
+        raise RunError(
+            f"validation_interval is {options.validation_interval}, but without early_stopping "
+            "nothing is measured on the way; give --early-stopping too or leave it out"
+        )
     if options.init_heads is not None and options.warmup_epochs != default["warmup_epochs"]:
         raise RunError(
             f"warmup_epochs is {options.warmup_epochs}, but heads to begin with get no warm-up; "
             "leave out one of --warmup-epochs and --init-heads"
+        )
+
+
+def _check_logits(options: TrainOptions, encoder: HiddenStateEncoder) -> None:
+    if options.kl_weight > 0.0 and not encoder.has_plain_logits:
+        raise ModelError(
+            f"kl_weight is {options.kl_weight:g}, but model {options.model!r} scales, caps or "
+            "shifts its logits, so that its distribution is not known; leave it out"
         )
 
 
@@ -200,6 +195,44 @@ def _prepare_output(options: TrainOptions, processes: Processes) -> None:
     directory.mkdir(parents=True, exist_ok=True)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Learnt:
+    """Heads after their run, and what they draft; with an adapter their base.
+
+    Attributes:
+        base: None if it was frozen.
+    """
+
+    heads: AnyHeads
+    drafts: Drafts
+    trainer: Trainer[Any]
+    base: AdaptedBase | None = None
+
+
+def _learnt(task: Task) -> _Learnt:
+    """Train by the method that the options name."""
+    options, base = task.options, None
+    drafts_of: Callable[[HiddenStates], Drafts]
+    trainable: Trainable[Any]
+    if options.method == "mtp":
+        fresh = fresh_mtp(options, task.loaded, task.train)
+        module, block = fresh.module, fresh.block
+        drafts_of = partial(MTPDrafts, module=module, block=block, num_depths=options.num_depths)
+        trainer = _trained(task, mtp_trainable(task, fresh), drafts_of)
+        return _Learnt(module, drafts_of(task.states), trainer)
+    heads = starting_heads(options, task.loaded, task.train)
+    if options.method == "medusa2":
+        with task.usage.stage("warmup"):
+            heads = _warmed_up(task, heads)
+        base = adapted_base(task)
+        trainable = medusa2_trainable(task, heads, base)
+    else:
+        trainable = medusa_trainable(task, heads)
+    drafts_of = partial(MedusaDrafts, heads=heads)
+    trainer = _trained(task, trainable, drafts_of)
+    return _Learnt(heads, drafts_of(task.states), trainer, base)
+
+
 def _warmed_up(task: Task, heads: MedusaHeads) -> MedusaHeads:
     """Heads that were trained alone first, in a run and a checkpoint of their own.
 
@@ -213,9 +246,11 @@ def _warmed_up(task: Task, heads: MedusaHeads) -> MedusaHeads:
     if not is_done:
         note(f"warm-up: the heads alone, {options.warmup_epochs} epochs")
         directory.mkdir(exist_ok=True)
-        alone = replace(options, method="medusa", output=directory, epochs=options.warmup_epochs)
+        epochs = options.warmup_epochs
+        alone = replace(options, method="medusa", output=directory, epochs=epochs, early_stopping=0)
         warmup = replace(task, options=alone, usage=Usage())
-        trainer = _trained(warmup, _medusa(warmup, heads))
+        drafts_of = partial(MedusaDrafts, heads=heads)
+        trainer = _trained(warmup, medusa_trainable(warmup, heads), drafts_of)
         if task.processes.is_main:
             name, fingerprint = options.model, task.loaded.fingerprint
             save_heads(directory, heads, fingerprint, name, None, dtype=torch.float32)
@@ -224,54 +259,9 @@ def _warmed_up(task: Task, heads: MedusaHeads) -> MedusaHeads:
     return starting_heads(replace(options, init_heads=directory), task.loaded, task.train)
 
 
-def _medusa(task: Task, heads: MedusaHeads) -> Trainable[Examples]:
-    options = task.options
-    source = ExampleSource(task.train, task.states, heads.config.num_heads, options.batch_plan)
-    _fill_cache(task, source)
-    groups = medusa_groups(heads, options.root_rate_factor)
-    objective = MedusaObjective(heads, task.compute_dtype, task.options.kl_weight)
-    return Trainable(heads, groups, source, objective)
-
-
-def _mtp(task: Task, fresh: FreshMTP) -> Trainable[EncodedBatch]:
-    source = EncodedSource(task.train, task.states, task.options.token_plan)
-    _fill_cache(task, source)
-    module, num_depths = fresh.module, task.options.num_depths
-    return Trainable(
-        module,
-        (ParameterGroup(tuple(module.parameters())),),
-        source,
-        MTPObjective(module, fresh.block, num_depths, task.compute_dtype, task.options.kl_weight),
-    )
-
-
-def _hidden_states(task: Task, corpus: Corpus) -> HiddenStates:
-    """Where hidden states come from; each process computes its share of what disk lacks."""
-    cache, processes = open_cache(task.options, task.encoder, task.loaded), task.processes
-    if cache is None:
-        return task.encoder
-    missing = cache.missing(corpus.documents)
-    # None writes before all have looked.
-    processes.wait()
-    share = missing[processes.rank :: processes.count]
-    if missing:
-        note(f"hidden states of {len(missing)} of {len(corpus.documents)} documents are missing")
-    bar_of = progress_bar("hidden states to disk", len(share))
-    with task.usage.stage("hidden_states"), bar_of as bar:
-        cache.fill(share, bar.advance)
-        processes.wait()
-    cache.refresh()
-    return cache
-
-
-def _fill_cache(task: Task, source: ExampleSource | EncodedSource) -> None:
-    if task.options.cache:
-        bar_of = progress_bar("hidden states", len(task.train.documents))
-        with task.usage.stage("hidden_states"), bar_of as bar:
-            source.fill_cache(bar.advance)
-
-
-def _trained(task: Task, trainable: Trainable[Any]) -> Trainer[Any]:
+def _trained(
+    task: Task, trainable: Trainable[Any], drafts_of: Callable[[HiddenStates], Drafts]
+) -> Trainer[Any]:
     """Train to the end, from where an earlier process was if there was one."""
     options = task.options
     # Said in full, because the default hangs on the method.
@@ -280,7 +270,10 @@ def _trained(task: Task, trainable: Trainable[Any]) -> Trainer[Any]:
     kept["data_sha256"] = task.data_sha256
     if options.init_heads is not None:
         kept["init_heads_sha256"] = file_sha256(options.init_heads / WEIGHTS_FILE)
-    trainer = Trainer(trainable, options.train_config, options.output, kept, task.processes)
+    validated = validation(task, trainable.module, drafts_of)
+    trainer = Trainer(
+        trainable, options.train_config, options.output, kept, task.processes, validated
+    )
     if trainer.resume():
         note(f"the run in {options.output} goes on after step {trainer.step}")
     if task.processes.is_main:
@@ -294,6 +287,9 @@ def _trained(task: Task, trainable: Trainable[Any]) -> Trainer[Any]:
             bar.show(f"loss {metrics.loss:.3f}, {metrics.examples_per_s:.0f} examples/s")
 
         trainer.train(show)
+    if validated.best is not None:
+        best = validated.best
+        note(f"best after step {best.step} of {trainer.step}: {best.length:.4f} tokens per step")
     task.usage.add_examples(trainer.num_examples - num_before)
     return trainer
 

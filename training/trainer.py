@@ -12,13 +12,14 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Generic
 
 import torch
 from torch import Tensor
 
+from training.early_stopping import Validation
 from training.errors import DivergedError
 from training.jsonl import LineAppender
 from training.metrics import open_metrics
@@ -67,6 +68,7 @@ class StepMetrics:
         examples_per_s: Since this process began to train.
         peak_memory_bytes: Of this process; `peak_cuda_memory_bytes` of its device, 0 without CUDA.
         further_losses: Means of the trainable's further losses, in nats.
+        validation: What was measured on held-out answers after this step, if anything was.
     """
 
     step: int
@@ -80,6 +82,7 @@ class StepMetrics:
     peak_memory_bytes: int = 0
     peak_cuda_memory_bytes: int = 0
     further_losses: dict[str, float] = field(default_factory=dict)
+    validation: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,6 +103,7 @@ class Trainer(Generic[Batch]):
         directory: Gets the state and the metrics.
         options: What must be the same when the run is taken up again; JSON values.
         processes: All have the same arguments otherwise; the first one writes.
+        validation: Is asked after every step.
 
     Attributes:
         module: As it is after the last step.
@@ -112,6 +116,7 @@ class Trainer(Generic[Batch]):
         directory: Path,
         options: Mapping[str, object],
         processes: Processes,
+        validation: Validation,
     ) -> None:
         self.module = trainable.module
         self._source = trainable.source
@@ -121,6 +126,7 @@ class Trainer(Generic[Batch]):
         self._directory = directory
         self._options = options
         self._processes = processes
+        self._validation = validation
         optimizer = torch.optim.AdamW(
             [
                 {"params": list(group.parameters), "rate_factor": group.rate_factor}
@@ -158,11 +164,12 @@ class Trainer(Generic[Batch]):
         if found is None:
             return False
         self._progress = found
+        self._validation.best = found.best
         self._processes.set_loss_scaling(found.loss_scaling)
         return True
 
     def train(self, on_step: Callable[[StepMetrics], None]) -> None:
-        """Train to the end of the last epoch, saving the state on the way.
+        """Train to the end of the last epoch or an earlier one, saving the state on the way.
 
         Args:
             on_step: Called after every step.
@@ -180,9 +187,11 @@ class Trainer(Generic[Batch]):
                 rate = (self._progress.num_examples - num_before) / (
                     time.perf_counter() - started_s
                 )
-                found = self._metrics(epoch, loss, gradient_norm, rate)
+                validated = self._validation.after_step(self.step, self.step == self.num_steps)
+                found = self._metrics(epoch, loss, gradient_norm, rate, validated)
                 on_step(found)
                 self._record(found, metrics)
+        self._validation.finish()
         self.module.eval()
 
     def discard_state(self) -> None:
@@ -200,6 +209,8 @@ class Trainer(Generic[Batch]):
         for epoch, num_batches in enumerate(self._batches_per_epoch):
             if first < num_batches:
                 for batch in self._source.batches(epoch, first):
+                    if self._validation.is_over(self.step):
+                        return
                     yield epoch, batch
             first = max(0, first - num_batches)
 
@@ -261,7 +272,14 @@ class Trainer(Generic[Batch]):
         share = (step - num_warmup) / max(1, self.num_steps - num_warmup)
         return self._config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * share))
 
-    def _metrics(self, epoch: int, loss: _Loss, gradient_norm: float, rate: float) -> StepMetrics:
+    def _metrics(
+        self,
+        epoch: int,
+        loss: _Loss,
+        gradient_norm: float,
+        rate: float,
+        validated: dict[str, float],
+    ) -> StepMetrics:
         return StepMetrics(
             step=self.step,
             epoch=epoch,
@@ -274,13 +292,16 @@ class Trainer(Generic[Batch]):
             peak_memory_bytes=peak_memory_bytes(),
             peak_cuda_memory_bytes=peak_cuda_memory_bytes(self._processes.device),
             further_losses=loss.further,
+            validation=validated,
         )
 
     def _record(self, metrics: StepMetrics, file: LineAppender | None) -> None:
         if file is None:
             return
-        is_last = self.step == self.num_steps
-        if is_last or self.step % self._config.log_interval == 0:
+        is_last = self.step == self.num_steps or self._validation.is_over(self.step)
+        is_logged = self.step % self._config.log_interval == 0 or metrics.validation
+        if is_last or is_logged:
             file.append(asdict(metrics))
         if is_last or self.step % self._config.save_interval == 0:
-            save_state(self._directory, self.module, self._optimizer, self._progress, self._options)
+            progress = replace(self._progress, best=self._validation.best)
+            save_state(self._directory, self.module, self._optimizer, progress, self._options)

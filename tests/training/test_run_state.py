@@ -8,7 +8,7 @@ import torch
 from heads.medusa import MedusaHeads
 from tests.engine_tools import random_heads
 from training.errors import RunError
-from training.run_state import STATE_FILE, Progress, load_state, save_state
+from training.run_state import STATE_FILE, Best, Progress, load_state, save_state
 
 OPTIONS = {"learning_rate": 0.1, "sizes": (1, 2)}
 
@@ -36,6 +36,19 @@ def test_a_run_that_is_taken_up_goes_on_as_if_it_had_never_stopped(tmp_path: Pat
         take_step(*pair, seed=2)
     for ours, expected in zip(other_heads.parameters(), heads.parameters(), strict=True):
         assert torch.equal(ours, expected)
+
+
+def test_the_best_weights_are_kept_beside_the_present_ones(tmp_path: Path) -> None:
+    heads, optimizer = fresh()
+    weights = {name: torch.full_like(p, 7.0).detach() for name, p in heads.named_parameters()}
+    best = Best(3, 1.25, weights)
+    save_state(tmp_path, heads, optimizer, Progress(5, 64, best=best), OPTIONS)
+    found = load_state(tmp_path, *fresh(), OPTIONS)
+    assert found is not None
+    assert found.best is not None
+    assert (found.step, found.best.step, found.best.length) == (5, 3, 1.25)
+    assert found.best.weights.keys() == weights.keys()
+    assert all(torch.equal(found.best.weights[name], weights[name]) for name in weights)
 
 
 def test_without_a_state_nothing_is_set(tmp_path: Path) -> None:
@@ -68,7 +81,7 @@ def test_other_options_are_refused_by_name_and_value(
         lambda data: data[: len(data) // 2],
         lambda data: b"",
         lambda data: safetensors.torch.save({"heads.x": torch.ones(1)}),
-        lambda data: safetensors.torch.save({}, {"kind": "euryale-training-state-2"}),
+        lambda data: safetensors.torch.save({}, {"kind": "euryale-training-state-3"}),
     ],
     ids=["truncated", "empty", "no-metadata", "no-step"],
 )

@@ -1,5 +1,5 @@
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from heads.medusa import MedusaConfig, MedusaHeads
 from server.model.loading import LoadedModel
 from tests.training.corpora import corpus
 from training.dataset import Corpus
+from training.early_stopping import NoValidation, Validation
 from training.errors import DivergedError, RunError
 from training.examples import BatchPlan, Examples, ExampleSource
 from training.hidden_states import HiddenStateEncoder
@@ -44,6 +45,7 @@ def make_trainer(
     documents: Corpus | None = None,
     root_rate_factor: float = 16.0,
     options: dict[str, object] = OPTIONS,
+    validation_of: Callable[[MedusaHeads], Validation] = lambda _: NoValidation(),
 ) -> Trainer[Examples]:
     plan = BatchPlan(batch_size=16, group_size=4, is_cached=is_cached)
     heads = make_heads(loaded)
@@ -53,7 +55,8 @@ def make_trainer(
         ExampleSource(documents or corpus(9), encoder, 2, plan),
         MedusaObjective(heads, torch.float32),
     )
-    return Trainer(trainable, config, directory, options, Processes("cpu"))
+    validation = validation_of(heads)
+    return Trainer(trainable, config, directory, options, Processes("cpu"), validation)
 
 
 def weights(trainer: Trainer[Examples]) -> list[torch.Tensor]:
@@ -273,7 +276,7 @@ def test_each_depths_sum_is_divided_by_its_labels_then_weighted(
         gradient_accumulation=gradient_accumulation,
     )
     found: list[StepMetrics] = []
-    Trainer(trainable, config, tmp_path, {}, Processes("cpu")).train(found.append)
+    Trainer(trainable, config, tmp_path, {}, Processes("cpu"), NoValidation()).train(found.append)
     expected = [2.0, 3.0 if has_second else 0.0]
     assert found[0].loss_per_head == expected
     assert found[0].loss == expected[0] + 0.5 * expected[1]
@@ -310,7 +313,8 @@ def test_further_losses_are_weighed_and_reported_beside_those_of_the_depths(
         further = {"divergence": 3.0} if name == "with" else {}
         trainable = Trainable(heads, medusa_groups(heads, 1.0), source, objective, further)
         config = replace(CONFIG, learning_rate=0.0, epochs=1, log_interval=1)
-        trainer = Trainer(trainable, config, tmp_path / name, OPTIONS, Processes("cpu"))
+        processes, never = Processes("cpu"), NoValidation()
+        trainer = Trainer(trainable, config, tmp_path / name, OPTIONS, processes, never)
         trainer.train(found.append)
     ours, plain = found[0], found[len(found) // 2]
     assert ours.loss == pytest.approx(plain.loss + 3.0 * 0.25)
