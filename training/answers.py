@@ -1,6 +1,6 @@
-"""The answers that a command works on: one or more files, checked against the base model.
+"""The answers that a command works on: files or data sets, checked against the base model.
 
-A file may hold distilled conversations, whose tokens stand as the base model drew them, or those of
+Each may hold distilled conversations, whose tokens stand as the base model drew them, or those of
 others (see `training.supervised`), which are tokenised here; each line shows by its fields which.
 """
 
@@ -13,10 +13,10 @@ from pathlib import Path
 from server.model.loading import LoadedModel
 from training.base_model import check_base
 from training.conversation import TokenizedConversation
+from training.data_source import DataSource, OpenData, open_data
 from training.dataset import Corpus, build_corpus
 from training.distilled import distilled_conversation, is_distilled
 from training.errors import DataError
-from training.jsonl import file_sha256, read_rows
 from training.progress import note
 from training.prompts import given_id
 from training.supervised import tokenize_row
@@ -29,53 +29,56 @@ class Answers:
     """What all files hold together.
 
     Attributes:
-        sha256: Of the file; of all files' digests, in order, if there are several.
+        sha256: Of the source; of all sources' digests, in order, if there are several.
     """
 
     corpus: Corpus
     sha256: str
 
 
-def load_answers(paths: Sequence[Path], loaded: LoadedModel, limit: int | None = None) -> Answers:
-    """Read all files; conversations beyond the context are left out, counted and noted.
+def load_answers(
+    sources: Sequence[DataSource], loaded: LoadedModel, limit: int | None = None
+) -> Answers:
+    """Read all sources; conversations beyond the context are left out, counted and noted.
 
     Args:
-        paths: JSON lines, compressed or not; read one after the other.
+        sources: Read one after the other.
         loaded: The base model.
         limit: Number of conversations to read; None reads all.
 
     Raises:
-        DataError: If a file is broken or of another base model, if a conversation is there twice,
+        DataError: If a source is broken or of another base model, if a conversation is there twice,
             or if no answer has two tokens.
     """
-    checked = [(path, check_base(path, loaded)) for path in paths]
-    found = islice(_conversations(checked, loaded), limit)
+    opened = [open_data(source) for source in sources]
+    checked = [isinstance(s, Path) and check_base(s, loaded) for s in sources]
+    found = islice(_conversations(zip(opened, checked, strict=True), loaded), limit)
     corpus = build_corpus(_fitting(found, loaded.max_model_len), loaded.vocab_size)
     if corpus.num_examples == 0:
-        names = ", ".join(map(str, paths))
+        names = ", ".join(map(str, sources))
         raise DataError(
             f"{names}: no answer has two tokens and fits the context of {loaded.max_model_len}; "
             "give more answers"
         )
-    return Answers(corpus, data_sha256(paths))
+    return Answers(corpus, data_sha256(opened))
 
 
-def data_sha256(paths: Sequence[Path]) -> str:
-    """Hex digest of a file as it lies on disk, or of the digests of several."""
-    digests = [file_sha256(path) for path in paths]
+def data_sha256(opened: Sequence[OpenData]) -> str:
+    """Hex digest of a source, or of the digests of several."""
+    digests = [data.sha256() for data in opened]
     if len(digests) == 1:
         return digests[0]
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _conversations(
-    files: Iterable[tuple[Path, bool]], loaded: LoadedModel
+    opened: Iterable[tuple[OpenData, bool]], loaded: LoadedModel
 ) -> Iterator[TokenizedConversation]:
-    """All lines of all files, which come with whether their manifest names this base model."""
+    """All rows of all sources, which come with whether a manifest names this base model."""
     seen: dict[str, str] = {}
-    for path, is_checked in files:
+    for data, is_checked in opened:
         is_noted = False
-        for row in read_rows(path):
+        for row in data.rows():
             name = given_id(row)
             if name in seen:
                 raise row.error(
@@ -87,7 +90,9 @@ def _conversations(
                 yield tokenize_row(row, loaded.tokenizer)
                 continue
             if not (is_checked or is_noted):
-                note(f"{path} has no manifest: whether {loaded.name} wrote it is not checked")
+                note(
+                    f"{data.source} has no manifest: whether {loaded.name} wrote it is not checked"
+                )
                 is_noted = True
             yield distilled_conversation(row)
 

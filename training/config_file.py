@@ -101,8 +101,8 @@ def _value(action: argparse.Action, kind: Any, value: Any) -> Any:
     if origin is tuple:
         items = value if isinstance(value, list) else [value]
         texts = [_text(get_args(kind)[0], item) for item in items]
-        # Files are one argument of the command line each, other values are one together.
-        if get_args(kind)[0] is not Path:
+        # Sources of data are one argument of the command line each, other values are one together.
+        if Path not in get_args(get_args(kind)[0]):
             return _converted(action, ",".join(texts))
         return tuple(_converted(action, text) for text in texts)
     if origin is Mapping and isinstance(value, dict):

@@ -15,12 +15,13 @@ from training.arguments import (
     weights,
     whole,
 )
+from training.data_source import data_source
 
 
 def add_distill(parser: argparse.ArgumentParser, options: Any) -> None:
     """Add the options of `distill`, but for those of the base model; defaults are a type's."""
     add, default = adder(parser, options)
-    add("data", type=Path, metavar="PROMPTS", help="JSON lines: messages, turns or prompt (.gz)")
+    add("data", type=data_source, metavar="PROMPTS", help="JSON lines (.gz) or hf:NAME#SPLIT")
     add("output", type=Path, metavar="FILE", help="JSON lines to write; an earlier run goes on")
     add("limit", type=count, metavar="N", help="conversations, from the beginning of PROMPTS")
     add("shard", type=shard, metavar="I/N", help="every Nth of them, from number I on")

@@ -14,9 +14,10 @@ from typing import Any
 from server.config import EngineConfig
 from server.engine.engine import Engine
 from training.config_file import save_config
+from training.data_source import open_data
 from training.distilled import Manifest, manifest_path, read_distilled
 from training.errors import DataError, RunError
-from training.jsonl import LineAppender, drop_torn_line, file_sha256
+from training.jsonl import LineAppender, drop_torn_line
 from training.options import DistillOptions
 from training.progress import Bar, note, progress_bar
 from training.prompt_order import PromptOrder, check_weights
@@ -51,7 +52,8 @@ def run(options: DistillOptions) -> dict[str, Any]:
             "without .gz and compress the file later"
         )
     shard = options.shard
-    prompts = list(read_prompts(options.data))[: options.limit][shard.index :: shard.total]
+    data = open_data(options.data)
+    prompts = list(read_prompts(data.rows()))[: options.limit][shard.index :: shard.total]
     if not prompts:
         raise DataError(f"{options.data} has no prompts for shard {shard}; give a smaller N")
     check_weights(options.category_weights, prompts)
@@ -65,7 +67,8 @@ def run(options: DistillOptions) -> dict[str, Any]:
         model=options.model,
         fingerprint=engine.loaded.fingerprint,
         sampling=options.sampling,
-        prompts_sha256=file_sha256(options.data),
+        prompts_sha256=data.sha256(),
+        prompts_origin=data.origin,
         chat_template_sha256=engine.tokenizer.chat_template_sha256,
         shard=shard,
     )

@@ -161,10 +161,11 @@ class Manifest:
     Attributes:
         model: Name of the base model.
         fingerprint: Of that base model.
-        prompts_sha256: Of the prompts file as it lies on disk.
+        prompts_sha256: Of the prompts file as it lies on disk, or of a data set's rows.
         chat_template_sha256: Of the template that rendered the prompts; empty if not recorded.
         shard: The part of the prompts that are answered in this file.
         tokens_by_category: Answer tokens of each category.
+        prompts_origin: What is known of the data set of the prompts; empty if from a file.
         num_skipped: Conversations whose first prompt does not fit the model's context.
         is_finished: Whether all prompts that were asked for are answered.
     """
@@ -176,6 +177,7 @@ class Manifest:
     chat_template_sha256: str = ""
     shard: Shard = WHOLE
     tokens_by_category: Mapping[str, int] = field(default_factory=dict)
+    prompts_origin: Mapping[str, str] = field(default_factory=dict)
     num_conversations: int = 0
     num_turns: int = 0
     num_tokens: int = 0

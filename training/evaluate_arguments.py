@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from training.arguments import add_switch, adder, count
+from training.data_source import data_source
 
 
 def add_evaluate(parser: argparse.ArgumentParser, options: Any) -> None:
@@ -13,10 +14,10 @@ def add_evaluate(parser: argparse.ArgumentParser, options: Any) -> None:
     add("heads", type=Path, metavar="DIR", help="heads checkpoint")
     add(
         "data",
-        type=Path,
+        type=data_source,
         action="append",
         metavar="FILE",
-        help="held-out answers (.gz); repeatable",
+        help="held-out answers (.gz) or hf:NAME#SPLIT; repeatable",
     )
     add("limit", type=count, metavar="N", help="conversations, from the beginning of the data")
     add("num-ranks", type=count, metavar="R", help="candidates per depth in the profile")

@@ -13,6 +13,7 @@ from typing import Any, get_args
 from server.config import DeviceName, DtypeName, Method
 from training.arguments import adder, count
 from training.config_file import OptionParser, config_path
+from training.data_source import DataSource
 from training.distill_arguments import add_distill
 from training.distilled import WHOLE, Sampling, Shard
 from training.evaluate_arguments import add_evaluate
@@ -56,7 +57,7 @@ class DistillOptions(ModelOptions):
     """What `distill` was asked to do.
 
     Attributes:
-        data: Prompts.
+        data: Prompts, in a file or a data set.
         output: Distilled file; a run that it holds is continued.
         limit: Number of conversations from the beginning of the file; None takes all.
         shard: Which of them this run answers.
@@ -68,7 +69,7 @@ class DistillOptions(ModelOptions):
         concurrency: Conversations in flight.
     """
 
-    data: Path
+    data: DataSource
     output: Path
     limit: int | None = None
     shard: Shard = WHOLE
@@ -102,7 +103,7 @@ class TrainOptions(HiddenCacheOptions):
     """What `train` was asked to do.
 
     Attributes:
-        data: Distilled files.
+        data: Answers, in files or data sets.
         output: Directory of the run and of the heads.
         method: `medusa` trains Medusa heads, `medusa2` an adapter of the base with them, `mtp` an
             MTP module.
@@ -133,7 +134,7 @@ class TrainOptions(HiddenCacheOptions):
             the first head's loss has the weight 1.
     """
 
-    data: tuple[Path, ...]
+    data: tuple[DataSource, ...]
     output: Path
     method: TrainMethod = "medusa"
     init_heads: Path | None = None
@@ -208,7 +209,7 @@ class EvaluateOptions(HiddenCacheOptions):
 
     Attributes:
         heads: Directory of the heads.
-        data: Distilled files that they were not trained on.
+        data: Answers that they were not trained on, in files or data sets.
         limit: Number of conversations from the beginning of the files; None takes all.
         num_ranks: Candidates per depth that the profile covers.
         num_depths: Depths that an MTP module is measured at; None is as many as its profile has.
@@ -216,7 +217,7 @@ class EvaluateOptions(HiddenCacheOptions):
     """
 
     heads: Path
-    data: tuple[Path, ...]
+    data: tuple[DataSource, ...]
     limit: int | None = None
     num_ranks: int = 16
     num_depths: int | None = None

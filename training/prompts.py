@@ -11,12 +11,11 @@ A line is a JSON object with one of these fields:
 `category` is optional.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from training.jsonl import Row, read_rows
+from training.jsonl import Row
 
 _ID_FIELDS = ("id", "question_id", "task_id")
 
@@ -37,14 +36,14 @@ class Prompts:
     system: str | None = None
 
 
-def read_prompts(path: Path) -> Iterator[Prompts]:
-    """Read a file of prompts one conversation at a time.
+def read_prompts(rows: Iterable[Row]) -> Iterator[Prompts]:
+    """Read prompts one conversation at a time.
 
     Raises:
-        DataError: If the file cannot be read, a line holds no prompts, or two lines share an id.
+        DataError: If a line holds no prompts, or two lines share an id.
     """
     lines: dict[str, int] = {}
-    for row in read_rows(path):
+    for row in rows:
         prompts = _prompts(row)
         if prompts.id in lines:
             raise row.error(

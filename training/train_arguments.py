@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from training.arguments import add_switch, adder, between, count, names, whole
+from training.data_source import data_source
 
 TrainMethod = Literal["medusa", "medusa2", "mtp"]
 MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
@@ -24,10 +25,10 @@ def add_train(parser: argparse.ArgumentParser, options: Any) -> None:
     add, default = adder(parser, options)
     add(
         "data",
-        type=Path,
+        type=data_source,
         action="append",
         metavar="FILE",
-        help="distilled or other answers (.gz); repeatable",
+        help="distilled or other answers (.gz) or hf:NAME#SPLIT; repeatable",
     )
     add("output", type=Path, metavar="DIR", help="run and heads; an unfinished run goes on")
     add("limit", type=count, metavar="N", help="conversations, from the beginning of the data")

@@ -10,6 +10,7 @@ from server.model.loading import LoadedModel
 from tests.tiny_models import MAX_MODEL_LEN
 from tests.training.corpora import write_lines
 from training.answers import data_sha256, load_answers
+from training.data_source import open_data
 from training.distilled import Manifest, Sampling, Shard, manifest_path, read_distilled
 from training.errors import DataError
 from training.jsonl import file_sha256
@@ -52,10 +53,11 @@ def test_one_file_has_its_own_digest_and_several_that_of_all_in_order(
     distilled_file: Path, tmp_path: Path
 ) -> None:
     a, b = two_parts(distilled_file, tmp_path)
-    assert data_sha256([a]) == file_sha256(a)
+    first, second = open_data(a), open_data(b)
+    assert data_sha256([first]) == file_sha256(a)
     both = file_sha256(a) + file_sha256(b)
-    assert data_sha256([a, b]) == hashlib.sha256(both.encode()).hexdigest()
-    assert data_sha256([b, a]) != data_sha256([a, b])
+    assert data_sha256([first, second]) == hashlib.sha256(both.encode()).hexdigest()
+    assert data_sha256([second, first]) != data_sha256([first, second])
 
 
 def test_a_conversation_that_is_there_twice_is_refused_by_both_places(

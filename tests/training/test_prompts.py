@@ -5,11 +5,12 @@ import pytest
 
 from tests.training.corpora import write_lines
 from training.errors import DataError
+from training.jsonl import read_rows
 from training.prompts import Prompts, read_prompts
 
 
 def read(tmp_path: Path, *lines: Any) -> list[Prompts]:
-    return list(read_prompts(write_lines(tmp_path / "prompts.jsonl", lines)))
+    return list(read_prompts(read_rows(write_lines(tmp_path / "prompts.jsonl", lines))))
 
 
 def test_all_three_forms_give_user_turns(tmp_path: Path) -> None:

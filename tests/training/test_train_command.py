@@ -22,6 +22,7 @@ from tests.tiny_models import save_tiny_model
 from tests.training.corpora import document, write_lines
 from training.__main__ import main
 from training.answers import data_sha256
+from training.data_source import open_data
 from training.dataset import Corpus, split
 from training.distilled import Manifest, manifest_path
 from training.evaluate import TREE_SIZES
@@ -217,7 +218,7 @@ def test_several_files_train_and_measure_as_one(
     output, second = tmp_path / "heads", ("--data", str(parts[1]))
     assert train(parts[0], output, model_dir, *second) == 0
     digest = load_acceptance(output)["data_sha256"]
-    assert digest == data_sha256(parts)
+    assert digest == data_sha256([open_data(part) for part in parts])
     assert evaluate(output, parts[0], model_dir, *second) == 0
     assert load_acceptance(output)["data_sha256"] == digest
 
