@@ -120,6 +120,7 @@ class TrainOptions(HiddenCacheOptions):
         early_stopping: Measurements in a row without a better one that end the run; 0 never does.
         validation_interval: Steps between these measurements.
         cache: Keep all hidden states in memory.
+        tensorboard: Directory that gets the metrics for TensorBoard too.
         overwrite: Drop the run and the heads that `output` holds.
         batch_size: Examples of an optimiser step, on all processes together.
         gradient_accumulation: Parts in which each process goes through its share of a batch.
@@ -162,6 +163,7 @@ class TrainOptions(HiddenCacheOptions):
     cache: bool = True
     save_interval: int = 200
     log_interval: int = 10
+    tensorboard: Path | None = None
     seed: int = 0
     overwrite: bool = False
     warmup_epochs: int = 1
@@ -190,6 +192,7 @@ class TrainOptions(HiddenCacheOptions):
             head_decay=self.head_decay,
             save_interval=self.save_interval,
             log_interval=self.log_interval,
+            tensorboard=self.tensorboard,
         )
 
     @property
@@ -275,7 +278,7 @@ def parse_options(argv: Sequence[str]) -> Options:
             description=command.summary,
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
-        command.add_options(subparser)
+        command.add_options(subparser, command.type)
         if issubclass(command.type, ModelOptions):
             _add_model(subparser)
         if issubclass(command.type, HiddenCacheOptions):
@@ -289,20 +292,8 @@ def parse_options(argv: Sequence[str]) -> Options:
     return _COMMANDS[values.pop("command")].type(**values)
 
 
-def _add_distill(parser: argparse.ArgumentParser) -> None:
-    add_distill(parser, DistillOptions)
-
-
-def _add_train(parser: argparse.ArgumentParser) -> None:
-    add_train(parser, TrainOptions)
-
-
-def _add_evaluate(parser: argparse.ArgumentParser) -> None:
-    add_evaluate(parser, EvaluateOptions)
-
-
-def _add_convert(parser: argparse.ArgumentParser) -> None:
-    add, _ = adder(parser, ConvertOptions)
+def _add_convert(parser: argparse.ArgumentParser, options: Any) -> None:
+    add, _ = adder(parser, options)
     add(
         "source",
         type=Path,
@@ -313,8 +304,8 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace what --output holds")
 
 
-def _add_report(parser: argparse.ArgumentParser) -> None:
-    add, _ = adder(parser, ReportOptions)
+def _add_report(parser: argparse.ArgumentParser, options: Any) -> None:
+    add, _ = adder(parser, options)
     add("heads", type=Path, metavar="DIR", help="heads with acceptance.json")
     add("output", type=Path, metavar="FILE", help="page to write; DIR/report.html if not given")
 
@@ -337,14 +328,14 @@ def _add_hidden_cache(parser: argparse.ArgumentParser) -> None:
 class _Command:
     summary: str
     type: type[Options]
-    add_options: Callable[[argparse.ArgumentParser], None]
+    add_options: Callable[[argparse.ArgumentParser, Any], None]
 
 
 _COMMANDS: Mapping[str, _Command] = {
-    "distill": _Command("have the base model answer prompts", DistillOptions, _add_distill),
-    "train": _Command("train draft heads on distilled answers", TrainOptions, _add_train),
+    "distill": _Command("have the base model answer prompts", DistillOptions, add_distill),
+    "train": _Command("train draft heads on distilled answers", TrainOptions, add_train),
     "evaluate": _Command(
-        "measure heads on answers they were not trained on", EvaluateOptions, _add_evaluate
+        "measure heads on answers they were not trained on", EvaluateOptions, add_evaluate
     ),
     "report": _Command("plot a training run and its heads", ReportOptions, _add_report),
     "convert": _Command("import Medusa heads or a native MTP layer", ConvertOptions, _add_convert),

@@ -56,6 +56,7 @@ def add_train(parser: argparse.ArgumentParser, options: Any) -> None:
     add("validation-interval", type=count, metavar="N", help="steps between measurements for it")
     add("save-interval", type=count, metavar="N", help="steps between saved states")
     add("log-interval", type=count, metavar="N", help="steps between lines of metrics")
+    add("tensorboard", type=Path, metavar="DIR", help="write the metrics for TensorBoard too")
     add("seed", type=whole, metavar="S", help="of the order of the examples")
     add_switch(
         parser,

@@ -35,6 +35,7 @@ from training.report import ACCEPTANCE_FILE, Measurement, measure, save_acceptan
 from training.run_state import STATE_FILE
 from training.starting_heads import starting_heads
 from training.task import Task
+from training.tensorboard import summary_writer
 from training.train_arguments import TrainMethod
 from training.trainables import hidden_states, medusa_trainable, mtp_trainable
 from training.trainer import StepMetrics, Trainer
@@ -51,6 +52,7 @@ _FREE_OPTIONS = frozenset(
         "device",
         "num_threads",
         "log_interval",
+        "tensorboard",
         "save_interval",
         "gradient_accumulation",
         "hidden_cache",
@@ -89,7 +91,7 @@ def run(options: TrainOptions) -> dict[str, Any] | None:
     Raises:
         DataError: If the data is broken or of another base model.
         RunError: If `output` holds heads, or a run with other options, or an option does not go
-            with the method.
+            with the method or needs what is not installed.
         DivergedError: If the loss is no longer a number.
         ModelError: If the base model cannot be loaded or trained for.
     """
@@ -154,10 +156,10 @@ def _check_options(options: TrainOptions) -> None:
                 )
     if options.method == "medusa2" and options.learning_rate == 0.0:
         raise RunError("learning_rate is 0.0; for medusa2 give the heads a rate above 0")
-    if (
-        options.early_stopping == 0
-        and options.validation_interval != default["validation_interval"]
-    ):
+    if options.tensorboard is not None:
+        summary_writer()
+    has_interval = options.validation_interval != default["validation_interval"]
+    if has_interval and options.early_stopping == 0:
         raise RunError(
             f"validation_interval is {options.validation_interval}, but without early_stopping "
             "nothing is measured on the way; give --early-stopping too or leave it out"
@@ -246,8 +248,14 @@ def _warmed_up(task: Task, heads: MedusaHeads) -> MedusaHeads:
     if not is_done:
         note(f"warm-up: the heads alone, {options.warmup_epochs} epochs")
         directory.mkdir(exist_ok=True)
-        epochs = options.warmup_epochs
-        alone = replace(options, method="medusa", output=directory, epochs=epochs, early_stopping=0)
+        alone = replace(
+            options,
+            method="medusa",
+            output=directory,
+            epochs=options.warmup_epochs,
+            early_stopping=0,
+            tensorboard=None if options.tensorboard is None else options.tensorboard / WARMUP_DIR,
+        )
         warmup = replace(task, options=alone, usage=Usage())
         drafts_of = partial(MedusaDrafts, heads=heads)
         trainer = _trained(warmup, medusa_trainable(warmup, heads), drafts_of)

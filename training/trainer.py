@@ -21,8 +21,7 @@ from torch import Tensor
 
 from training.early_stopping import Validation
 from training.errors import DivergedError
-from training.jsonl import LineAppender
-from training.metrics import open_metrics
+from training.metrics import MetricsLog, open_metrics
 from training.objective import Batch, Losses, Trainable
 from training.processes import Processes
 from training.run_state import STATE_FILE, Progress, load_state, save_state
@@ -43,6 +42,7 @@ class TrainConfig:
         gradient_accumulation: Parts in which each process goes through its share of a batch.
         save_interval: Steps between two saved states.
         log_interval: Steps between two lines of metrics.
+        tensorboard: Directory that gets the metrics too; None writes them to the run's alone.
     """
 
     epochs: int = 4
@@ -54,6 +54,7 @@ class TrainConfig:
     gradient_accumulation: int = 1
     save_interval: int = 200
     log_interval: int = 10
+    tensorboard: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,10 +200,10 @@ class Trainer(Generic[Batch]):
         if self._processes.is_main:
             (self._directory / STATE_FILE).unlink(missing_ok=True)
 
-    def _open_metrics(self) -> AbstractContextManager[LineAppender | None]:
+    def _open_metrics(self) -> AbstractContextManager[MetricsLog | None]:
         if not self._processes.is_main:
             return nullcontext()
-        return open_metrics(self._directory, self.step)
+        return open_metrics(self._directory, self.step, self._config.tensorboard)
 
     def _remaining_batches(self) -> Iterator[tuple[int, Batch]]:
         first = self.step
@@ -295,7 +296,7 @@ class Trainer(Generic[Batch]):
             validation=validated,
         )
 
-    def _record(self, metrics: StepMetrics, file: LineAppender | None) -> None:
+    def _record(self, metrics: StepMetrics, file: MetricsLog | None) -> None:
         if file is None:
             return
         is_last = self.step == self.num_steps or self._validation.is_over(self.step)
