@@ -25,7 +25,7 @@ from heads.tree_search import AcceptanceProfile, best_tree
 from server.config import EngineConfig, SamplingParams, SpeculationParams
 from server.engine.cost_model import CostModel
 from server.engine.drafter import MedusaDrafter
-from server.engine.engine import Completion, Engine
+from server.engine.engine import Completion, Engine, OnHidden
 from server.engine.logits import make_adjuster
 from server.engine.model_runner import ModelRunner
 from server.engine.parts import EngineParts, kv_layout, make_speculator
@@ -129,6 +129,7 @@ def make_engine(
     script: DraftScript | None = None,
     costs: CostModel | None = None,
     draft: DraftHeads | None = None,
+    on_hidden: OnHidden | None = None,
     **options: Any,
 ) -> Engine:
     """An engine over a tiny model with small sizes.
@@ -137,6 +138,7 @@ def make_engine(
         script: Where drafts come from; None takes untrained heads, which are mostly wrong.
         costs: Chooses the tree size; without it trees are as large as the options allow.
         draft: Heads instead of untrained Medusa heads.
+        on_hidden: As `Engine` takes it.
         options: Of `EngineConfig`; `heads="none"` serves without drafts.
     """
     sizes: dict[str, Any] = {
@@ -155,7 +157,8 @@ def make_engine(
     loaded = tiny_loaded(kind)
     if draft is None and config.heads != "none":
         draft = DraftHeads(heads_for(loaded), None, wide_profile(), "tiny")
-    runner, cache = _tiny_runner(kind, kv_layout(loaded, config.block_size, draft))
+    layout = kv_layout(loaded, config.block_size, draft, on_hidden is not None)
+    runner, cache = _tiny_runner(kind, layout)
     blocks = BlockManager(config.num_blocks, config.block_size, config.prefix_caching)
     speculator = make_speculator(config, draft, cache, blocks)
     if script is not None and draft is not None:
@@ -173,7 +176,8 @@ def make_engine(
             speculator=speculator,
             limits=RequestLimits(max_len, loaded.vocab_size, method),
             heads_name=None if draft is None else "random",
-        )
+        ),
+        on_hidden,
     )
 
 

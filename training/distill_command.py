@@ -5,7 +5,7 @@ killed run loses only what was in flight.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +15,10 @@ from server.config import EngineConfig
 from server.engine.engine import Engine
 from training.config_file import save_config
 from training.data_source import open_data
-from training.distilled import Manifest, manifest_path, read_distilled
+from training.distilled import DistilledConversation, Manifest, manifest_path, read_distilled
+from training.document_states import open_states
 from training.errors import DataError, RunError
+from training.hidden_capture import HiddenCapture
 from training.jsonl import LineAppender, drop_torn_line
 from training.options import DistillOptions
 from training.progress import Bar, note, progress_bar
@@ -57,7 +59,10 @@ def run(options: DistillOptions) -> dict[str, Any]:
     if not prompts:
         raise DataError(f"{options.data} has no prompts for shard {shard}; give a smaller N")
     check_weights(options.category_weights, prompts)
-    engine = Engine.from_config(_engine_config(options), note)
+    capture = HiddenCapture()
+    on_hidden = None if options.hidden_cache is None else capture.take
+    engine = Engine.from_config(_engine_config(options), note, on_hidden)
+    kept = open_states(options, engine.loaded)
     if engine.loaded.adapter_sha256 is not None:
         raise RunError(
             f"the heads {options.heads} bring an adapter, so the answers would not be those of "
@@ -83,11 +88,19 @@ def run(options: DistillOptions) -> dict[str, Any]:
         order.count(category, num_tokens)
     distiller = SelfDistiller(engine, options.sampling, options.method, options.concurrency)
     with LineAppender(options.output) as file, _progress(len(waiting), account, options) as bar:
+
+        def write(conversation: DistilledConversation) -> None:
+            file.append(conversation.to_json())
+            if kept is not None:
+                capture.keep(conversation, kept)
+
         try:
-            _answer(distiller, order, account, options, file, bar)
+            _answer(distiller, order, account, options, write, bar)
         finally:
             file.sync()
             account.manifest.save(options.output)
+            if kept is not None:
+                capture.flush(kept)
     return _result(options.output, account)
 
 
@@ -163,7 +176,7 @@ def _answer(
     order: PromptOrder,
     account: _Account,
     options: DistillOptions,
-    file: LineAppender,
+    write: Callable[[DistilledConversation], None],
     bar: Bar,
 ) -> None:
     num_before = account.manifest.num_tokens
@@ -184,7 +197,7 @@ def _answer(
         manifest = account.manifest
         order.finish(conversation.category, conversation.num_tokens)
         if conversation.turns:
-            file.append(conversation.to_json())
+            write(conversation)
             account.manifest = replace(
                 manifest,
                 num_conversations=manifest.num_conversations + 1,

@@ -46,6 +46,7 @@ class HiddenStateEncoder:
 
     Attributes:
         dtype: Of the hidden states.
+        device: Likewise.
         has_plain_logits: Whether the model's logits are the product of its hidden states and its
             unembedding, without a bias, a scale or a cap.
 
@@ -55,7 +56,7 @@ class HiddenStateEncoder:
 
     def __init__(self, loaded: LoadedModel, max_batch_tokens: int = 2048) -> None:
         self.dtype = loaded.dtype
-        self._device = loaded.device
+        self.device = loaded.device
         self._max_model_len = loaded.max_model_len
         self._max_batch_tokens = max_batch_tokens
         loaded.model.set_attn_implementation("sdpa")
@@ -67,7 +68,7 @@ class HiddenStateEncoder:
         seen: list[Tensor] = []
         unembedding = loaded.model.get_output_embeddings()
         handle = unembedding.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-        ids_1T = torch.arange(1, 5, device=self._device).unsqueeze(0)
+        ids_1T = torch.arange(1, 5, device=self.device).unsqueeze(0)
         try:
             logits_1TV = loaded.model(input_ids=ids_1T, use_cache=False).logits
         finally:
@@ -130,9 +131,9 @@ class HiddenStateEncoder:
             for row, index in enumerate(batch):
                 token_ids_T = documents[index].token_ids_T
                 ids_BT[row, : len(token_ids_T)] = token_ids_T
-            hidden_BTD = self._decode(ids_BT.to(self._device))
+            hidden_BTD = self._decode(ids_BT.to(self.device))
             for row, index in enumerate(batch):
-                encoded[index] = hidden_BTD[row, rows[index].to(self._device)]
+                encoded[index] = hidden_BTD[row, rows[index].to(self.device)]
         return encoded
 
     def _batches(self, documents: Sequence[Document]) -> list[list[int]]:

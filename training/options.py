@@ -53,7 +53,7 @@ class HiddenCacheOptions(ModelOptions):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DistillOptions(ModelOptions):
+class DistillOptions(HiddenCacheOptions):
     """What `distill` was asked to do.
 
     Attributes:

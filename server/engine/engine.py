@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from itertools import accumulate
 
 import torch
+from torch import Tensor
 
 from server.config import EngineConfig
 from server.engine.batch import build_batch
@@ -28,6 +29,9 @@ from server.engine.scheduler import ScheduledSequence, Scheduler
 from server.engine.sequence import Sequence, acceptance_rule, request_seed
 from server.engine.text import TextStream
 from server.engine.verify import Verdict, verify
+
+# Gets a request's tokens, and the base model's hidden states of all of them but the last.
+OnHidden = Callable[[Seq[int], Tensor], None]
 
 
 @dataclass(slots=True)
@@ -62,11 +66,15 @@ def _silent(message: str) -> None:
 class Engine:
     """Continuous batching over draft trees.
 
+    Args:
+        parts: With a cache that has room for hidden states if `on_hidden` is given.
+        on_hidden: Called at the end of each request all of whose hidden states are computed.
+
     Attributes:
         counters: Totals for metrics and benches.
     """
 
-    def __init__(self, parts: EngineParts) -> None:
+    def __init__(self, parts: EngineParts, on_hidden: OnHidden | None = None) -> None:
         self.config = parts.config
         self.loaded = parts.loaded
         self.tokenizer = parts.loaded.tokenizer
@@ -76,23 +84,30 @@ class Engine:
         self.blocks = parts.blocks
         self.counters = EngineCounters()
         self._runner = parts.runner
+        self._on_hidden = on_hidden
         self._scheduler = Scheduler(parts.config, parts.blocks, parts.speculator)
         self._sequences: dict[str, Sequence] = {}
 
     @classmethod
-    def from_config(cls, config: EngineConfig, report: Callable[[str], None] = _silent) -> "Engine":
+    def from_config(
+        cls,
+        config: EngineConfig,
+        report: Callable[[str], None] = _silent,
+        on_hidden: OnHidden | None = None,
+    ) -> "Engine":
         """Load the model and its heads, size the KV cache and measure the step cost.
 
         Args:
             config: Validated options.
             report: Called with a short line at the beginning of each stage.
+            on_hidden: See `Engine`.
 
         Raises:
             ConfigError: If the KV cache does not fit, or a path is wrong.
             ModelError: If the model cannot be loaded or is not supported.
             HeadsMismatchError: If the heads belong to another base model.
         """
-        return cls(build_parts(config, report))
+        return cls(build_parts(config, report, on_hidden is not None), on_hidden)
 
     @property
     def model_name(self) -> str:
@@ -158,9 +173,17 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         """Drop a request and free its blocks at once; unknown ids are ended requests."""
-        sequence = self._sequences.pop(request_id, None)
+        sequence = self._sequences.get(request_id)
         if sequence is not None:
-            self._scheduler.finish(sequence)
+            self._end(sequence)
+
+    def _end(self, sequence: Sequence) -> None:
+        count = len(sequence.token_ids) - 1
+        if self._on_hidden is not None and sequence.num_computed_tokens == count:
+            hidden_XD = self._runner.hidden_states(sequence.block_table, count)
+            self._on_hidden(sequence.token_ids, hidden_XD)
+        self._scheduler.finish(sequence)
+        del self._sequences[sequence.request.request_id]
 
     @torch.inference_mode()
     def step(self) -> list[RequestOutput]:
@@ -305,8 +328,7 @@ class Engine:
                 self.counters.num_cached_tokens += sequence.num_cached_tokens
             outputs.append(request_output(sequence, emission, logprobs))
             if emission.finish_reason is not None:
-                self._scheduler.finish(sequence)
-                del self._sequences[sequence.request.request_id]
+                self._end(sequence)
         return outputs
 
 

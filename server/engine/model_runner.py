@@ -3,6 +3,7 @@
 Shapes: T flat tokens, S rows of logits, D model width, V vocabulary.
 """
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +68,17 @@ class ModelRunner:
             self._kv_cache.write_hidden(batch.attention.slots_T, self._all_hidden[0])
             self._all_hidden = None
         return TargetOutput(output.logits[0], hidden_1SD[0])
+
+    def hidden_states(self, block_table: Seq[int], count: int) -> Tensor:
+        """Copy the hidden states of a sequence's first tokens, `[count, D]`.
+
+        Only if the cache has room for hidden states, and these tokens are computed.
+        """
+        layout = self._kv_cache.layout
+        blocks = torch.tensor(block_table, dtype=torch.int64, device=layout.device)
+        offsets = torch.arange(layout.block_size, device=layout.device)
+        slots = (blocks.unsqueeze(1) * layout.block_size + offsets).flatten()[:count]
+        return self._kv_cache.hidden_SD[slots]
 
     def compact(self, source_slots: list[int], target_slots: list[int]) -> None:
         """Move accepted tree nodes' KV to the slots of their positions."""

@@ -51,7 +51,9 @@ class EngineParts:
     heads_name: str | None
 
 
-def build_parts(config: EngineConfig, report: Callable[[str], None]) -> EngineParts:
+def build_parts(
+    config: EngineConfig, report: Callable[[str], None], keeps_hidden: bool = False
+) -> EngineParts:
     """Load and measure everything; see `Engine.from_config`."""
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
@@ -67,7 +69,7 @@ def build_parts(config: EngineConfig, report: Callable[[str], None]) -> EnginePa
     elif config.heads == NATIVE_HEADS:
         report("loading the MTP layer that the model ships")
         loaded_heads = native_draft_heads(loaded)
-    layout = kv_layout(loaded, config.block_size, loaded_heads)
+    layout = kv_layout(loaded, config.block_size, loaded_heads, keeps_hidden)
     num_blocks = _num_blocks(config, layout, loaded.max_model_len)
     max_len = min(loaded.max_model_len, num_blocks * config.block_size)
     if config.max_model_len is not None:
@@ -94,7 +96,9 @@ def build_parts(config: EngineConfig, report: Callable[[str], None]) -> EnginePa
     )
 
 
-def kv_layout(loaded: LoadedModel, block_size: int, draft: DraftHeads | None) -> KVLayout:
+def kv_layout(
+    loaded: LoadedModel, block_size: int, draft: DraftHeads | None, keeps_hidden: bool = False
+) -> KVLayout:
     """Size a token's place in the KV cache; an MTP module has a layer and needs hidden states."""
     is_mtp = draft is not None and draft.block is not None
     return KVLayout(
@@ -104,7 +108,7 @@ def kv_layout(loaded: LoadedModel, block_size: int, draft: DraftHeads | None) ->
         block_size=block_size,
         dtype=loaded.dtype,
         device=loaded.device,
-        hidden_size=loaded.hidden_size if is_mtp else 0,
+        hidden_size=loaded.hidden_size if is_mtp or keeps_hidden else 0,
     )
 
 

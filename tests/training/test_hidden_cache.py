@@ -11,6 +11,7 @@ from server.model.loading import LoadedModel, load_model
 from tests.tiny_adapters import save_adapted_heads, save_tiny_adapter
 from tests.tiny_models import MAX_MODEL_LEN, save_tiny_model
 from tests.training.corpora import corpus, document
+from training.document_states import DocumentStates
 from training.errors import DataError, RunError
 from training.examples import BatchPlan, ExampleSource
 from training.hidden_cache import HiddenStateCache, open_cache
@@ -22,7 +23,7 @@ DOCUMENTS = corpus(9).documents
 
 
 def made(directory: Path, loaded: LoadedModel, encoder: HiddenStateEncoder) -> HiddenStateCache:
-    return HiddenStateCache(directory, encoder, loaded)
+    return HiddenStateCache(DocumentStates(directory, loaded), encoder)
 
 
 def equal(ours: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
@@ -86,7 +87,7 @@ def test_files_are_of_bounded_size(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     row_bytes = loaded.hidden_size * 4
-    monkeypatch.setattr("training.hidden_cache._FILE_BYTES", 40 * row_bytes)
+    monkeypatch.setattr("training.document_states._FILE_BYTES", 40 * row_bytes)
     documents = [*DOCUMENTS, document(70, (3, 70), seed=70)]
     cache = made(tmp_path, loaded, encoder)
     counts: list[int] = []
@@ -123,7 +124,9 @@ def test_states_beyond_the_range_of_the_kept_type_are_an_error(
     loaded = load_model(str(model_dir), "cpu", "float32")
     with torch.no_grad():
         loaded.model.base_model.get_parameter("norm.weight").mul_(1e6)
-    cache = HiddenStateCache(tmp_path, HiddenStateEncoder(loaded), loaded, "float16")
+    cache = HiddenStateCache(
+        DocumentStates(tmp_path, loaded, "float16"), HiddenStateEncoder(loaded)
+    )
     with pytest.raises(ModelError, match=r"'c0' reach .*float16 cannot hold; give --hidden-cache-"):
         cache.encode(DOCUMENTS)
     assert list(tmp_path.iterdir()) == []
@@ -146,7 +149,7 @@ def test_other_bases_and_types_are_told_apart_and_share_a_directory(
     for base, own in zip(bases, encoders, strict=True):
         assert made(directory, base, own).missing(DOCUMENTS) == list(DOCUMENTS)
         made(directory, base, own).fill(DOCUMENTS, lambda _: None)
-    narrow = HiddenStateCache(directory, encoder, loaded, "float16")
+    narrow = DocumentStates(directory, loaded, "float16")
     assert narrow.missing(DOCUMENTS) == list(DOCUMENTS)
     for base, own in zip(bases, encoders, strict=True):
         assert equal(made(directory, base, own).encode_all(DOCUMENTS), own.encode_all(DOCUMENTS))

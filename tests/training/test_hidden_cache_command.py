@@ -140,7 +140,7 @@ def test_a_run_killed_while_it_computes_states_goes_on_with_what_is_there(
     data, states = many_answers(tmp_path / "data.jsonl"), tmp_path / "states"
     more = ("--hidden-cache", str(states))
     argv = argv_of("medusa", data, tmp_path / "heads", model_dir, *more)
-    small_files = "import training.hidden_cache as cache; cache._FILE_BYTES = 8192;"
+    small_files = "import training.document_states as states; states._FILE_BYTES = 8192;"
     command = f"{small_files} from training.__main__ import main; main({argv!r})"
     with subprocess.Popen([sys.executable, "-c", command], stderr=subprocess.DEVNULL) as process:
         while process.poll() is None:
