@@ -23,6 +23,7 @@ from training.train_arguments import (
     ALL_LINEAR,
     LEARNING_RATES,
     MixedPrecision,
+    Sharding,
     TrainMethod,
     add_train,
 )
@@ -127,6 +128,7 @@ class TrainOptions(HiddenCacheOptions):
         max_grad_norm: Longer gradients are scaled down to this norm; 0 leaves them.
         mixed_precision: Of the matrix products; `auto` is bf16 for a base model of 16 bits.
         kl_weight: Share of the divergence from the base model's own distribution in the loss.
+        sharding: `fsdp` spreads the layers of the base over the processes.
         warmup_epochs: In which `medusa2` trains fresh heads alone; heads to begin with need none.
         lora_rank: Of the adapter; its alpha is twice that.
         lora_targets: Layers that are adapted; `all-linear` is all but the unembedding.
@@ -155,6 +157,7 @@ class TrainOptions(HiddenCacheOptions):
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     mixed_precision: MixedPrecision = "auto"
+    sharding: Sharding = "none"
     head_decay: float = 0.8
     kl_weight: float = 0.0
     held_out: float = 0.03

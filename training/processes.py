@@ -17,6 +17,8 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from training.errors import RunError
 
@@ -29,7 +31,7 @@ _SUPPORTED = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MUL
 _UNSUPPORTED_VARIABLES = {
     "ACCELERATE_USE_DEEPSPEED": "launch without --use_deepspeed",
     "ACCELERATE_USE_MEGATRON_LM": "launch without --use_megatron_lm",
-    "ACCELERATE_USE_FSDP": "launch without --use_fsdp: draft heads are small, each process has all",
+    "ACCELERATE_USE_FSDP": "launch without --use_fsdp and give train --sharding fsdp",
 }
 
 
@@ -89,6 +91,17 @@ class Processes:
             raise AssertionError("no module was prepared")
         output: Tensor = self._prepared(*inputs)
         return output
+
+    def shard(self, layers: Iterable[nn.Module]) -> None:
+        """Spread the parameters of layers over the processes, onto their devices.
+
+        Each keeps its part, and gets all of a layer for as long as that runs.
+
+        NOTE: all processes must run these layers equally often.
+        """
+        mesh = init_device_mesh(self.device.type, (self.count,))
+        for layer in layers:
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
 
     def own(self, parts: Sequence[Item]) -> Sequence[Item]:
         """Return this process's share of parts, equally many for each."""

@@ -10,6 +10,7 @@ from training.data_source import data_source
 
 TrainMethod = Literal["medusa", "medusa2", "mtp"]
 MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
+Sharding = Literal["none", "fsdp"]
 # At the peak, by method.
 LEARNING_RATES: Mapping[TrainMethod, float] = {
     "medusa": 2e-3,
@@ -49,6 +50,7 @@ def add_train(parser: argparse.ArgumentParser, options: Any) -> None:
     add("weight-decay", type=between(0.0, 1.0), metavar="W", help="of AdamW")
     add("max-grad-norm", type=between(0.0, 1e6), metavar="N", help="clip gradients; 0 is off")
     add("mixed-precision", choices=get_args(MixedPrecision), help="of the products")
+    add("sharding", choices=get_args(Sharding), help="fsdp: spread the base over the processes")
     add("head-decay", type=between(0.0, 1.0), metavar="L", help="weight of depth k is L ** k")
     add("kl-weight", type=between(0.0, 1.0), metavar="W", help="medusa, mtp: of KL to the base")
     add("held-out", type=between(0.0, 0.5), metavar="F", help="share of conversations to measure")

@@ -16,7 +16,6 @@ from heads.kinds import AnyHeads
 from heads.medusa import MedusaHeads
 from server.errors import ModelError
 from training.answers import load_answers
-from training.base_model import load_base
 from training.config_file import save_config
 from training.dataset import Corpus, split
 from training.drafts import Drafts, MedusaDrafts, MTPDrafts
@@ -33,6 +32,7 @@ from training.processes import Processes
 from training.progress import note, progress_bar
 from training.report import ACCEPTANCE_FILE, Measurement, measure, save_acceptance, summary
 from training.run_state import STATE_FILE
+from training.sharding import load_base_for
 from training.starting_heads import starting_heads
 from training.task import Task
 from training.tensorboard import summary_writer
@@ -55,6 +55,7 @@ _FREE_OPTIONS = frozenset(
         "tensorboard",
         "save_interval",
         "gradient_accumulation",
+        "sharding",
         "hidden_cache",
     }
 )
@@ -98,8 +99,7 @@ def run(options: TrainOptions) -> dict[str, Any] | None:
     _check_options(options)
     processes = Processes(options.device, is_scaled=options.mixed_precision == "fp16")
     _prepare_output(options, processes)
-    is_packed = options.method != "medusa2"
-    loaded = load_base(options, is_packed=is_packed, device=processes.device)
+    loaded = load_base_for(options, processes)
     answers = load_answers(options.data, loaded, options.limit)
     parts = split(answers.corpus, options.held_out)
     if parts.train.num_examples == 0:
@@ -117,11 +117,13 @@ def run(options: TrainOptions) -> dict[str, Any] | None:
     task = Task(options, loaded, encoder, encoder, train, held_out, sha256, processes, usage)
     task = replace(task, states=hidden_states(task, answers.corpus))
     learnt = _learnt(task)
+    # Who holds a part of the base has to run it with the others.
+    is_measuring = processes.is_main or options.sharding == "fsdp"
+    with usage.stage("measuring"):
+        found = _measured(parts.held_out, learnt.drafts) if is_measuring else None
     processes.end()
     if not processes.is_main:
         return None
-    with usage.stage("measuring"):
-        found = _measured(parts.held_out, learnt.drafts)
     save_heads(
         options.output,
         learnt.heads,

@@ -3,11 +3,12 @@
 Shape suffixes: V vocabulary, D model width.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -73,6 +74,18 @@ class LoadedModel:
         """The plain input embedding `[V, D]`, not a copy; the same tensor if they are tied."""
         return self._input_embedding_VD
 
+    def moved(self, device: torch.device) -> Self:
+        """Move a model that was loaded unpacked; this value is not to be used any more."""
+        # Past what transformers wraps around it, whose type is another.
+        nn.Module.to(self.model, device)
+        unembedding_VD, input_embedding_VD = _embeddings(self.model)
+        return replace(
+            self,
+            device=device,
+            _unembedding_VD=unembedding_VD,
+            _input_embedding_VD=input_embedding_VD,
+        )
+
 
 def load_model(
     name: str,
@@ -106,14 +119,13 @@ def load_model(
     model.eval()
     model.requires_grad_(False)
     text = config.get_text_config(decoder=True)
-    unembedding_VD = model.get_output_embeddings().get_parameter("weight").detach()
+    unembedding_VD, input_embedding_VD = _embeddings(model)
     vocab_size, hidden_size = unembedding_VD.shape
     if tokenizer.vocab_size > vocab_size:
         raise ModelError(
             f"{name} has a tokenizer of {tokenizer.vocab_size} tokens, but its model only has "
             f"{vocab_size}; the two do not belong together"
         )
-    input_embedding_VD = model.get_input_embeddings().get_parameter("weight").detach()
     fingerprint = BaseFingerprint.of(
         config.model_type, text.num_hidden_layers, hidden_size, vocab_size, model.named_parameters()
     )
@@ -138,6 +150,15 @@ def load_model(
         _unembedding_VD=unembedding_VD,
         _input_embedding_VD=input_embedding_VD,
     )
+
+
+def _embeddings(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """The plain unembedding and input embedding, not copies."""
+    layers = model.get_output_embeddings(), model.get_input_embeddings()
+    unembedding_VD, input_embedding_VD = (
+        layer.get_parameter("weight").detach() for layer in layers
+    )
+    return unembedding_VD, input_embedding_VD
 
 
 def _device(name: str) -> torch.device:

@@ -168,7 +168,7 @@ def test_a_batch_taken_in_parts_gives_the_same_losses(
     [
         ("ACCELERATE_USE_DEEPSPEED", "true", "launch without --use_deepspeed"),
         ("ACCELERATE_USE_MEGATRON_LM", "1", "launch without --use_megatron_lm"),
-        ("ACCELERATE_USE_FSDP", "true", "launch without --use_fsdp"),
+        ("ACCELERATE_USE_FSDP", "true", "--use_fsdp and give train --sharding fsdp"),
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "4 accumulation steps.*--gradient-acc"),
     ],
 )

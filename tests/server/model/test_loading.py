@@ -101,6 +101,14 @@ def test_weights_have_the_type_that_was_asked_for(checkpoints: dict[str, Path], 
         assert loaded.model(input_ids=IDS).logits.dtype == loaded.dtype
 
 
+def test_a_moved_model_and_its_matrices_are_all_elsewhere(checkpoints: dict[str, Path]) -> None:
+    there = torch.device("meta")
+    moved = load_model(str(checkpoints["llama"]), "cpu", is_packed=False).moved(there)
+    assert moved.device == there
+    assert {tensor.device for tensor in moved.model.state_dict().values()} == {there}
+    assert moved.unembedding().device == moved.input_embedding().device == there
+
+
 def test_auto_takes_float32_on_cpu(checkpoints: dict[str, Path]) -> None:
     assert load_model(str(checkpoints["llama"]), "cpu", "auto").dtype == torch.float32
 
