@@ -70,18 +70,18 @@ class _FrozenMixture(torch.autograd.Function):
         hidden_ND: Tensor,
         rows_UD: Tensor,
         labels_N: Tensor,
-        teacher_NU: Tensor,
+        soft_NU: Tensor,
         kl_weight: float,
     ) -> Tensor:
         log_probs_NU = F.linear(hidden_ND, rows_UD).float().log_softmax(dim=1)
         is_labelled_N1 = (labels_N >= 0).unsqueeze(1)
         index_N1 = labels_N.clamp(min=0).unsqueeze(1)
-        soft_NU = teacher_NU.exp()
-        divergence_N1 = (soft_NU * (teacher_NU - log_probs_NU)).sum(dim=1, keepdim=True)
+        soft_probs_NU = soft_NU.exp()
+        divergence_N1 = (soft_probs_NU * (soft_NU - log_probs_NU)).sum(dim=1, keepdim=True)
         hard = 1.0 - kl_weight
         loss_N1 = kl_weight * divergence_N1 - hard * log_probs_NU.gather(1, index_N1)
         if ctx.needs_input_grad[0]:
-            gradient_NU = log_probs_NU.exp_().sub_(soft_NU, alpha=kl_weight)
+            gradient_NU = log_probs_NU.exp_().sub_(soft_probs_NU, alpha=kl_weight)
             gradient_NU.scatter_add_(1, index_N1, gradient_NU.new_full(index_N1.shape, -hard))
             gradient_NU.mul_(is_labelled_N1)
             ctx.save_for_backward(gradient_NU.to(rows_UD.dtype) @ rows_UD)

@@ -96,7 +96,8 @@ def test_a_run_says_what_it_took(
     lines = read_metrics(tmp_path / "heads")
     seen = lines[-1]["num_examples"] / found["seconds"]["steps"]
     assert found["examples_per_s"] == pytest.approx(seen, rel=0.05)
-    assert 0 < lines[-1]["peak_memory_bytes"] <= found["peak_memory_bytes"]
+    # Linux counts by pages of each thread, and adds up late.
+    assert 2**20 < lines[-1]["peak_memory_bytes"] <= found["peak_memory_bytes"] * 1.01
     assert train(distilled_file, tmp_path / "streamed", model_dir, "--no-cache") == 0
     assert list(result(capsys)["seconds"]) == ["steps", "measuring"]
 
