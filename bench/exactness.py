@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from bench.dialogues import Ask, SkippedTurn, Turn, answer_again, answer_turns
+from bench.errors import BenchError
 from bench.judge import CheckName, Judge, Mismatch, Pair
 from bench.options import BenchOptions
 from bench.outcome import Outcome
@@ -206,9 +207,15 @@ def run(options: BenchOptions) -> Outcome:
     """Produce the outputs and compare them; in float32 unless the options name another type.
 
     Raises:
-        BenchError: If the prompts are wrong or none of them fits the context.
+        BenchError: If the prompts are wrong, none of them fits the context or the weights are
+            quantized.
         EuryaleError: If the engine cannot be built or refuses a request.
     """
+    if options.quantization != "none":
+        raise BenchError(
+            f"quantization is {options.quantization!r}, but exactness compares with transformers' "
+            "model, whose weights are plain; give 'none'"
+        )
     workload = load_workload(options)
     dtype = "float32" if options.dtype == "auto" else options.dtype
     engine = build_engine(engine_config(options, tree=options.max_nodes, dtype=dtype))

@@ -244,7 +244,7 @@ def run(options: BenchOptions) -> Outcome:
     if not races:
         raise BenchError("no prompt fits the model's context; give shorter ones")
     result = summarise(races)
-    num_bytes = weight_bytes(reference.model)
+    num_bytes = weight_bytes(reference.model, options.quantization)
     traffic = WeightTraffic(
         weight_bytes=num_bytes,
         memory_gb_per_s=memory_gb_per_s,

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 _PROBE_BYTES = 512 << 20
@@ -35,14 +35,24 @@ class WeightTraffic:
         return {**asdict(self), "plain_share": self.plain_gb_per_s / self.memory_gb_per_s}
 
 
-def weight_bytes(model: PreTrainedModel) -> int:
+def weight_bytes(model: PreTrainedModel, quantization: str = "none") -> int:
     """Bytes of the parameters that a decode step reads in full.
 
     An input embedding is looked up row by row, so it counts only if the unembedding shares it.
+
+    Args:
+        model: The plain model.
+        quantization: What the engine made of its linear layers, as `EngineConfig.quantization`.
     """
     lookup = model.get_input_embeddings().weight
     tied = model.get_output_embeddings().weight is lookup
-    return distinct_bytes(p for p in model.parameters() if tied or p is not lookup)
+    read = {id(p): p for p in model.parameters() if tied or p is not lookup}
+    if quantization == "none":
+        return distinct_bytes(read.values())
+    weights = [module.weight for module in model.modules() if type(module) is nn.Linear]
+    for weight in weights:
+        read.pop(id(weight), None)
+    return distinct_bytes(read.values()) + sum(weight.numel() for weight in weights)
 
 
 def distinct_bytes(tensors: Iterable[Tensor]) -> int:

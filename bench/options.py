@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from server.config import MAX_TREE_NODES, METHODS, DeviceName, DtypeName, Method
+from server.config import MAX_TREE_NODES, METHODS, DeviceName, DtypeName, Method, QuantizationName
 
 COMMANDS = {
     "latency": "tokens per second at batch 1: speculation on, off, and transformers' generate",
@@ -38,6 +38,7 @@ class BenchOptions:
         method: Draft source of the runs with speculation.
         max_nodes: Largest tree, root included.
         dtype: As `EngineConfig.dtype`.
+        quantization: As `EngineConfig.quantization`.
         device: As `EngineConfig.device`.
         num_threads: CPU threads; None leaves torch's choice.
         concurrency: Requests in flight; 1 for commands that measure batch 1.
@@ -54,6 +55,7 @@ class BenchOptions:
     method: Method = "auto"
     max_nodes: int = 32
     dtype: DtypeName = "auto"
+    quantization: QuantizationName = "none"
     device: DeviceName = "auto"
     num_threads: int | None = None
     concurrency: int = 1
@@ -104,6 +106,12 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     add("--method", choices=METHODS, default=default.method, help="draft source")
     add("--max-nodes", type=_tree_size, default=default.max_nodes, metavar="N", help="largest tree")
     add("--dtype", choices=get_args(DtypeName), default=default.dtype, help="weights' type")
+    add(
+        "--quantization",
+        choices=get_args(QuantizationName),
+        default=default.quantization,
+        help="8-bit weights",
+    )
     add("--device", choices=get_args(DeviceName), default=default.device, help="where to run")
     add("--num-threads", type=_positive, metavar="N", help="CPU threads")
     add("--output", type=Path, metavar="FILE", help="also write the JSON object there")

@@ -56,6 +56,7 @@ def engine_config(
         heads=options.heads,
         device=options.device,
         dtype=dtype or options.dtype,
+        quantization=options.quantization,
         max_num_seqs=options.concurrency,
         max_tokens_per_step=max(_DEFAULT_STEP_TOKENS, -(-tree_tokens * 4 // 3)),
         max_nodes=options.max_nodes,
@@ -94,6 +95,7 @@ def describe_engine(engine: Engine) -> dict[str, Any]:
     return {
         "model": engine.model_name,
         "heads": engine.heads_name,
+        "quantization": config.quantization,
         "max_nodes": config.max_nodes,
         "tree": config.tree,
     }

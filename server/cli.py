@@ -40,6 +40,7 @@ ENGINE_OPTIONS: Mapping[str, str] = {
     "native the MTP layer of its own checkpoint, none has none.",
     "device": "Where the model runs; auto takes CUDA if there is a device.",
     "dtype": "Weight type; auto is float32 on CPU and bfloat16 on CUDA.",
+    "quantization": "int8 stores weights in 8 bits, on CPU only; faster and a little less exact.",
     "block_size": "Tokens per KV block.",
     "num_blocks": "KV blocks in all; derived from --kv-cache-bytes if not given.",
     "kv_cache_bytes": "Memory of the KV cache; a share of the free memory if not given.",

@@ -12,6 +12,7 @@ from server.errors import ConfigError, InvalidRequestError
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+QuantizationName = Literal["none", "int8"]
 DraftMethod = Literal["medusa", "mtp"]
 # Spelt out: the command line cannot read a union.
 Method = Literal["auto", "none", "medusa", "mtp"]
@@ -181,6 +182,8 @@ class EngineConfig:
             layer of the model's own checkpoint; `none` serves without heads.
         device: Where the model runs; `auto` takes CUDA if there is a device.
         dtype: Weight and activation type; `auto` is float32 on CPU and bfloat16 on CUDA.
+        quantization: `int8` stores the weights of the model's linear layers in 8 bits, on CPU in
+            float32; heads stay as they are.
         block_size: Tokens per KV block.
         num_blocks: KV blocks in all; None derives them from `kv_cache_bytes`.
         kv_cache_bytes: Memory of the KV cache; None takes a share of what is free.
@@ -204,6 +207,7 @@ class EngineConfig:
     heads: str = "auto"
     device: DeviceName = "auto"
     dtype: DtypeName = "auto"
+    quantization: QuantizationName = "none"
     block_size: int = 16
     num_blocks: int | None = None
     kv_cache_bytes: int | None = None

@@ -59,7 +59,9 @@ def build_parts(
         torch.set_num_threads(config.num_threads)
     report(f"loading model {config.model}")
     heads_dir = _heads_directory(config)
-    loaded = load_model(config.model, config.device, config.dtype, heads_dir)
+    loaded = load_model(
+        config.model, config.device, config.dtype, heads_dir, quantization=config.quantization
+    )
     if loaded.adapter_sha256 is not None:
         report(f"merged the adapter of the heads (sha256 {loaded.adapter_sha256}) into the model")
     loaded_heads = None

@@ -20,6 +20,7 @@ from transformers import (
 from heads.checkpoint import BaseFingerprint
 from server.errors import ConfigError, ModelError
 from server.model.adapter import merge_adapter_of
+from server.model.int8_linear import can_quantize, quantize_linears
 from server.model.packed_linear import pack_linears
 from server.model.progress import quiet_transformers
 from server.model.source import resolve_model
@@ -43,6 +44,7 @@ class LoadedModel:
         head_dim: Channels of a head's keys and values.
         fingerprint: Tells this base model from others; without the adapter.
         adapter_sha256: Digest of the LoRA adapter that is merged in; None if none is.
+        quantization: What was done to the weights of the linear layers: `none` or `int8`.
     """
 
     name: str
@@ -58,6 +60,7 @@ class LoadedModel:
     head_dim: int
     fingerprint: BaseFingerprint
     adapter_sha256: str | None
+    quantization: str
     _unembedding_VD: Tensor = field(repr=False)
     _input_embedding_VD: Tensor = field(repr=False)
 
@@ -93,6 +96,7 @@ def load_model(
     dtype: str = "auto",
     heads: Path | None = None,
     is_packed: bool = True,
+    quantization: str = "none",
 ) -> LoadedModel:
     """Load a base model.
 
@@ -102,14 +106,18 @@ def load_model(
         dtype: `float32`, `bfloat16`, `float16` or `auto`: float32 on CPU, bfloat16 on CUDA.
         heads: A heads checkpoint; if it carries an adapter, that is merged into the weights.
         is_packed: Whether linear layers may be replaced by faster ones without autograd.
+        quantization: `int8` replaces them by ones with int8 weights, packed or not; `none` does
+            not.
 
     Raises:
-        ConfigError: If there is no such device or dtype, or the adapter cannot be merged.
+        ConfigError: If there is no such device, dtype or quantization, these do not go together,
+            or the adapter cannot be merged.
         HeadsMismatchError: If the heads belong to another base model.
         ModelError: If the model cannot be found or read, or is of an unsupported kind.
     """
     on = _device(device)
     weight_dtype = _dtype(dtype, on)
+    _check_quantization(quantization, on, weight_dtype)
     source = resolve_model(name)
     with quiet_transformers():
         config = _config(name, source)
@@ -130,7 +138,9 @@ def load_model(
         config.model_type, text.num_hidden_layers, hidden_size, vocab_size, model.named_parameters()
     )
     adapter_sha256 = None if heads is None else merge_adapter_of(heads, model, fingerprint)
-    if is_packed:
+    if quantization == "int8":
+        quantize_linears(model)
+    elif is_packed:
         pack_linears(model)
     kv_shape = probe_model(name, model)
     return LoadedModel(
@@ -147,6 +157,7 @@ def load_model(
         head_dim=kv_shape.head_dim,
         fingerprint=fingerprint,
         adapter_sha256=adapter_sha256,
+        quantization=quantization,
         _unembedding_VD=unembedding_VD,
         _input_embedding_VD=input_embedding_VD,
     )
@@ -181,6 +192,24 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in _DTYPES:
         raise ConfigError(f"dtype is {name!r}; give 'auto' or one of {sorted(_DTYPES)}")
     return _DTYPES[name]
+
+
+def _check_quantization(name: str, device: torch.device, dtype: torch.dtype) -> None:
+    if name == "none":
+        return
+    if name != "int8":
+        raise ConfigError(f"quantization is {name!r}; give 'none' or 'int8'")
+    if device.type != "cpu" or dtype != torch.float32:
+        raise ConfigError(
+            f"quantization is 'int8' with {str(dtype).removeprefix('torch.')} on {device.type}, "
+            "but it is for float32 on cpu; give device 'cpu' with dtype 'float32', or quantization "
+            "'none'"
+        )
+    if not can_quantize():
+        raise ConfigError(
+            "quantization is 'int8', but this build of torch has no int8 product for this CPU; "
+            "give 'none'"
+        )
 
 
 def _config(name: str, source: str) -> PreTrainedConfig:

@@ -26,6 +26,13 @@ def test_an_untied_input_embedding_is_not_read() -> None:
     assert weight_bytes(model) == every - 4 * lookup.numel()
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_int8_weights_have_a_byte_each(kind: TinyKind) -> None:
+    model = tiny_model(kind)
+    num_saved = 3 * sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    assert weight_bytes(model, "int8") == weight_bytes(model) - num_saved
+
+
 def test_shared_tensors_count_once_and_by_their_type() -> None:
     weight = torch.zeros(3, 5)
     half = torch.zeros(2, dtype=torch.bfloat16)

@@ -163,3 +163,10 @@ def test_a_bench_runs_on_cuda(
     status, report = run_main([command, *on_cuda], capsys)
     assert status == 0
     assert report["context"]["device"] == "cuda"
+
+
+def test_exactness_refuses_quantized_weights(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["exactness", *arguments, "--quantization", "int8"]) == 2
+    assert "quantization is 'int8', but exactness compares" in capsys.readouterr().err

@@ -14,7 +14,8 @@ def test_every_command_runs_without_options(command: str) -> None:
 def test_every_common_option_is_read() -> None:
     line = (
         "latency --data d.jsonl.gz --limit 3 --max-new-tokens 9 --model m --heads h --method medusa"
-        " --max-nodes 16 --dtype float32 --device cpu --num-threads 2 --output o.json"
+        " --max-nodes 16 --dtype float32 --quantization int8 --device cpu --num-threads 2"
+        " --output o.json"
     )
     assert parse_options(line.split()) == BenchOptions(
         command="latency",
@@ -26,6 +27,7 @@ def test_every_common_option_is_read() -> None:
         method="medusa",
         max_nodes=16,
         dtype="float32",
+        quantization="int8",
         device="cpu",
         num_threads=2,
         output=Path("o.json"),
@@ -54,6 +56,7 @@ def test_batched_benches_take_a_concurrency() -> None:
         (["--max-nodes", "0"], "'0' is no tree size"),
         (["--method", "eagle"], "invalid choice: 'eagle'"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--quantization", "fp8"], "invalid choice: 'fp8'"),
         (["--batch", "2"], "unrecognized arguments: --batch 2"),
     ],
 )

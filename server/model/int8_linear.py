@@ -1,0 +1,190 @@
+"""Linear layers with int8 weights, for CPU inference.
+
+A weight is stored as 8 bits with one scale per output channel, a quarter of float32's bytes, and
+multiplied in integers. Activations stay as good as exact: each row is split into two parts of 8
+bits, the second one quantising what the first one left, with scales and minima of the row's own.
+So a token depends on no other token of the step, outliers need no care, and a layer's error is
+that of its weights. The two parts are two rows of the same product, which costs little where
+reading the weights is what takes the time.
+
+Shapes: T rows, I input features, O output features; 2T stands for first parts, then second ones.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from server.model.shared_input import SIBLINGS, SharedInput, Sibling
+
+# Largest weight; -128 stays unused.
+_MAX_WEIGHT = 127
+# The number of rows that oneDNN is told to choose the layout for; any number of rows works.
+_ROWS_HINT = 8
+_quantize_rows = torch.ops.quantized.embedding_bag_byte_prepack
+_dequantize_rows = torch.ops.quantized.embedding_bag_byte_unpack
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows as `codes * scale + minimum`, where two parts add up to one row.
+
+    Attributes:
+        codes: Uint8 `[2T, I]`, within what this machine multiplies exactly.
+        scale: Float32 `[2T, 1]`.
+        minimum: Float32 `[T, 1]`, of both parts together.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    minimum: Tensor
+
+
+class Int8Linear(nn.Module):
+    """Computes what an `nn.Linear` with weights rounded to 8 bits computes, without autograd.
+
+    The weight is neither a parameter nor in the state dict, and `to` does not move it.
+
+    Args:
+        linears: In float32 on the CPU, with the same number of inputs; their outputs come side by
+            side.
+    """
+
+    def __init__(self, *linears: nn.Linear) -> None:
+        super().__init__()
+        self.in_features = linears[0].in_features
+        self.out_features = sum(linear.out_features for linear in linears)
+        self._shift = _code_shift()
+        weight_OI = torch.cat([linear.weight.detach() for linear in linears])
+        scale_O = (weight_OI.abs().amax(1) / _MAX_WEIGHT).clamp_min(torch.finfo().tiny)
+        codes_OI = (weight_OI / scale_O[:, None]).round().to(torch.int8)
+        self._weight = torch.ops.onednn.qlinear_prepack(codes_OI, [_ROWS_HINT, self.in_features])
+        self._scale_O = scale_O
+        self._zero_O = torch.zeros(self.out_features, dtype=torch.int64)
+        # What a row of ones gives: a row's minimum counts once for each input feature.
+        self._ones_O = codes_OI.sum(1) * scale_O
+        self._bias = _joined_bias(linears)
+
+    def forward(self, input_I: Tensor) -> Tensor:
+        """Map float32 `[..., I]` to `[..., O]`."""
+        input_TI = input_I.reshape(-1, self.in_features)
+        num_rows = input_TI.shape[0]
+        if num_rows == 0:
+            return input_I.new_zeros(*input_I.shape[:-1], self.out_features)
+        rows = _split(input_TI.contiguous(), self._shift)
+        parts = _multiply(rows.codes, self._weight, self._scale_O, self._zero_O).mul_(rows.scale)
+        output_TO = parts[:num_rows].add_(parts[num_rows:]).addcmul_(rows.minimum, self._ones_O)
+        if self._bias is not None:
+            output_TO.add_(self._bias)
+        return output_TO.view(*input_I.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        """Name the sizes, as `nn.Linear` does."""
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+def _split(input_TI: Tensor, shift: int) -> _Rows:
+    """Quantise rows and what that leaves of them; codes have 8 bits less `shift`."""
+    num_rows, num_features = input_TI.shape
+    first = _quantize(input_TI, shift)
+    second = _quantize(input_TI - _dequantize_rows(first), shift)
+    packed = torch.cat((first, second))
+    codes = packed[:, :num_features].contiguous()
+    ranges = packed[:, num_features:].contiguous().view(torch.float32)
+    scale, minimum = ranges[:, :1], ranges[:, 1:]
+    if shift:
+        codes >>= shift
+        scale = scale * (1 << shift)
+    return _Rows(codes, scale, minimum[:num_rows] + minimum[num_rows:])
+
+
+def _quantize(input_TI: Tensor, shift: int) -> Tensor:
+    """Rows of codes, each with its scale and minimum as float32 behind them; see `_split`."""
+    packed: Tensor = _quantize_rows(input_TI)
+    if shift:
+        packed[:, : input_TI.shape[1]] &= 0xFF ^ ((1 << shift) - 1)
+    return packed
+
+
+def _multiply(codes: Tensor, weight: Tensor, scale_O: Tensor, zero_O: Tensor) -> Tensor:
+    """Integer products of all codes with a packed weight, times the weight's scales."""
+    product: Tensor = torch.ops.onednn.qlinear_pointwise(
+        codes, 1.0, 0, weight, scale_O, zero_O, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+    return product
+
+
+@functools.cache
+def _code_shift() -> int:
+    """How many low bits of an activation's code this machine must leave out: 0 or 1.
+
+    Without VNNI, x86 adds pairs of products in 16 bits, which overflow with codes of 8 bits and
+    not with codes of 7: 2 * 127 * 127 is less than 2**15.
+
+    Raises:
+        RuntimeError: If this build of torch does not multiply integers on this machine.
+    """
+    num_features = 64
+    weight = torch.full((16, num_features), _MAX_WEIGHT, dtype=torch.int8)
+    packed = torch.ops.onednn.qlinear_prepack(weight, [_ROWS_HINT, num_features])
+    for shift in (0, 1):
+        largest = 0xFF >> shift
+        codes = torch.full((2, num_features), largest, dtype=torch.uint8)
+        product = _multiply(codes, packed, torch.ones(16), torch.zeros(16, dtype=torch.int64))
+        if bool((product == largest * _MAX_WEIGHT * num_features).all()):
+            return shift
+    raise RuntimeError("integer products are wrong")
+
+
+def can_quantize() -> bool:
+    """Whether this machine and this build of torch multiply with int8 weights."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    try:
+        _code_shift()
+    except RuntimeError:
+        return False
+    return True
+
+
+def quantize_linears(model: nn.Module) -> int:
+    """Replace every `nn.Linear` by one with int8 weights; siblings are computed together.
+
+    A layer's plain weight is freed unless something else holds it, like a tied embedding.
+    Subclasses of `nn.Linear` stay, as they may compute something else.
+
+    Args:
+        model: In float32 on the CPU; changed in place.
+
+    Returns:
+        The number of layers replaced.
+    """
+    num_quantized = 0
+    for parent in list(model.modules()):
+        plain = {name: child for name, child in parent.named_children() if type(child) is nn.Linear}
+        num_quantized += len(plain)
+        for names in SIBLINGS:
+            if all(name in plain for name in names):
+                _join(parent, names, [plain.pop(name) for name in names])
+        for name, linear in plain.items():
+            setattr(parent, name, Int8Linear(linear))
+    return num_quantized
+
+
+def _join(parent: nn.Module, names: Sequence[str], linears: Sequence[nn.Linear]) -> None:
+    shared = SharedInput(Int8Linear(*linears), [linear.out_features for linear in linears])
+    for index, name in enumerate(names):
+        setattr(parent, name, Sibling(shared, index))
+
+
+def _joined_bias(linears: Sequence[nn.Linear]) -> Tensor | None:
+    if all(linear.bias is None for linear in linears):
+        return None
+    return torch.cat(
+        [
+            torch.zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
+            for linear in linears
+        ]
+    )

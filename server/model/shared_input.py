@@ -1,0 +1,59 @@
+"""Linear layers that read the same input, computed as one.
+
+A model's own code calls its query, key and value projections one after the other with one tensor.
+The first call computes all of them and the others hand out their share, so the model's code stays
+as it is.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+# Siblings in the decoder blocks of `transformers`, by attribute name. A wrong guess would cost
+# time and change no result: a layer that gets another input than its siblings is computed anew.
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+class SharedInput:
+    """One layer whose outputs, next to each other, belong to several.
+
+    Args:
+        layer: Maps `[..., I]` to the siblings' outputs side by side.
+        sizes: Output features of each sibling.
+    """
+
+    def __init__(self, layer: nn.Module, sizes: Sequence[int]) -> None:
+        self.layer = layer
+        self._sizes = list(sizes)
+        self._input: Tensor | None = None
+        self._outputs: dict[int, Tensor] = {}
+
+    def take(self, index: int, input_I: Tensor) -> Tensor:
+        """The output of one sibling, a view; each is computed once for a tensor and kept once.
+
+        NOTE: Tensors are told apart by identity. Nobody may write to one between two siblings.
+        """
+        if input_I is not self._input or index not in self._outputs:
+            self._input = input_I
+            self._outputs = dict(enumerate(self.layer(input_I).split(self._sizes, dim=-1)))
+        output_O = self._outputs.pop(index)
+        if not self._outputs:
+            self._input = None
+        return output_O
+
+
+class Sibling(nn.Module):
+    """Stands where the model calls a layer that is computed together with others."""
+
+    def __init__(self, shared: SharedInput, index: int) -> None:
+        super().__init__()
+        self._shared = shared
+        self._index = index
+
+    def forward(self, input_I: Tensor) -> Tensor:
+        """Map `[..., I]` to this sibling's `[..., O]`."""
+        return self._shared.take(self._index, input_I)
+
+    def extra_repr(self) -> str:
+        """Name the layer that computes it."""
+        return f"{self._index} of {self._shared.layer!r}"
