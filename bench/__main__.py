@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
-from bench import acceptance, exactness, latency, overhead, quality
+from bench import acceptance, exactness, latency, overhead, quality, quantization
 from bench.errors import BenchError
 from bench.options import BenchOptions, parse_options
 from bench.outcome import Outcome
@@ -22,6 +22,7 @@ _RUN: dict[str, Callable[[BenchOptions], Outcome]] = {
     "exactness": exactness.run,
     "overhead": overhead.run,
     "quality": quality.run,
+    "quantization": quantization.run,
 }
 
 

@@ -91,6 +91,29 @@ def skip_if_too_long(engine: Engine, turn: Turn, request: Request) -> SkippedTur
     return None
 
 
+def first_turns(
+    engine: Engine, conversations: Sequence[Conversation], sampling: SamplingParams
+) -> tuple[list[Turn], tuple[SkippedTurn, ...]]:
+    """The first turn of each conversation that fits the context, and those that do not.
+
+    Raises:
+        BenchError: If none fits.
+    """
+    turns: list[Turn] = []
+    skipped: list[SkippedTurn] = []
+    for conversation in conversations:
+        turn = make_turn(engine.tokenizer, conversation, [])
+        request = turn.request(sampling, SpeculationParams(method="none"))
+        obstacle = skip_if_too_long(engine, turn, request)
+        if obstacle is None:
+            turns.append(turn)
+        else:
+            skipped.append(obstacle)
+    if not turns:
+        raise BenchError("no prompt fits the model's context; give shorter prompts")
+    return turns, tuple(skipped)
+
+
 def answer_turns(
     engine: Engine, conversations: Sequence[Conversation], ask: Ask, on_done: Callable[[], None]
 ) -> AnsweredTurns:

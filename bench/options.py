@@ -16,6 +16,7 @@ COMMANDS = {
     "acceptance": "mean acceptance length, in all, by category and by depth",
     "exactness": "token equality against transformers and between speculation on and off",
     "quality": "typical against exact acceptance when sampling: speed, perplexity, variety",
+    "quantization": "quantised weights against plain ones: step seconds, perplexity, agreement",
     "overhead": "share of a step that the engine spends outside the model",
 }
 # Commands that keep several requests in flight; the others measure batch 1.
@@ -78,6 +79,8 @@ def parse_options(argv: Sequence[str]) -> BenchOptions:
             command.add_argument(
                 "--rival-heads", metavar="DIR", help="other draft heads to race in the same process"
             )
+        if name == "quantization":
+            command.set_defaults(quantization="int8")
         if name in _BATCHED:
             command.add_argument(
                 "--concurrency",

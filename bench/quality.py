@@ -13,9 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from bench.conversations import Conversation
-from bench.dialogues import SkippedTurn, Turn, make_turn, skip_if_too_long
-from bench.errors import BenchError
+from bench.dialogues import Turn, first_turns
 from bench.options import BenchOptions
 from bench.outcome import Outcome
 from bench.progress import progress
@@ -26,6 +24,7 @@ from bench.workload import (
     build_engine,
     describe_engine,
     engine_config,
+    greedy,
     load_workload,
     speculation_off,
     speculation_on,
@@ -145,7 +144,7 @@ def run(options: BenchOptions) -> Outcome:
     workload = load_workload(options)
     engine = build_engine(engine_config(options, tree="auto"))
     reference = ReferenceModel(engine.loaded)
-    turns, skipped = _first_turns(engine, workload.conversations, options)
+    turns, skipped = first_turns(engine, workload.conversations, greedy(options))
     speculated = speculation_on(options)
     ways = {
         "plain": speculation_off(),
@@ -176,24 +175,6 @@ def run(options: BenchOptions) -> Outcome:
             **workload.describe(skipped),
         },
     )
-
-
-def _first_turns(
-    engine: Engine, conversations: Sequence[Conversation], options: BenchOptions
-) -> tuple[list[Turn], tuple[SkippedTurn, ...]]:
-    turns: list[Turn] = []
-    skipped: list[SkippedTurn] = []
-    sampling = SamplingParams(max_tokens=options.max_new_tokens)
-    for conversation in conversations:
-        turn = make_turn(engine.tokenizer, conversation, [])
-        obstacle = skip_if_too_long(engine, turn, turn.request(sampling, speculation_off()))
-        if obstacle is None:
-            turns.append(turn)
-        else:
-            skipped.append(obstacle)
-    if not turns:
-        raise BenchError("no prompt fits the model's context; give shorter prompts")
-    return turns, tuple(skipped)
 
 
 def _sample(

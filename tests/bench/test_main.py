@@ -17,6 +17,7 @@ STABLE_FIELDS = {
         "without_repeats",
     },
     "exactness": {"num_outputs", "num_mismatches", "num_unexplained", "mismatches"},
+    "quantization": {"prompts", "answers", "same_share", "steps", "num_speculation_differences"},
     "overhead": {"overhead_share", "draft_share", "step_ms"},
 }
 COMMON_FIELDS = {"command", "model", "heads", "data", "num_rows", "num_prompts", "context"}
@@ -170,3 +171,10 @@ def test_exactness_refuses_quantized_weights(
 ) -> None:
     assert main(["exactness", *arguments, "--quantization", "int8"]) == 2
     assert "quantization is 'int8', but exactness compares" in capsys.readouterr().err
+
+
+def test_quantization_needs_something_to_compare(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["quantization", *arguments, "--quantization", "none"]) == 2
+    assert "quantization is 'none', which leaves nothing to compare" in capsys.readouterr().err
