@@ -117,7 +117,7 @@ def run(options: BenchOptions) -> Outcome:
         EuryaleError: If the engine cannot be built or refuses a request.
     """
     workload = load_workload(options)
-    engine = build_engine(engine_config(options, tree=options.max_nodes))
+    engine = build_engine(engine_config(options, nodes=options.max_nodes))
     sampling, speculation = greedy(options), speculation_on(options)
     with progress("acceptance", len(workload.conversations)) as advance:
         answered = answer_turns(

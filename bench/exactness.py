@@ -218,7 +218,7 @@ def run(options: BenchOptions) -> Outcome:
         )
     workload = load_workload(options)
     dtype = "float32" if options.dtype == "auto" else options.dtype
-    engine = build_engine(engine_config(options, tree=options.max_nodes, dtype=dtype))
+    engine = build_engine(engine_config(options, nodes=options.max_nodes, dtype=dtype))
     reference = ReferenceModel(engine.loaded)
     outputs, skipped = produce(engine, reference, workload, options)
     result = summarise(make_pairs(outputs, Asker(options)), Judge(reference))

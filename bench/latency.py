@@ -221,7 +221,7 @@ def run(options: BenchOptions) -> Outcome:
         EuryaleError: If the engine cannot be built or refuses a request.
     """
     workload = load_workload(options)
-    engine = build_engine(engine_config(options, tree="auto"))
+    engine = build_engine(engine_config(options, nodes="auto"))
     reference = ReferenceModel(engine.loaded)
     memory_gb_per_s = read_speed(engine.loaded.device)
     contenders: dict[Name, Contender] = {
@@ -232,7 +232,7 @@ def run(options: BenchOptions) -> Outcome:
     rival = None
     if options.rival_heads is not None:
         rival = build_engine(
-            replace(engine_config(options, tree="auto"), heads=options.rival_heads)
+            replace(engine_config(options, nodes="auto"), heads=options.rival_heads)
         )
         contenders["rival"] = engine_contender(
             rival, SpeculationParams(max_nodes=options.max_nodes)
@@ -267,16 +267,19 @@ def run(options: BenchOptions) -> Outcome:
 
 
 def describe_cost(engine: Engine) -> dict[str, object]:
-    """Fields of the report: the measured step cost and the tree size that was chosen from it."""
-    cost = engine.speculator.cost_model
+    """Fields of the report: the step cost as it was measured on start."""
+    costs = engine.speculator.sizes.costs
+    cost = None if costs is None else costs.measured
     return {
-        "tree_nodes": engine.speculator.tree_size(1),
         "draft_ms": None if cost is None else cost.draft_s * 1e3,
         "cost_model": None
         if cost is None
         else {
             "num_tokens": list(cost.num_tokens),
             "forward_ms": [step_s * 1e3 for step_s in cost.step_s],
+            "sequence_ms": cost.sequence_s * 1e3,
+            "draft_sequence_ms": cost.draft_sequence_s * 1e3,
+            "kv_token_ms": cost.kv_token_s * 1e3,
         },
     }
 

@@ -38,6 +38,7 @@ class BenchOptions:
         rival_heads: Heads of a second engine in the latency bench; None runs none.
         method: Draft source of the runs with speculation.
         max_nodes: Largest tree, root included.
+        static: Whether trees are the heads' own, without prompt lookup.
         dtype: As `EngineConfig.dtype`.
         quantization: As `EngineConfig.quantization`.
         device: As `EngineConfig.device`.
@@ -55,6 +56,7 @@ class BenchOptions:
     rival_heads: str | None = None
     method: Method = "auto"
     max_nodes: int = 32
+    static: bool = False
     dtype: DtypeName = "auto"
     quantization: QuantizationName = "none"
     device: DeviceName = "auto"
@@ -108,6 +110,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     add("--heads", default=default.heads, help="directory of draft heads, auto or none")
     add("--method", choices=METHODS, default=default.method, help="draft source")
     add("--max-nodes", type=_tree_size, default=default.max_nodes, metavar="N", help="largest tree")
+    add("--static", action="store_true", help="the heads' own tree of --max-nodes nodes every time")
     add("--dtype", choices=get_args(DtypeName), default=default.dtype, help="weights' type")
     add(
         "--quantization",

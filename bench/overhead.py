@@ -138,7 +138,7 @@ def run(options: BenchOptions) -> Outcome:
         EuryaleError: If the engine cannot be built or refuses a request.
     """
     workload = load_workload(options)
-    engine = build_engine(engine_config(options, tree="auto"))
+    engine = build_engine(engine_config(options, nodes="auto"))
     requests: list[Request] = []
     skipped: list[SkippedTurn] = []
     for conversation in workload.conversations:
@@ -164,7 +164,6 @@ def run(options: BenchOptions) -> Outcome:
         device=engine.loaded.device,
         dtype=engine.loaded.dtype,
         extra={
-            "tree_nodes": engine.speculator.tree_size(1),
             **describe_engine(engine),
             **workload.describe(tuple(skipped)),
         },

@@ -142,7 +142,7 @@ def run(options: BenchOptions) -> Outcome:
         EuryaleError: If the engine cannot be built or refuses a request.
     """
     workload = load_workload(options)
-    engine = build_engine(engine_config(options, tree="auto"))
+    engine = build_engine(engine_config(options, nodes="auto"))
     reference = ReferenceModel(engine.loaded)
     turns, skipped = first_turns(engine, workload.conversations, greedy(options))
     speculated = speculation_on(options)
@@ -170,7 +170,6 @@ def run(options: BenchOptions) -> Outcome:
         device=engine.loaded.device,
         dtype=engine.loaded.dtype,
         extra={
-            "tree_nodes": engine.speculator.tree_size(1),
             **describe_engine(engine),
             **workload.describe(skipped),
         },

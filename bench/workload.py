@@ -42,9 +42,9 @@ def load_workload(options: BenchOptions) -> Workload:
 
 
 def engine_config(
-    options: BenchOptions, tree: Literal["auto"] | int, dtype: DtypeName | None = None
+    options: BenchOptions, nodes: Literal["auto"] | int, dtype: DtypeName | None = None
 ) -> EngineConfig:
-    """Options of the engine under test.
+    """Options of the engine under test, whose trees have so many nodes.
 
     Prefix caching is off, so that no run starts with what an earlier one computed. The step is
     large enough for a full tree of every request in flight: the scheduler keeps a quarter of it
@@ -60,7 +60,8 @@ def engine_config(
         max_num_seqs=options.concurrency,
         max_tokens_per_step=max(_DEFAULT_STEP_TOKENS, -(-tree_tokens * 4 // 3)),
         max_nodes=options.max_nodes,
-        tree=tree,
+        tree=(options.max_nodes if nodes == "auto" else nodes) if options.static else "auto",
+        budget="auto" if options.static else nodes,
         prefix_caching=False,
         num_threads=options.num_threads,
     )
@@ -98,4 +99,5 @@ def describe_engine(engine: Engine) -> dict[str, Any]:
         "quantization": config.quantization,
         "max_nodes": config.max_nodes,
         "tree": config.tree,
+        "budget": config.budget,
     }

@@ -13,6 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from heads.calibration import Estimate, Outcome
 from heads.tree import NO_PARENT, DraftTree
 
 PAD_TOKEN = -1
@@ -38,10 +39,12 @@ class DraftTokens:
 
     Attributes:
         token_ids: Token of each node; entry 0 is the root's. Never -1.
+        estimates: What is believed of each node below the root; empty if nothing was estimated.
     """
 
     tree: DraftTree
     token_ids: tuple[int, ...]
+    estimates: tuple[Estimate, ...] = ()
 
     def limited(self, num_nodes: int, max_depth: int) -> "DraftTokens":
         """Return the first nodes that are not too deep, at most `num_nodes`, root included."""
@@ -49,12 +52,30 @@ class DraftTokens:
         if num_nodes >= tree.num_nodes and max_depth >= tree.max_depth:
             return self
         if max_depth >= tree.max_depth:
-            return DraftTokens(tree.prefix(num_nodes), self.token_ids[:num_nodes])
+            estimates = self.estimates[: num_nodes - 1]
+            return DraftTokens(tree.prefix(num_nodes), self.token_ids[:num_nodes], estimates)
         kept = [node for node, depth in enumerate(tree.depths) if depth <= max_depth][:num_nodes]
         node_of = {NO_PARENT: NO_PARENT} | {node: index for index, node in enumerate(kept)}
         parents = tuple(node_of[tree.parents[node]] for node in kept)
         ranks = tuple(tree.ranks[node] for node in kept)
-        return DraftTokens(DraftTree(parents, ranks), tuple(self.token_ids[n] for n in kept))
+        return DraftTokens(
+            DraftTree(parents, ranks),
+            tuple(self.token_ids[n] for n in kept),
+            tuple(self.estimates[n - 1] for n in kept[1:]) if self.estimates else (),
+        )
+
+    def outcomes(self, path: Sequence[int]) -> list[Outcome]:
+        """Tell which drafts below accepted nodes were accepted; nothing if none was estimated.
+
+        Args:
+            path: Accepted node ids, root first.
+        """
+        accepted = set(path)
+        return [
+            Outcome(estimate, node in accepted)
+            for node, estimate in enumerate(self.estimates, start=1)
+            if self.tree.parents[node] in accepted
+        ]
 
 
 def draft_tokens(

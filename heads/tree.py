@@ -144,7 +144,10 @@ class DraftTree:
 
 @lru_cache(maxsize=1024)
 def _ancestor_mask(parents: tuple[int, ...]) -> Tensor:
-    mask_NN = torch.eye(len(parents), dtype=torch.bool)
-    for node in range(1, len(parents)):
-        mask_NN[node] |= mask_NN[parents[node]]
-    return mask_NN
+    # Trees differ from step to step, and rows of lists are built faster than rows of tensors.
+    rows = [[False] * len(parents) for _ in parents]
+    for node, parent in enumerate(parents):
+        if parent != NO_PARENT:
+            rows[node][: parent + 1] = rows[parent][: parent + 1]
+        rows[node][node] = True
+    return torch.tensor(rows)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from heads.candidates import Candidates, DraftTokens
+from heads.proposals import GrownProposal
 from heads.tree import NO_PARENT, DraftTree
 
 
@@ -87,7 +88,7 @@ class GrowingTrees:
         self._parents_BP = torch.cat((self._parents_BP, parents_BWR.flatten(1)), 1)
         self._run_BW = None
 
-    def best(self, root_tokens: list[int], num_nodes: int) -> list[DraftTokens]:
+    def best(self, root_tokens: list[int], num_nodes: int) -> list[GrownProposal]:
         """Return each sequence's tree of at most `num_nodes` nodes, root included.
 
         Nodes are numbered by falling path probability, so that the first n of them are the best
@@ -109,7 +110,7 @@ class GrowingTrees:
         token_ids: list[int],
         parents: list[int],
         log_probs: list[float],
-    ) -> DraftTokens:
+    ) -> GrownProposal:
         num_real = sum(log_prob > -math.inf for log_prob in log_probs)
         node_of = {NO_PARENT: 0} | {index: node for node, index in enumerate(chosen, start=1)}
         tree = DraftTree(
@@ -117,4 +118,9 @@ class GrowingTrees:
             # Candidates of one state lie side by side, by rank.
             (-1, *(index % self._num_ranks for index in chosen[:num_real])),
         )
-        return DraftTokens(tree, (root_token, *token_ids[:num_real]))
+        path_log_probs = (0.0, *log_probs[:num_real])
+        probabilities = [
+            math.exp(path_log_probs[node] - path_log_probs[tree.parents[node]])
+            for node in range(1, tree.num_nodes)
+        ]
+        return GrownProposal(DraftTokens(tree, (root_token, *token_ids[:num_real])), probabilities)

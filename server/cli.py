@@ -49,7 +49,9 @@ ENGINE_OPTIONS: Mapping[str, str] = {
     "max_prefill_tokens": "Prompt tokens of a step in which others decode; 64 on CPU if not given.",
     "max_model_len": "Longest prompt plus output; the model's own limit if not given.",
     "max_nodes": "Largest draft tree of a sequence, root included.",
-    "tree": "Nodes of each draft tree; auto chooses from the measured step cost.",
+    "tree": "auto drafts what pays; a number takes the heads' own tree of that size each time.",
+    "budget": "Nodes of each tree that --tree auto makes; auto chooses by the measured step cost.",
+    "lookup": "Draft from earlier text of the prompt and the output too.",
     "acceptance": "Rule of requests that ask for auto and have no seed and no log-probs.",
     "prefix_caching": "Reuse the KV of earlier prompts with the same beginning.",
     "num_threads": "CPU threads of the model; torch's choice if not given.",
@@ -77,7 +79,7 @@ SAMPLING_OPTIONS: Mapping[str, str] = {
 SPECULATION_OPTIONS: Mapping[str, str] = {
     "method": f"Draft source, one of {', '.join(METHODS)}; none decodes plainly.",
 }
-_SPECIAL_TYPES: Mapping[str, Any] = {"tree": str}
+_SPECIAL_TYPES: Mapping[str, Any] = {"tree": str, "budget": str}
 _EXIT_CODES: tuple[tuple[type[EuryaleError], int], ...] = (
     (ConfigError, 2),
     (InvalidRequestError, 2),
@@ -168,13 +170,14 @@ def _takes(
 
 
 def _parsed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the value of `--tree`, which is a word or a number."""
+    """Read the options whose value is a word or a number."""
     parsed = dict(values)
-    tree = parsed.get("tree", "auto")
-    if tree != "auto":
-        if not tree.isdecimal():
-            raise ConfigError(f"tree is {tree!r}; give auto or a number of nodes")
-        parsed["tree"] = int(tree)
+    for name in ("tree", "budget"):
+        value = parsed.get(name, "auto")
+        if value != "auto":
+            if not value.isdecimal():
+                raise ConfigError(f"{name} is {value!r}; give auto or a number of nodes")
+            parsed[name] = int(value)
     return parsed
 
 

@@ -15,11 +15,11 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 QuantizationName = Literal["none", "int8"]
 DraftMethod = Literal["medusa", "mtp"]
 # Spelt out: the command line cannot read a union.
-Method = Literal["auto", "none", "medusa", "mtp"]
+Method = Literal["auto", "none", "medusa", "mtp", "lookup"]
 AcceptanceName = Literal["auto", "exact", "typical"]
 
 SHIPPED_HEADS: tuple[DraftMethod, ...] = ("medusa", "mtp")
-METHODS: tuple[Method, ...] = ("auto", "none", "medusa", "mtp")
+METHODS: tuple[Method, ...] = ("auto", "none", "medusa", "mtp", "lookup")
 ACCEPTANCES: tuple[AcceptanceName, ...] = ("auto", "exact", "typical")
 # As `heads`: the MTP layer that the base checkpoint ships.
 NATIVE_HEADS = "native"
@@ -133,7 +133,7 @@ class SpeculationParams:
     """How a request is speculated on.
 
     Attributes:
-        method: Draft source; `auto` takes what the server has loaded, `none` decodes plainly.
+        method: Draft source; `auto` takes all that the server has, `none` decodes plainly.
         acceptance: `exact` keeps the output distribution; `typical` is Medusa's lossy rule;
             `auto` takes typical for unseeded sampling without log-probs and exact otherwise.
         epsilon: Hard probability floor of typical acceptance, in [0, 1].
@@ -193,7 +193,10 @@ class EngineConfig:
             for them; None takes 64 on CPU and no limit of its own on CUDA.
         max_model_len: Longest prompt plus output; None takes the model's own limit.
         max_nodes: Largest tree of a sequence, root included.
-        tree: `auto` chooses the tree size from the measured step cost; a number fixes it.
+        tree: `auto` makes a tree for each step, by what drafts are worth in it; a number takes the
+            heads' own tree of that size every time, for comparison.
+        budget: Nodes of each tree that is made so; `auto` follows the measured step cost.
+        lookup: Whether earlier text of a sequence is a source of drafts too.
         acceptance: Rule for requests that ask for `auto`; those that are greedy, have a seed or
             ask for log-probs are exact whatever it says.
         prefix_caching: Reuse KV blocks of earlier prompts with the same beginning.
@@ -217,6 +220,8 @@ class EngineConfig:
     max_model_len: int | None = None
     max_nodes: int = 32
     tree: Literal["auto"] | int = "auto"
+    budget: Literal["auto"] | int = "auto"
+    lookup: bool = True
     acceptance: AcceptanceName = "auto"
     prefix_caching: bool = True
     num_threads: int | None = None
@@ -236,9 +241,14 @@ class EngineConfig:
                 raise ConfigError(f"{name} is {value}; give at least 1")
         if not 1 <= self.max_nodes <= MAX_TREE_NODES:
             raise ConfigError(f"max_nodes is {self.max_nodes}; give 1 to {MAX_TREE_NODES}")
-        if self.tree != "auto" and not 1 <= self.tree <= self.max_nodes:
+        for name, size in (("tree", self.tree), ("budget", self.budget)):
+            if size != "auto" and not 1 <= size <= self.max_nodes:
+                raise ConfigError(
+                    f"{name} is {size}; give auto or 1 to max_nodes ({self.max_nodes})"
+                )
+        if self.tree != "auto" and self.budget != "auto":
             raise ConfigError(
-                f"tree is {self.tree}; give auto or 1 to max_nodes ({self.max_nodes})"
+                f"budget is {self.budget}, but tree {self.tree} fixes the trees; give one of them"
             )
         if self.acceptance not in ACCEPTANCES:
             raise ConfigError(f"acceptance is {self.acceptance!r}; give one of {ACCEPTANCES}")

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from heads.candidates import draft_tokens
 from heads.medusa import MedusaConfig, MedusaHeads
+from heads.proposals import MedusaProposal
 from heads.tree import DraftTree
 from heads.tree_search import AcceptanceProfile, best_tree
 from server.config import EngineConfig, SamplingParams, SpeculationParams
-from server.engine.cost_model import CostModel
+from server.engine.cost_model import CostModel, StepCosts
 from server.engine.drafter import MedusaDrafter
 from server.engine.engine import Completion, Engine, OnHidden
 from server.engine.logits import make_adjuster
@@ -32,6 +32,7 @@ from server.engine.parts import EngineParts, kv_layout, make_speculator
 from server.engine.request import Request
 from server.engine.sequence import Sequence, acceptance_rule, request_seed
 from server.engine.text import TextStream
+from server.engine.tree_sizes import PlannedSizes
 from server.engine.uniform import uniform
 from server.engine.validate import RequestLimits
 from server.kv.block_manager import BlockManager
@@ -121,7 +122,9 @@ class ScriptedDrafter(MedusaDrafter):
     def propose(self, rooted: Seq[Sequence], hidden_BD: Tensor, prefilling: Seq[Sequence]) -> None:
         for sequence, hidden_D in zip(rooted, hidden_BD, strict=True):
             candidates = self._script(sequence, hidden_D)
-            sequence.proposal = draft_tokens(self._tree, sequence.token_ids[-1], candidates)
+            root, share = sequence.token_ids[-1], 1.0 / NUM_RANKS
+            probabilities = [[share] * len(row) for row in candidates]
+            sequence.head_proposal = MedusaProposal(self._tree, root, candidates, probabilities)
 
 
 def make_engine(
@@ -136,7 +139,8 @@ def make_engine(
 
     Args:
         script: Where drafts come from; None takes untrained heads, which are mostly wrong.
-        costs: Chooses the tree size; without it trees are as large as the options allow.
+        costs: Chooses the tree sizes, unless the options fix them; without it trees are the heads'
+            own and as large as the options allow.
         draft: Heads instead of untrained Medusa heads.
         on_hidden: As `Engine` takes it.
         options: Of `EngineConfig`; `heads="none"` serves without drafts.
@@ -149,7 +153,7 @@ def make_engine(
         "max_num_seqs": 4,
         "max_tokens_per_step": 32,
         "max_nodes": 8,
-        "tree": "auto" if costs else (options.get("max_nodes", 8)),
+        "tree": "auto" if costs or "budget" in options else (options.get("max_nodes", 8)),
     }
     config = EngineConfig(**(sizes | options))
     if config.num_blocks is None:
@@ -164,8 +168,8 @@ def make_engine(
     if script is not None and draft is not None:
         tree = best_tree(wide_profile(), config.max_nodes)
         speculator.drafter = ScriptedDrafter(heads_for(loaded), tree, script)
-    speculator.cost_model = costs
-    method = None if speculator.drafter is None else speculator.drafter.method
+    if costs is not None:
+        speculator.sizes = PlannedSizes(StepCosts(costs))
     max_len = min(config.num_blocks * config.block_size, loaded.max_model_len)
     return Engine(
         EngineParts(
@@ -174,7 +178,7 @@ def make_engine(
             runner=runner,
             blocks=blocks,
             speculator=speculator,
-            limits=RequestLimits(max_len, loaded.vocab_size, method),
+            limits=RequestLimits(max_len, loaded.vocab_size, speculator.methods),
             heads_name=None if draft is None else "random",
         ),
         on_hidden,

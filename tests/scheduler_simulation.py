@@ -8,14 +8,15 @@ from dataclasses import dataclass, field
 from random import Random
 
 from heads.candidates import draft_tokens
-from heads.tree_search import best_tree, node_values
+from heads.tree_search import best_tree
 from server.config import EngineConfig, SamplingParams
-from server.engine.drafter import MedusaDrafter
 from server.engine.scheduler import ScheduledSequence, Scheduler
 from server.engine.sequence import Sequence
 from server.engine.speculator import Speculator
+from server.engine.tree_builders import OwnTrees
+from server.engine.tree_sizes import FixedSizes
 from server.kv.block_manager import BlockManager
-from tests.engine_tools import make_sequence, random_heads, wide_profile
+from tests.engine_tools import make_sequence, wide_profile
 
 VOCAB = 16
 NUM_HEADS = 3
@@ -49,12 +50,8 @@ class Simulation:
         )
         self.rng = Random(self.seed)
         self.blocks = BlockManager(self.num_blocks, self.block_size, self.prefix_caching)
-        heads = random_heads(VOCAB, NUM_HEADS)
-        profile = wide_profile(NUM_HEADS, NUM_RANKS)
-        self.tree = best_tree(profile, self.max_nodes)
-        drafter = MedusaDrafter(heads, self.tree)
-        values = node_values(profile, self.tree)
-        speculator = Speculator(drafter, values, fixed_size=self.max_nodes)
+        self.tree = best_tree(wide_profile(NUM_HEADS, NUM_RANKS), self.max_nodes)
+        speculator = Speculator(None, OwnTrees(), FixedSizes(self.max_nodes))
         self.scheduler = Scheduler(config, self.blocks, speculator)
 
     def add(

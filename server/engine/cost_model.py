@@ -1,7 +1,10 @@
-"""What a step costs, measured on this machine, and the tree size that pays best.
+"""What a step costs: measured when the server starts, refined by every step that it takes.
 
-On start the model runs steps of several sizes over scratch blocks. The step seconds between the
-measured sizes are interpolated; beyond the largest they grow with the last slope.
+On start the model runs steps of several sizes over scratch blocks. Seconds between the measured
+sizes are interpolated; beyond the largest they grow with the last slope. Each further sequence and
+each further token of KV adds to that.
+
+Shape suffixes: N step sizes.
 """
 
 import bisect
@@ -11,72 +14,180 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+import numpy as np
+from numpy.typing import NDArray
+
 STEP_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 128)
 _NUM_REPEATS = 5
+# How far one step moves what is believed of steps of its size.
+_LEARNING_RATE = 0.05
+# A step that took this many times what was foretold was disturbed by something else.
+_OUTLIER = 3.0
+_MIN_RATIO, _MAX_RATIO = 0.2, 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """Step seconds by the number of tokens in the step, and the seconds of the draft heads.
+    """Measured seconds.
 
     Attributes:
         num_tokens: Measured step sizes, increasing.
-        step_s: Median seconds of the forward pass at each size, never falling.
-        draft_s: Median seconds of one run of the draft heads at batch 1.
+        step_s: Median seconds of a step of each size, never falling, of one sequence.
+        draft_s: Median seconds of one run of the draft heads for one sequence.
+        context_len: KV tokens of the measured sequence.
+        sequence_s: What each further sequence adds to a step.
+        draft_sequence_s: What each further sequence adds to a run of the draft heads.
+        kv_token_s: What each KV token beyond `context_len` adds to a step.
     """
 
     num_tokens: tuple[int, ...]
     step_s: tuple[float, ...]
     draft_s: float
-
-    def seconds(self, num_tokens: int) -> float:
-        """Estimated seconds of a forward pass over `num_tokens` tokens."""
-        sizes, step_s = self.num_tokens, self.step_s
-        right = min(max(bisect.bisect_left(sizes, num_tokens), 1), len(sizes) - 1)
-        left = right - 1
-        slope = (step_s[right] - step_s[left]) / (sizes[right] - sizes[left])
-        return step_s[left] + slope * (num_tokens - sizes[left])
-
-    def best_num_nodes(self, node_values: Sequence[float], num_sequences: int) -> int:
-        """The tree size that makes most tokens per second.
-
-        Args:
-            node_values: Probability that each node is accepted, falling; the root has 1.
-            num_sequences: Sequences that decode in the step, each with a tree of that size.
-
-        Returns:
-            1 (plain decoding, the heads do not run) up to `len(node_values)`.
-        """
-        best, best_speed = 1, 1.0 / self.seconds(num_sequences)
-        expected = 1.0
-        for num_nodes, value in enumerate(node_values[1:], start=2):
-            expected += value
-            step_s = self.seconds(num_sequences * num_nodes) + self.draft_s
-            if expected / step_s > best_speed:
-                best, best_speed = num_nodes, expected / step_s
-        return best
+    context_len: int = 0
+    sequence_s: float = 0.0
+    draft_sequence_s: float = 0.0
+    kv_token_s: float = 0.0
 
 
-def measure(
-    run_step: Callable[[int], object], run_draft: Callable[[], object] | None, max_tokens: int
-) -> CostModel:
-    """Time steps of growing size.
+@dataclass(frozen=True, slots=True)
+class StepLoad:
+    """What a step's cost hangs on, besides its draft tokens.
 
-    Args:
-        run_step: Runs a forward pass over the given number of tokens and waits for the device.
-        run_draft: Runs the draft heads once; None if there are none.
-        max_tokens: Largest size to measure.
+    Attributes:
+        num_sequences: That take part.
+        num_kv_tokens: Computed tokens of all of them.
     """
-    sizes = tuple(size for size in STEP_SIZES if size <= max_tokens)
-    run_step(sizes[-1])
+
+    num_sequences: int
+    num_kv_tokens: int = 0
+
+
+class StepCosts:
+    """A cost model that learns from the steps that are taken.
+
+    Attributes:
+        measured: What was measured before the first one.
+    """
+
+    def __init__(self, measured: CostModel) -> None:
+        self.measured = measured
+        self._sizes = np.array(measured.num_tokens, dtype=np.float64)
+        self._ratios = [1.0] * len(measured.num_tokens)
+        self._draft_ratio = 1.0
+        self._steps_s = self._corrected()
+
+    def seconds(self, num_tokens: int, load: StepLoad) -> float:
+        """Expected seconds of a step of that many tokens."""
+        return float(self.all_seconds(num_tokens, num_tokens, load)[0])
+
+    def all_seconds(self, first: int, last: int, load: StepLoad) -> NDArray[np.float64]:
+        """Expected seconds of steps of `first` to `last` tokens, both included."""
+        sizes_N = np.arange(first, last + 1, dtype=np.float64)
+        seconds_N = np.interp(sizes_N, self._sizes, self._steps_s)
+        slope = (self._steps_s[-1] - self._steps_s[-2]) / (self._sizes[-1] - self._sizes[-2])
+        seconds_N += slope * np.maximum(0.0, sizes_N - self._sizes[-1])
+        return seconds_N + self._further_s(load)
+
+    def draft_seconds(self, num_sequences: int) -> float:
+        """Expected seconds of one run of the draft heads."""
+        measured = self.measured
+        further = measured.draft_sequence_s * (num_sequences - 1)
+        return (measured.draft_s + further) * self._draft_ratio
+
+    def learn(self, num_tokens: int, load: StepLoad, step_s: float) -> None:
+        """Take note of a step's seconds."""
+        expected = self.seconds(num_tokens, load)
+        if not 0.0 < step_s < _OUTLIER * expected:
+            return
+        error = step_s / expected - 1.0
+        right = min(max(bisect.bisect_left(self.measured.num_tokens, num_tokens), 1), self._last)
+        span = self._sizes[right] - self._sizes[right - 1]
+        share = min(1.0, max(0.0, float((num_tokens - self._sizes[right - 1]) / span)))
+        for index, weight in ((right - 1, 1.0 - share), (right, share)):
+            moved = self._ratios[index] * (1.0 + _LEARNING_RATE * weight * error)
+            self._ratios[index] = min(_MAX_RATIO, max(_MIN_RATIO, moved))
+        self._steps_s = self._corrected()
+
+    def learn_draft(self, num_sequences: int, draft_s: float) -> None:
+        """Take note of the seconds of a run of the draft heads."""
+        expected = self.draft_seconds(num_sequences)
+        if 0.0 < draft_s < _OUTLIER * expected:
+            self._draft_ratio *= 1.0 + _LEARNING_RATE * (draft_s / expected - 1.0)
+
+    @property
+    def _last(self) -> int:
+        return len(self.measured.num_tokens) - 1
+
+    def _corrected(self) -> NDArray[np.float64]:
+        steps_N = np.array(self.measured.step_s) * np.array(self._ratios)
+        return np.maximum.accumulate(steps_N)
+
+    def _further_s(self, load: StepLoad) -> float:
+        measured = self.measured
+        further_tokens = max(0, load.num_kv_tokens - measured.context_len * load.num_sequences)
+        further_sequences = max(0, load.num_sequences - 1)
+        return measured.sequence_s * further_sequences + measured.kv_token_s * further_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Probes:
+    """What a measurement runs; each call waits for the device.
+
+    Attributes:
+        step: A forward pass over so many tokens of one sequence.
+        long_step: A step of one token over a context that is longer by `num_further_tokens`.
+        many_step: A step of `num_sequences` sequences with one token each.
+        draft: The draft heads for so many sequences; None if there are none.
+        max_tokens: Of a `step`.
+    """
+
+    step: Callable[[int], object]
+    long_step: Callable[[], object]
+    many_step: Callable[[], object]
+    draft: Callable[[int], object] | None
+    context_len: int
+    num_further_tokens: int
+    num_sequences: int
+    max_tokens: int
+
+
+def measure(probes: Probes) -> CostModel:
+    """Time steps of growing size, with more KV and with more sequences."""
+    sizes = tuple(size for size in STEP_SIZES if size <= probes.max_tokens)
+    probes.step(sizes[-1])
     medians: list[float] = []
     for size in sizes:
-        step_s = _median_s(functools.partial(run_step, size))
+        step_s = _median_s(functools.partial(probes.step, size))
         medians.append(max(step_s, medians[-1] if medians else 0.0))
     if len(sizes) == 1:
         # No room to measure trees, so none may seem cheap.
         sizes, medians = (1, 2), [medians[0], 2 * medians[0]]
-    return CostModel(sizes, tuple(medians), _median_s(run_draft) if run_draft else 0.0)
+    kv_token_s = sequence_s = draft_s = draft_sequence_s = 0.0
+    if probes.num_further_tokens:
+        further_s = _median_s(probes.long_step) - medians[0]
+        kv_token_s = max(0.0, further_s / probes.num_further_tokens)
+    num_further = probes.num_sequences - 1
+    if num_further:
+        same_tokens_s = _interpolated(sizes, medians, probes.num_sequences)
+        sequence_s = max(0.0, (_median_s(probes.many_step) - same_tokens_s) / num_further)
+    if probes.draft is not None:
+        draft_s = _median_s(functools.partial(probes.draft, 1))
+    if probes.draft is not None and num_further:
+        many_s = _median_s(functools.partial(probes.draft, probes.num_sequences))
+        draft_sequence_s = max(0.0, (many_s - draft_s) / num_further)
+    return CostModel(
+        sizes,
+        tuple(medians),
+        draft_s,
+        probes.context_len,
+        sequence_s,
+        draft_sequence_s,
+        kv_token_s,
+    )
+
+
+def _interpolated(sizes: Sequence[int], seconds: Sequence[float], size: int) -> float:
+    return float(np.interp(size, sizes, seconds))
 
 
 def _median_s(run: Callable[[], object]) -> float:

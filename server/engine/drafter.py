@@ -1,7 +1,6 @@
 """What the engine asks of a draft source, and the one of Medusa heads.
 
-A drafter leaves a `proposal` on each sequence that may be drafted for: a tree whose nodes come by
-falling value, so that its first n nodes are the best tree of n nodes.
+A drafter leaves a `head_proposal` on each sequence that it drafts for; trees are made of it later.
 
 Shapes: B sequences, D model width.
 """
@@ -12,16 +11,19 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from heads.candidates import draft_tokens
 from heads.medusa import MedusaHeads
+from heads.proposals import MedusaProposal
 from heads.seen_rows import SeenRows
 from heads.tree import DraftTree
 from server.config import DraftMethod
 from server.engine.sequence import Sequence
 
+# Candidates of each head that dynamic trees choose from.
+_NUM_RANKS = 8
+
 
 class Drafter(Protocol):
-    """Proposes trees after a step, for the next one.
+    """Proposes tokens after a step, for the next one.
 
     Attributes:
         method: Its name in requests and usage.
@@ -33,25 +35,25 @@ class Drafter(Protocol):
         """What the drafter needs of a prompt; computed once per request."""
 
     def propose(self, rooted: Seq[Sequence], hidden_BD: Tensor, prefilling: Seq[Sequence]) -> None:
-        """Set the proposals of sequences that decode on.
+        """Set the head proposals of sequences that decode on.
 
         Args:
-            rooted: Their last tokens are the next step's roots; their proposals are None.
+            rooted: Their last tokens are the next step's roots; their head proposals are None.
             hidden_BD: The base model's hidden state from which each of these roots was drawn.
             prefilling: Sequences whose prompt goes on in the next step. They are not drafted for,
                 but a drafter with a KV cache of its own follows them.
         """
 
-    def propose_once(self, context_len: int) -> None:
-        """Draft for one imaginary sequence of that length, to time it; blocks must be unused."""
+    def propose_for(self, num_sequences: int, context_len: int) -> None:
+        """Draft for imaginary sequences of that length, to time it; blocks must be unused."""
 
 
 class MedusaDrafter:
-    """Fills one fixed tree with the candidates of Medusa heads.
+    """Asks Medusa heads.
 
     Args:
         heads: In the model's dtype, on its device.
-        tree: The best tree of the largest size, no deeper than there are heads.
+        tree: The best static tree of the largest size, no deeper than there are heads.
     """
 
     method: DraftMethod = "medusa"
@@ -59,7 +61,7 @@ class MedusaDrafter:
     def __init__(self, heads: MedusaHeads, tree: DraftTree) -> None:
         self._heads = heads
         self._tree = tree
-        self._num_ranks = max(1, max(tree.ranks) + 1)
+        self._num_ranks = max(_NUM_RANKS, max(tree.ranks) + 1)
 
     def seen_rows(self, prompt_token_ids: Seq[int]) -> SeenRows | None:
         """See `Drafter.seen_rows`."""
@@ -74,14 +76,17 @@ class MedusaDrafter:
         roots_B = torch.tensor(roots, device=hidden_BD.device)
         seen = [sequence.seen_rows for sequence in rooted]
         candidates = self._heads.propose(hidden_BD, roots_B, self._num_ranks, seen)
-        for sequence, root, ids_KR in zip(
-            rooted, roots, candidates.token_ids_BKR.tolist(), strict=True
+        token_ids = candidates.token_ids_BKR.tolist()
+        probabilities = candidates.log_probs_BKR.exp().tolist()
+        for sequence, root, ids_KR, probabilities_KR in zip(
+            rooted, roots, token_ids, probabilities, strict=True
         ):
-            sequence.proposal = draft_tokens(self._tree, root, ids_KR)
+            sequence.head_proposal = MedusaProposal(self._tree, root, ids_KR, probabilities_KR)
 
     @torch.inference_mode()
-    def propose_once(self, context_len: int) -> None:
-        """See `Drafter.propose_once`."""
+    def propose_for(self, num_sequences: int, context_len: int) -> None:
+        """See `Drafter.propose_for`."""
         rows = self._heads.draft_rows(0)
-        root_1 = torch.zeros(1, dtype=torch.int64, device=rows.device)
-        self._heads.propose(rows.new_zeros(1, rows.shape[1]), root_1, self._num_ranks, [None])
+        roots_B = torch.zeros(num_sequences, dtype=torch.int64, device=rows.device)
+        hidden_BD = rows.new_zeros(num_sequences, rows.shape[1])
+        self._heads.propose(hidden_BD, roots_B, self._num_ranks, [None] * num_sequences)

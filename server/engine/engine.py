@@ -4,6 +4,7 @@ Plain decoding is the one-node tree, and the last chunk of a prompt ends in one,
 whether it speculates. Single-threaded; `AsyncEngine` runs it off the event loop.
 """
 
+import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from server.config import EngineConfig
 from server.engine.batch import build_batch
+from server.engine.cost_model import StepLoad
 from server.engine.logits import make_adjuster
 from server.engine.model_runner import TargetOutput
 from server.engine.output import Emission, emit, request_output, token_logprobs
@@ -26,7 +28,7 @@ from server.engine.request import (
     TokenLogprob,
 )
 from server.engine.scheduler import ScheduledSequence, Scheduler
-from server.engine.sequence import Sequence, acceptance_rule, request_seed
+from server.engine.sequence import DraftSources, Sequence, acceptance_rule, request_seed
 from server.engine.text import TextStream
 from server.engine.verify import Verdict, verify
 
@@ -154,9 +156,10 @@ class Engine:
         if request.request_id in self._sequences:
             raise ValueError(f"request id {request.request_id!r} is already in flight")
         speculation = request.speculation
-        max_nodes = speculation.max_nodes or self.config.max_nodes
-        drafter = None if speculation.method == "none" else self.speculator.drafter
-        drafts_allowed = min(max_nodes, self.config.max_nodes) if drafter is not None else 1
+        sources = self.speculator.sources(speculation.method)
+        max_nodes = min(speculation.max_nodes or self.config.max_nodes, self.config.max_nodes)
+        if max_nodes == 1:
+            sources = DraftSources()
         sequence = Sequence(
             request=request,
             text=TextStream(
@@ -164,8 +167,8 @@ class Engine:
             ),
             seed=request_seed(request),
             acceptance=acceptance_rule(request, self.config.acceptance),
-            drafts_allowed=drafts_allowed,
-            method=drafter.method if drafter is not None and drafts_allowed > 1 else "none",
+            drafts_allowed=max_nodes if sources.any else 1,
+            sources=sources,
             token_ids=list(request.prompt_token_ids),
         )
         self._sequences[request.request_id] = sequence
@@ -192,6 +195,7 @@ class Engine:
         if not plan:
             return []
         self._prepare(plan)
+        started_s = time.perf_counter()
         batch = build_batch(plan, self.config.block_size, self.loaded.device)
         target = self._runner.run(batch)
         verified = [item for item in plan if item.is_verified]
@@ -202,6 +206,7 @@ class Engine:
             for item, verdict in zip(verified, verdicts, strict=True)
         ]
         self._advance(plan, verdicts)
+        self._learn(plan, verdicts, time.perf_counter() - started_s)
         self._propose(plan, verdicts, emissions, target)
         self._count(plan, emissions)
         return self._outputs(verified, verdicts, emissions, target)
@@ -232,8 +237,7 @@ class Engine:
                 self.loaded.vocab_size,
                 self.loaded.device,
             )
-            if sequence.drafts_allowed > 1:
-                sequence.seen_rows = self.speculator.seen_rows(request.prompt_token_ids)
+            self.speculator.prepare(sequence)
 
     def _compact(self, items: Seq[ScheduledSequence], verdicts: Seq[Verdict]) -> None:
         """Move the KV of accepted nodes that do not already lie at their positions."""
@@ -263,6 +267,15 @@ class Engine:
             sequence.num_computed_tokens = min(sequence.num_computed_tokens, limit)
             self._scheduler.note_computed(sequence)
 
+    def _learn(self, plan: Seq[ScheduledSequence], verdicts: Seq[Verdict], step_s: float) -> None:
+        """Tell the speculator what the step cost and which drafts were accepted."""
+        num_tokens = sum(item.num_tokens for item in plan)
+        num_kv_tokens = sum(item.sequence.num_computed_tokens for item in plan)
+        self.speculator.sizes.learn_step(num_tokens, StepLoad(len(plan), num_kv_tokens), step_s)
+        verified = (item for item in plan if item.is_verified)
+        for item, verdict in zip(verified, verdicts, strict=True):
+            self.speculator.trees.learn(item.sequence, item.drafts, verdict.path)
+
     def _propose(
         self,
         plan: Seq[ScheduledSequence],
@@ -283,7 +296,7 @@ class Engine:
                 prefilling += [sequence] * may_draft
                 continue
             verdict, emission = next(results)
-            sequence.proposal = None
+            sequence.proposal = sequence.head_proposal = None
             if emission.finish_reason is None:
                 num_decoding += 1
                 if may_draft:

@@ -21,9 +21,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from heads.candidates import Candidates, DraftTokens
+from heads.candidates import Candidates
 from heads.frozen_linear import FrozenLinear
 from heads.mtp import MTPModule
+from heads.proposals import GrownProposal
 from heads.seen_rows import SeenRows, top_candidates
 from heads.tree_growth import Frontier, GrowingTrees
 from server.attention.backend import AttentionBatch, AttentionSpan
@@ -137,16 +138,16 @@ class MTPDrafter:
         if ready:
             drafts = self._grow([lane for _, lane in ready], states_TD)
             for (sequence, _), proposal in zip(ready, drafts, strict=True):
-                sequence.proposal = proposal
+                sequence.head_proposal = proposal
 
     @torch.inference_mode()
-    def propose_once(self, context_len: int) -> None:
-        """See `Drafter.propose_once`."""
+    def propose_for(self, num_sequences: int, context_len: int) -> None:
+        """See `Drafter.propose_for`; all use the same blocks."""
         growth, size = self._growth, self._cache.layout.block_size
         num_slots = context_len + growth.width * (growth.num_depths - 1)
         table = list(range(-(-num_slots // size)))
-        lane = _Lane([0, 0], context_len - 2, table, None)
-        self._grow([lane], self._catch_up([lane]))
+        lanes = [_Lane([0, 0], context_len - 2, table, None) for _ in range(num_sequences)]
+        self._grow(lanes, self._catch_up(lanes))
 
     def _note_computed(self, sequence: Sequence, lane: _Lane) -> None:
         sequence.num_drafter_tokens = lane.end
@@ -186,7 +187,7 @@ class MTPDrafter:
         states: Tensor = self._module(states_TD, tokens_T, self._block.runner(positions_T, context))
         return states
 
-    def _grow(self, lanes: Seq[_Lane], states_TD: Tensor) -> list[DraftTokens]:
+    def _grow(self, lanes: Seq[_Lane], states_TD: Tensor) -> list[GrownProposal]:
         """Grow a tree below the last token of each of the first lanes of a pass."""
         ends, end = [], -1
         for lane in lanes:

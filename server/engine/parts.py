@@ -9,15 +9,16 @@ import torch
 
 import heads as heads_package
 from heads.medusa import MedusaHeads
-from heads.tree_search import AcceptanceProfile, best_tree, node_values
-from server.attention.backend import AttentionBatch, AttentionSpan
+from heads.tree_search import AcceptanceProfile, best_tree
 from server.config import NATIVE_HEADS, SHIPPED_HEADS, EngineConfig
-from server.engine.batch import StepBatch
-from server.engine.cost_model import CostModel, measure
-from server.engine.drafter import MedusaDrafter
+from server.engine.cost_model import StepCosts, measure
+from server.engine.drafter import Drafter, MedusaDrafter
 from server.engine.model_runner import ModelRunner
 from server.engine.mtp_drafter import Growth, MTPDrafter
 from server.engine.speculator import Speculator
+from server.engine.step_probes import step_probes
+from server.engine.tree_builders import MergedTrees, OwnTrees
+from server.engine.tree_sizes import FixedSizes, PlannedSizes
 from server.engine.validate import RequestLimits
 from server.errors import ConfigError
 from server.kv.block_manager import BlockManager
@@ -28,12 +29,13 @@ from server.model.loading import LoadedModel, load_model
 _MAX_CPU_CACHE_BYTES = 4 << 30
 _CPU_MEMORY_SHARE = 0.25
 _CUDA_MEMORY_SHARE = 0.85
-_CALIBRATION_CONTEXT = 256
 # Of the heads that ship for the built-in model; docs/benchmarks.md says why.
 _DEFAULT_KIND = "medusa"
 # For heads that were saved without a measured profile; the rates are of weak heads, so that trees
 # stay small rather than wasteful.
 _CAUTIOUS_PROFILE = AcceptanceProfile(((0.35, 0.12, 0.06, 0.04), (0.2, 0.08, 0.04, 0.03)))
+# A token of a step costs more than that wherever steps were measured.
+_MIN_VALUE = 0.01
 # About three times the time of a decode step of the built-in model.
 _CPU_PREFILL_TOKENS = 64
 
@@ -82,18 +84,17 @@ def build_parts(
     blocks = BlockManager(num_blocks, config.block_size, config.prefix_caching)
     runner = ModelRunner(loaded, cache)
     speculator = make_speculator(config, loaded_heads, cache, blocks)
-    if speculator.drafter is not None and config.tree == "auto":
+    if len(speculator.methods) > 2 and config.tree == "auto" and config.budget == "auto":
         report("measuring the step cost")
-        num_slots = num_blocks * config.block_size
-        speculator.cost_model = _measure_cost(runner, loaded, speculator, layout, num_slots)
-    method = None if speculator.drafter is None else speculator.drafter.method
+        probes = step_probes(runner, loaded, speculator.drafter, layout, num_blocks)
+        speculator.sizes = PlannedSizes(StepCosts(measure(probes)))
     return EngineParts(
         config=config,
         loaded=loaded,
         runner=runner,
         blocks=blocks,
         speculator=speculator,
-        limits=RequestLimits(max_len, loaded.vocab_size, method),
+        limits=RequestLimits(max_len, loaded.vocab_size, speculator.methods),
         heads_name=_heads_name(config, heads_dir),
     )
 
@@ -117,25 +118,33 @@ def kv_layout(
 def make_speculator(
     config: EngineConfig, draft: DraftHeads | None, cache: KVCache, blocks: BlockManager
 ) -> Speculator:
-    """Put a drafter around loaded heads, and value the nodes of its largest tree."""
-    if draft is None:
-        return Speculator(None)
-    fixed_size = None if config.tree == "auto" else config.tree
+    """Put a drafter around loaded heads; trees are as large as allowed until costs are known."""
+    drafter = None if draft is None else _drafter(config, draft, cache, blocks)
+    if config.tree != "auto":
+        return Speculator(drafter, OwnTrees(), FixedSizes(config.tree))
+    if config.budget != "auto":
+        trees = MergedTrees(config.max_nodes, config.lookup)
+        return Speculator(drafter, trees, FixedSizes(config.budget))
+    trees = MergedTrees(config.max_nodes, config.lookup, _MIN_VALUE)
+    return Speculator(drafter, trees, FixedSizes(config.max_nodes))
+
+
+def _drafter(
+    config: EngineConfig, draft: DraftHeads, cache: KVCache, blocks: BlockManager
+) -> Drafter:
     rates_KR = (draft.profile or _CAUTIOUS_PROFILE).accept_rates_KR
     if isinstance(draft.heads, MedusaHeads):
         rates_KR = rates_KR[: draft.heads.config.num_heads]
     profile = AcceptanceProfile(rates_KR)
     # Of heads that were measured to be useless it is the root alone.
     tree = best_tree(profile, config.max_nodes)
-    values = node_values(profile, tree)
     if isinstance(draft.heads, MedusaHeads):
-        return Speculator(MedusaDrafter(draft.heads, tree), values, fixed_size)
+        return MedusaDrafter(draft.heads, tree)
     if draft.block is None:
         raise AssertionError("an MTP module came without its block")
     growth = Growth(num_nodes=config.max_nodes, num_depths=profile.max_depth)
     max_tokens = config.max_tokens_per_step
-    drafter = MTPDrafter(draft.heads, draft.block, cache, blocks, growth, max_tokens)
-    return Speculator(drafter, values, fixed_size)
+    return MTPDrafter(draft.heads, draft.block, cache, blocks, growth, max_tokens)
 
 
 def _heads_name(config: EngineConfig, directory: Path | None) -> str | None:
@@ -194,41 +203,3 @@ def _checked_max_len(asked: int, possible: int) -> int:
             "or enlarge kv_cache_bytes"
         )
     return asked
-
-
-def _measure_cost(
-    runner: ModelRunner,
-    loaded: LoadedModel,
-    speculator: Speculator,
-    layout: KVLayout,
-    num_slots: int,
-) -> CostModel:
-    """Time steps of one sequence with a context of ordinary length, on blocks nobody owns yet."""
-    longest = min(num_slots, loaded.max_model_len)
-    context_len = min(_CALIBRATION_CONTEXT, longest // 2)
-    max_tokens = longest - context_len
-    table = list(range(num_slots // layout.block_size))
-
-    def synchronize() -> None:
-        if loaded.device.type == "cuda":
-            torch.cuda.synchronize(loaded.device)
-
-    def run_step(num_tokens: int) -> None:
-        positions = torch.arange(context_len, context_len + num_tokens, device=loaded.device)
-        span = AttentionSpan(0, num_tokens, context_len, table, None, None)
-        runner.run(
-            StepBatch(
-                input_ids_T=torch.zeros_like(positions),
-                positions_T=positions,
-                logits_rows_S=positions - context_len,
-                attention=AttentionBatch((span,), positions),
-            )
-        )
-        synchronize()
-
-    def run_draft() -> None:
-        if speculator.drafter is not None:
-            speculator.drafter.propose_once(context_len)
-        synchronize()
-
-    return measure(run_step, run_draft, max_tokens)

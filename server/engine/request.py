@@ -15,12 +15,14 @@ class Request:
     Attributes:
         request_id: Unique among the requests in flight.
         prompt_token_ids: At least one token.
+        prediction_token_ids: Text that the output may repeat; a source of drafts and no more.
     """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     speculation: SpeculationParams = field(default_factory=SpeculationParams)
+    prediction_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,7 @@ class SpecDecodeStats:
     The token that ends the prefill is drawn without a draft; neither it nor its step counts.
 
     Attributes:
-        method: Draft source that ran: `none`, `medusa` or `mtp`.
+        method: Draft sources: `none`, `medusa`, `mtp`, `lookup`, `medusa+lookup`, `mtp+lookup`.
         acceptance: Rule that ran: `exact` or `typical`.
         num_steps: Verify steps.
         num_draft_tokens: Tree nodes below the roots.

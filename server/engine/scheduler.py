@@ -7,6 +7,7 @@ refused before they are queued, so every request ends.
 """
 
 from collections import deque
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from heads.candidates import DraftTokens
@@ -14,6 +15,7 @@ from heads.tree import DraftTree
 from server.config import EngineConfig
 from server.engine.sequence import Sequence
 from server.engine.speculator import Speculator
+from server.engine.tree_sizes import StepRequest
 from server.kv.block_manager import BlockManager, block_digest
 
 
@@ -70,22 +72,15 @@ class Scheduler:
         Returns:
             At most `max_tokens_per_step` tokens; empty only if there is no sequence at all.
         """
-        num_decoding = sum(sequence.is_decoding for sequence in self.running)
-        budget = self._config.max_tokens_per_step
-        max_nodes = 1
-        if num_decoding:
-            # Trees leave a quarter of the step to prompts, lest these starve.
-            room = max(1, budget * 3 // 4 // num_decoding)
-            max_nodes = min(self._speculator.tree_size(num_decoding), room)
+        decoding = [sequence for sequence in self.running if sequence.is_decoding]
+        sizes = self._tree_sizes(decoding)
         plan: list[ScheduledSequence] = []
         # At least one token is left while a sequence prefills: the budget covers all sequences.
-        prefill_budget = budget - num_decoding * max_nodes
-        if num_decoding and self._config.max_prefill_tokens is not None:
-            prefill_budget = min(prefill_budget, self._config.max_prefill_tokens)
+        prefill_budget = self._prefill_budget(sum(sizes.values()))
         for sequence in list(self.running):
             if sequence not in self.running:
                 continue  # preempted in favour of an older one
-            item = self._plan_running(sequence, max_nodes, prefill_budget)
+            item = self._plan_running(sequence, sizes.get(id(sequence), 1), prefill_budget)
             if item is not None:
                 plan.append(item)
                 if not item.is_decoding:
@@ -103,11 +98,32 @@ class Scheduler:
             digests.append(block_digest(parent, sequence.token_ids[start : start + size]))
             self._blocks.register(sequence.block_table[len(digests) - 1], digests[-1])
 
+    def _tree_sizes(self, decoding: Seq[Sequence]) -> dict[int, int]:
+        """Nodes of each decoding sequence's tree, by the sequence's identity."""
+        if not decoding:
+            return {}
+        # Trees leave a quarter of the step to prompts, lest these starve.
+        room = max(0, self._config.max_tokens_per_step * 3 // 4 - len(decoding))
+        prompts = [seq for seq in (*self.running, *self.waiting) if not seq.is_decoding]
+        num_prompt_tokens = min(
+            sum(sequence.num_uncomputed_tokens for sequence in prompts),
+            self._prefill_budget(len(decoding)),
+        )
+        sizes = self._speculator.sizes.choose(decoding, StepRequest(num_prompt_tokens, room))
+        return {id(sequence): size for sequence, size in zip(decoding, sizes, strict=True)}
+
+    def _prefill_budget(self, num_tree_tokens: int) -> int:
+        """Prompt tokens of a step with trees of so many nodes in all; 0 if none decodes."""
+        budget = self._config.max_tokens_per_step - num_tree_tokens
+        if num_tree_tokens and self._config.max_prefill_tokens is not None:
+            budget = min(budget, self._config.max_prefill_tokens)
+        return budget
+
     def _plan_running(
-        self, sequence: Sequence, max_nodes: int, prefill_budget: int
+        self, sequence: Sequence, num_nodes: int, prefill_budget: int
     ) -> ScheduledSequence | None:
         if sequence.is_decoding:
-            drafts = self._drafts(sequence, max_nodes)
+            drafts = self._drafts(sequence, num_nodes)
             if not self._try_reserve(sequence, drafts.tree.num_nodes):
                 drafts = root_only(sequence)
                 if not self._reserve_or_preempt(sequence, 1):
@@ -119,11 +135,11 @@ class Scheduler:
         return self._prefill(sequence, num_tokens)
 
     @staticmethod
-    def _drafts(sequence: Sequence, max_nodes: int) -> DraftTokens:
+    def _drafts(sequence: Sequence, num_nodes: int) -> DraftTokens:
         # The bonus token takes one of the lacking places. Deeper drafts would be thrown away, and
         # their positions could lie beyond those that the model knows.
-        depth = sequence.request.sampling.max_tokens - sequence.num_output_tokens - 1
-        size = 1 if depth == 0 else min(max_nodes, sequence.drafts_allowed)
+        depth = sequence.num_lacking_tokens - 1
+        size = 1 if depth == 0 else min(num_nodes, sequence.drafts_allowed)
         if size == 1 or sequence.proposal is None:
             return root_only(sequence)
         return sequence.proposal.limited(size, depth)
@@ -181,6 +197,7 @@ class Scheduler:
         sequence.block_table = []
         sequence.block_digests = []
         sequence.proposal = None
+        sequence.head_proposal = None
         sequence.num_computed_tokens = 0
         sequence.num_drafter_tokens = 0
 

@@ -10,7 +10,10 @@ import secrets
 from dataclasses import dataclass, field
 from typing import Literal
 
+from heads.calibration import RequestCalibration
 from heads.candidates import DraftTokens
+from heads.lookup import LookupIndex
+from heads.proposals import HeadProposal
 from heads.seen_rows import SeenRows
 from server.config import AcceptanceName, DraftMethod
 from server.engine.logits import LogitAdjuster
@@ -41,6 +44,30 @@ class SpecDecodeCounters:
                 self.accepted_per_depth[depth - 1] += 1
 
 
+@dataclass(frozen=True, slots=True)
+class DraftSources:
+    """Who drafts for a sequence.
+
+    Attributes:
+        heads: Kind of the draft heads, if they do.
+        lookup: Whether prompt lookup does.
+    """
+
+    heads: DraftMethod | None = None
+    lookup: bool = False
+
+    @property
+    def any(self) -> bool:
+        """Whether anybody does; otherwise the sequence is decoded plainly."""
+        return self.heads is not None or self.lookup
+
+    @property
+    def name(self) -> str:
+        """For usage: `none`, `medusa`, `mtp`, `lookup`, `medusa+lookup` or `mtp+lookup`."""
+        names = [*([self.heads] if self.heads else []), *(["lookup"] if self.lookup else [])]
+        return "+".join(names) or "none"
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """A request's tokens, KV blocks, drafts and counters.
@@ -49,13 +76,17 @@ class Sequence:
         seed: Key of the request's uniform numbers; random if the request gave none.
         acceptance: Rule that verifies this sequence's drafts.
         drafts_allowed: Largest tree that the request and the server allow; 1 is plain decoding.
-        is_prepared: Whether `adjuster` and `seen_rows` are set; they wait for the first step.
+        sources: Who drafts for it.
+        is_prepared: Whether `adjuster`, `seen_rows` and `lookup` are set; they wait for the first
+            step.
         adjuster: Penalties and bias, if the request has any.
         seen_rows: Unembedding rows of prompt tokens that the draft vocabulary lacks.
         block_digests: Digests of the full computed blocks at the head of `block_table`.
         num_drafter_tokens: Tokens whose KV a draft module of its own cache has computed.
+        lookup: Its tokens, indexed.
+        calibration: How this request's drafts fare.
+        head_proposal: What the heads said for the next step; None if they were not asked.
         proposal: Tree for the next step, nodes by falling value; None if nothing was drafted.
-        method: Draft source; `none` if the sequence is decoded plainly.
     """
 
     request: Request
@@ -63,7 +94,7 @@ class Sequence:
     seed: int
     acceptance: AcceptanceRule
     drafts_allowed: int
-    method: DraftMethod | Literal["none"] = "none"
+    sources: DraftSources = DraftSources()
     is_prepared: bool = False
     adjuster: LogitAdjuster | None = None
     seen_rows: SeenRows | None = None
@@ -73,6 +104,9 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     block_digests: list[bytes] = field(default_factory=list)
     num_drafter_tokens: int = 0
+    lookup: LookupIndex | None = None
+    calibration: RequestCalibration = field(default_factory=RequestCalibration)
+    head_proposal: HeadProposal | None = None
     proposal: DraftTokens | None = None
     counters: SpecDecodeCounters = field(default_factory=SpecDecodeCounters)
 
@@ -85,6 +119,11 @@ class Sequence:
     def num_output_tokens(self) -> int:
         """Tokens generated so far."""
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_lacking_tokens(self) -> int:
+        """Tokens that the request may still generate."""
+        return self.request.sampling.max_tokens - self.num_output_tokens
 
     @property
     def num_uncomputed_tokens(self) -> int:
@@ -100,9 +139,9 @@ class Sequence:
         """A snapshot of what speculation did so far."""
         counters = self.counters
         return SpecDecodeStats(
-            method=self.method,
+            method=self.sources.name,
             # Without drafts every token is the target's own, whatever the rule.
-            acceptance="exact" if self.method == "none" else self.acceptance,
+            acceptance="exact" if not self.sources.any else self.acceptance,
             num_steps=counters.num_steps,
             num_draft_tokens=counters.num_draft_tokens,
             num_accepted_tokens=sum(counters.accepted_per_depth),

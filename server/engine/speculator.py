@@ -1,60 +1,58 @@
-"""Decides how many tokens are drafted, and has them drafted after a step.
+"""Has drafts made after a step: asks the heads where they pay, and builds trees.
 
 Shapes: B sequences, D model width.
 """
 
+import time
 from collections.abc import Sequence as Seq
 
 from torch import Tensor
 
-from heads.seen_rows import SeenRows
-from server.engine.cost_model import CostModel
+from heads.lookup import LookupIndex
+from server.config import Method
 from server.engine.drafter import Drafter
-from server.engine.sequence import Sequence
+from server.engine.sequence import DraftSources, Sequence
+from server.engine.tree_builders import TreeBuilder
+from server.engine.tree_sizes import TreeSizes
 
 
 class Speculator:
-    """Chooses the size of trees; without a drafter every tree is its root.
+    """Has drafts made after a step, for the next one.
 
     Args:
-        drafter: Draft source.
-        node_values: Probability that each node of its largest tree is accepted, falling; the root
-            has 1. One value, the root's, makes no drafts.
-        fixed_size: Nodes of every tree; None follows `cost_model`.
-
-    Attributes:
-        cost_model: Set once it is measured; None takes the largest tree.
+        drafter: The draft heads; None if none are loaded.
+        trees: Makes trees.
+        sizes: Chooses how much of them is verified.
     """
 
-    def __init__(
-        self,
-        drafter: Drafter | None,
-        node_values: Seq[float] = (1.0,),
-        fixed_size: int | None = None,
-    ) -> None:
+    def __init__(self, drafter: Drafter | None, trees: TreeBuilder, sizes: TreeSizes) -> None:
         self.drafter = drafter
-        self.cost_model: CostModel | None = None
-        self._node_values = tuple(node_values) if drafter is not None else (1.0,)
-        self._fixed_size = fixed_size
-        self._size_by_load: dict[int, int] = {}
+        self.trees = trees
+        self.sizes = sizes
 
-    def tree_size(self, num_decoding: int) -> int:
-        """Nodes of each tree, root included, when so many sequences decode."""
-        if len(self._node_values) == 1:
-            return 1
-        if self._fixed_size is not None:
-            return self._fixed_size
-        if self.cost_model is None:
-            return len(self._node_values)
-        size = self._size_by_load.get(num_decoding)
-        if size is None:
-            size = self.cost_model.best_num_nodes(self._node_values, num_decoding)
-            self._size_by_load[num_decoding] = size
-        return size
+    @property
+    def methods(self) -> frozenset[str]:
+        """What requests may name as their method."""
+        loaded = () if self.drafter is None else (self.drafter.method,)
+        return frozenset(
+            ("auto", "none", *loaded, *(("lookup",) if self.trees.uses_lookup else ()))
+        )
 
-    def seen_rows(self, prompt_token_ids: Seq[int]) -> SeenRows | None:
-        """What the drafter needs of a prompt; computed once per request."""
-        return None if self.drafter is None else self.drafter.seen_rows(prompt_token_ids)
+    def sources(self, method: Method) -> DraftSources:
+        """Who drafts for a request of that method, which is one of `methods`."""
+        heads = None if self.drafter is None else self.drafter.method
+        return DraftSources(
+            heads if method in ("auto", heads) else None,
+            self.trees.uses_lookup and method in ("auto", "lookup"),
+        )
+
+    def prepare(self, sequence: Sequence) -> None:
+        """Gather what drafting needs of a prompt; once per request."""
+        if sequence.sources.heads is not None and self.drafter is not None:
+            sequence.seen_rows = self.drafter.seen_rows(sequence.request.prompt_token_ids)
+        if sequence.sources.lookup:
+            reference = sequence.request.prediction_token_ids
+            sequence.lookup = LookupIndex(sequence.token_ids, reference)
 
     def propose(
         self,
@@ -63,13 +61,32 @@ class Speculator:
         prefilling: Seq[Sequence],
         num_decoding: int,
     ) -> None:
-        """Have the drafter propose if trees of more than a root pay.
+        """Leave a proposal on each sequence that may be drafted for.
 
         Args:
-            rooted: See `Drafter.propose`.
-            hidden_BD: Likewise.
-            prefilling: Likewise.
+            rooted: Their last tokens are the next step's roots.
+            hidden_BD: The base model's hidden state from which each of these roots was drawn.
+            prefilling: Sequences whose prompt goes on in the next step.
             num_decoding: Sequences that decode in the next step, drafted for or not.
         """
-        if self.drafter is not None and self.tree_size(max(1, num_decoding)) > 1:
-            self.drafter.propose(rooted, hidden_BD, prefilling)
+        self._run_heads(rooted, hidden_BD, prefilling, num_decoding)
+        for sequence in rooted:
+            sequence.proposal = self.trees.build(sequence)
+
+    def _run_heads(
+        self,
+        rooted: Seq[Sequence],
+        hidden_BD: Tensor,
+        prefilling: Seq[Sequence],
+        num_decoding: int,
+    ) -> None:
+        headed = [index for index, sequence in enumerate(rooted) if sequence.sources.heads]
+        following = [sequence for sequence in prefilling if sequence.sources.heads]
+        if self.drafter is None or not (headed or following):
+            return
+        if not self.sizes.wants_heads(max(1, num_decoding)):
+            return
+        started_s = time.perf_counter()
+        self.drafter.propose([rooted[index] for index in headed], hidden_BD[headed], following)
+        if headed:
+            self.sizes.learn_draft(len(headed), time.perf_counter() - started_s)

@@ -3,7 +3,6 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from server.config import DraftMethod
 from server.engine.request import Request
 from server.errors import InvalidRequestError
 
@@ -15,12 +14,12 @@ class RequestLimits:
     Attributes:
         max_model_len: Longest prompt plus output; the KV cache holds at least that many tokens.
         vocab_size: Token ids are below it.
-        draft_method: Draft source that is loaded; None without draft heads.
+        methods: Names of the draft sources that this server has, and `auto` and `none`.
     """
 
     max_model_len: int
     vocab_size: int
-    draft_method: DraftMethod | None
+    methods: frozenset[str]
 
     def check(self, request: Request) -> None:
         """Refuse a request that can never run.
@@ -33,11 +32,11 @@ class RequestLimits:
         self._check_ids("prompt", request.prompt_token_ids)
         self._check_ids("logit_bias", request.sampling.logit_bias)
         method = request.speculation.method
-        if method not in {"auto", "none", self.draft_method}:
-            found = "no draft heads" if self.draft_method is None else f"{self.draft_method!r} ones"
+        if method not in self.methods:
             raise InvalidRequestError(
-                f"speculation.method is {method!r}, but this server has {found}; give 'auto' or "
-                "'none', or start the server with --heads of that kind",
+                f"speculation.method is {method!r}, but this server has "
+                f"{', '.join(sorted(self.methods))}; give one of them, or start the server with "
+                "--heads of that kind, or without --tree for lookup",
                 "speculation.method",
             )
 

@@ -63,7 +63,7 @@ def test_acceptance_fixes_the_tree_at_max_nodes(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, report = run_main(["acceptance", *arguments], capsys)
-    assert report["tree"] == 8
+    assert (report["tree"], report["budget"]) == ("auto", 8)
     # Only the step for the last token of an output has no drafts.
     assert 6.0 < report["mean_draft_tokens"] <= 7.0
     assert report["mean_acceptance_length"] >= 1.0
@@ -74,7 +74,8 @@ def test_acceptance_does_not_depend_on_the_concurrency(
 ) -> None:
     reports = []
     for concurrency in ("1", "3"):
-        command = ["acceptance", *arguments, "--concurrency", concurrency]
+        # Dynamic trees learn from the requests beside them.
+        command = ["acceptance", *arguments, "--static", "--concurrency", concurrency]
         _, report = run_main(command, capsys)
         del report["context"]
         reports.append(report)
@@ -92,7 +93,6 @@ def test_latency_reports_the_step_and_its_limit(
         "decode_total",
         "decode_median",
     }
-    assert 1 <= report["tree_nodes"] <= 8
     assert report["draft_ms"] > 0.0
     assert report["limit"]["weight_bytes"] > 0
     assert report["num_different_outputs"] == 0

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,21 +38,28 @@ def test_missing_data_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_step_has_room_for_full_trees_of_all_requests() -> None:
-    config = engine_config(OPTIONS, tree=32)
+    config = engine_config(OPTIONS, nodes=32)
     room_for_trees = config.max_tokens_per_step * 3 // 4
     assert room_for_trees // OPTIONS.concurrency >= 32
     assert config.max_num_seqs == 8
 
 
+def test_trees_are_made_for_each_step_unless_they_are_static() -> None:
+    config = engine_config(OPTIONS, nodes=32)
+    assert (config.tree, config.budget) == ("auto", 32)
+    static = engine_config(replace(OPTIONS, static=True), nodes=32)
+    assert (static.tree, static.budget) == (32, "auto")
+
+
 def test_no_run_reuses_an_earlier_prompt() -> None:
-    assert not engine_config(OPTIONS, tree="auto").prefix_caching
+    assert not engine_config(OPTIONS, nodes="auto").prefix_caching
 
 
 def test_options_reach_the_engine() -> None:
     options = BenchOptions(
         command="latency", model="m", heads="h", device="cpu", dtype="bfloat16", num_threads=2
     )
-    config = engine_config(options, tree="auto")
+    config = engine_config(options, nodes="auto")
     assert (config.model, config.heads, config.device, config.dtype) == (
         "m",
         "h",
@@ -59,7 +67,7 @@ def test_options_reach_the_engine() -> None:
         "bfloat16",
     )
     assert (config.num_threads, config.tree, config.max_num_seqs) == (2, "auto", 1)
-    assert engine_config(options, tree="auto", dtype="float32").dtype == "float32"
+    assert engine_config(options, nodes="auto", dtype="float32").dtype == "float32"
 
 
 def test_requests_are_greedy_and_speculate_as_asked() -> None:

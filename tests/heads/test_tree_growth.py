@@ -79,7 +79,8 @@ def test_a_batch_grows_as_each_tree_alone(
                 assert set(visible) == ancestors
         rows = [[tree.below(p) for p in paths] for tree, paths in zip(slow, newest, strict=True)]
         trees.add(packed(rows))
-    for tree, drafts in zip(slow, trees.best([7, 8, 9], num_nodes), strict=True):
+    for tree, proposal in zip(slow, trees.best([7, 8, 9], num_nodes), strict=True):
+        drafts = proposal.own_tree()
         tree.grow(num_depths, width)
         expected = tree.best(num_nodes)
         paths = [()]
@@ -90,9 +91,14 @@ def test_a_batch_grows_as_each_tree_alone(
             parent = paths[drafts.tree.parents[node]]
             token, _ = tree.below(parent)[drafts.tree.ranks[node]]
             assert token == drafts.token_ids[node]
+            (child,) = (c for c in proposal.children(drafts.tree.parents[node]) if c.state == node)
+            _, log_prob = tree.below(parent)[drafts.tree.ranks[node]]
+            assert child.token_id == token
+            assert child.probability == pytest.approx(math.exp(log_prob), rel=1e-4)
         values = [tree.found[path] for path in expected]
         assert all(a >= b for a, b in pairwise(values))
-    assert [drafts.token_ids[0] for drafts in trees.best([7, 8, 9], num_nodes)] == [7, 8, 9]
+    roots = [found.own_tree().token_ids[0] for found in trees.best([7, 8, 9], num_nodes)]
+    assert roots == [7, 8, 9]
 
 
 def test_a_child_as_sure_as_its_parent_comes_behind_it() -> None:
@@ -101,7 +107,7 @@ def test_a_child_as_sure_as_its_parent_comes_behind_it() -> None:
     for _ in range(3):
         trees.frontier(1)
         trees.add(sure)
-    assert trees.best([1], 5)[0].tree.parents == (-1, 0, 1, 2, 3)
+    assert trees.best([1], 5)[0].own_tree().tree.parents == (-1, 0, 1, 2, 3)
 
 
 def test_adding_without_a_frontier_is_a_bug() -> None:

@@ -5,6 +5,7 @@ import torch
 
 from heads.candidates import draft_tokens
 from heads.medusa import MedusaHeads
+from heads.proposals import ROOT_STATE
 from heads.tree_search import best_tree
 from server.config import SamplingParams
 from server.engine.drafter import MedusaDrafter
@@ -23,10 +24,11 @@ def propose(made: MedusaDrafter) -> Sequence:
 
 
 def test_fills_its_tree_below_the_last_token() -> None:
-    proposal = propose(MedusaDrafter(random_heads(VOCAB), TREE)).proposal
+    proposal = propose(MedusaDrafter(random_heads(VOCAB), TREE)).head_proposal
     assert proposal is not None
-    assert proposal.tree == TREE
-    assert proposal.token_ids[0] == 3
+    drafts = proposal.own_tree()
+    assert drafts.tree == TREE
+    assert drafts.token_ids[0] == 3
 
 
 def test_asks_the_heads_about_the_last_token_and_the_given_state() -> None:
@@ -41,18 +43,29 @@ def test_asks_the_heads_about_the_last_token_and_the_given_state() -> None:
     for sequence, root, ids_KR in zip(
         sequences, (3, 9), expected.token_ids_BKR.tolist(), strict=True
     ):
-        assert sequence.proposal == draft_tokens(TREE, root, ids_KR)
+        assert sequence.head_proposal is not None
+        assert sequence.head_proposal.own_tree() == draft_tokens(TREE, root, ids_KR)
 
 
 def test_sequences_that_prefill_are_left_alone() -> None:
     sequence = make_sequence((1, 2), (), GREEDY, vocab_size=VOCAB)
     MedusaDrafter(random_heads(VOCAB), TREE).propose([], torch.zeros(0, 8), [sequence])
-    assert sequence.proposal is None
+    assert sequence.head_proposal is None
 
 
-def test_one_imaginary_sequence_can_be_timed() -> None:
-    MedusaDrafter(random_heads(VOCAB), TREE).propose_once(4)
-    MedusaDrafter(random_heads(VOCAB), best_tree(wide_profile(), 1)).propose_once(4)
+def test_candidates_come_with_the_heads_own_probabilities() -> None:
+    heads = random_heads(VOCAB)
+    sequence = propose(MedusaDrafter(heads, TREE))
+    assert sequence.head_proposal is not None
+    expected = heads.propose(torch.ones(1, 8), torch.tensor([3]), 8, [None])
+    first = sequence.head_proposal.children(ROOT_STATE)
+    assert [child.token_id for child in first] == expected.token_ids_BKR[0, 0].tolist()
+    assert [child.probability for child in first] == expected.log_probs_BKR[0, 0].exp().tolist()
+
+
+def test_imaginary_sequences_can_be_timed() -> None:
+    MedusaDrafter(random_heads(VOCAB), TREE).propose_for(1, 4)
+    MedusaDrafter(random_heads(VOCAB), best_tree(wide_profile(), 1)).propose_for(3, 4)
 
 
 @pytest.mark.parametrize("seen", [(1, 2), (1, 9, 14)])
@@ -65,5 +78,5 @@ def test_seen_tokens_compete_with_the_draft_vocabulary(seen: tuple[int, ...]) ->
     sequence = make_sequence(seen, (3,), GREEDY, vocab_size=VOCAB)
     sequence.seen_rows = made.seen_rows(seen)
     made.propose([sequence], torch.ones(1, 8), [])
-    assert sequence.proposal is not None
-    assert set(sequence.proposal.token_ids[1:]) == {0, 1, 2, 3, *seen}
+    assert sequence.head_proposal is not None
+    assert set(sequence.head_proposal.own_tree().token_ids[1:]) == {0, 1, 2, 3, *seen}

@@ -60,8 +60,9 @@ class Recorder:
     def propose(self, rooted: Seq[Sequence], hidden_BD: Tensor, prefilling: Seq[Sequence]) -> None:
         self.drafter.propose(rooted, hidden_BD, prefilling)
         for sequence in rooted:
-            if sequence.proposal is not None:
-                tree, tokens = sequence.proposal.tree, sequence.proposal.token_ids
+            if sequence.head_proposal is not None:
+                drafts = sequence.head_proposal.own_tree()
+                tree, tokens = drafts.tree, drafts.token_ids
                 assert tokens[0] == sequence.token_ids[-1]
                 paths = token_paths(tree.parents, tokens)
                 text = tuple(sequence.token_ids)
@@ -70,8 +71,8 @@ class Recorder:
     def seen_rows(self, prompt_token_ids: Seq[int]) -> SeenRows | None:
         return self.drafter.seen_rows(prompt_token_ids)
 
-    def propose_once(self, context_len: int) -> None:
-        self.drafter.propose_once(context_len)
+    def propose_for(self, num_sequences: int, context_len: int) -> None:
+        self.drafter.propose_for(num_sequences, context_len)
 
 
 def recorded(engine: Engine) -> Proposals:
@@ -239,7 +240,7 @@ class TestOutputs:
 
     def test_the_other_kind_of_heads_is_refused_by_name(self) -> None:
         request = make_request((5, 6), SpeculationParams(method="medusa"), max_tokens=4)
-        with pytest.raises(InvalidRequestError, match="'medusa', but this server has 'mtp'"):
+        with pytest.raises(InvalidRequestError, match="this server has auto, mtp, none"):
             mtp_engine().add_request(request)
 
     def test_all_blocks_are_free_in_the_end(self) -> None:
@@ -252,4 +253,4 @@ class TestOutputs:
 def test_one_imaginary_sequence_can_be_timed() -> None:
     drafter = mtp_engine(block_size=4).speculator.drafter
     assert drafter is not None
-    drafter.propose_once(10)
+    drafter.propose_for(1, 10)

@@ -4,7 +4,7 @@ import pytest
 
 from server.config import AcceptanceName, SamplingParams, SpeculationParams
 from server.engine.request import Request, SpecDecodeStats
-from server.engine.sequence import acceptance_rule, request_seed
+from server.engine.sequence import DraftSources, acceptance_rule, request_seed
 from tests.engine_tools import make_sequence
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -73,7 +73,7 @@ class TestSequence:
 
     def test_stats_name_the_method_and_the_rule(self) -> None:
         sequence = make_sequence((1,), (), SAMPLED)
-        sequence.drafts_allowed, sequence.method = 8, "medusa"
+        sequence.drafts_allowed, sequence.sources = 8, DraftSources("medusa")
         assert sequence.stats() == SpecDecodeStats(method="medusa", acceptance="typical")
 
     def test_without_drafts_what_ran_was_exact_whatever_the_rule(self) -> None:

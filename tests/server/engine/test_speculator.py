@@ -1,72 +1,223 @@
-"""The speculator: tree sizes by load, and when the drafter is asked at all."""
+"""The speculator: who drafts, when the heads run, how trees are made and sized."""
 
+from collections.abc import Sequence as Seq
+
+import pytest
 import torch
+from torch import Tensor
 
-from heads.tree_search import best_tree, node_values
-from server.config import SamplingParams
-from server.engine.cost_model import CostModel
+from heads.calibration import source_of
+from heads.seen_rows import SeenRows
+from heads.tree_search import best_tree
+from server.config import DraftMethod, Method, SamplingParams
+from server.engine.cost_model import CostModel, StepCosts, StepLoad
 from server.engine.drafter import MedusaDrafter
+from server.engine.sequence import DraftSources, Sequence
 from server.engine.speculator import Speculator
+from server.engine.tree_builders import MergedTrees, OwnTrees, TreeBuilder
+from server.engine.tree_sizes import FixedSizes, PlannedSizes, StepRequest, TreeSizes
 from tests.engine_tools import make_sequence, random_heads, wide_profile
 
 VOCAB = 16
 # Every token of a step costs the same: trees only pay where a node is almost sure.
-LINEAR = CostModel((1, 2), (1.0, 2.0), draft_s=0.0)
+LINEAR = CostModel((1, 2), (1.0, 2.0), draft_s=0.1)
 # A step costs the same whatever its size: the largest tree pays.
 FLAT = CostModel((1, 2), (1.0, 1.0), draft_s=0.0)
+REQUEST = StepRequest(num_prompt_tokens=0, max_draft_tokens=100)
 
 
-def speculator(
-    max_nodes: int = 8, fixed_size: int | None = None, costs: CostModel | None = None
+class CountingDrafter(MedusaDrafter):
+    """Counts how often it was asked, and for whom."""
+
+    def __init__(self) -> None:
+        super().__init__(random_heads(VOCAB), best_tree(wide_profile(), 8))
+        self.asked: list[int] = []
+        self.following: list[Sequence] = []
+
+    def propose(self, rooted: Seq[Sequence], hidden_BD: Tensor, prefilling: Seq[Sequence]) -> None:
+        self.asked.append(len(rooted))
+        self.following += prefilling
+        super().propose(rooted, hidden_BD, prefilling)
+
+    def seen_rows(self, prompt_token_ids: Seq[int]) -> SeenRows | None:
+        return None
+
+
+def make(
+    trees: TreeBuilder | None = None,
+    sizes: TreeSizes | None = None,
+    drafter: MedusaDrafter | None = None,
 ) -> Speculator:
-    tree = best_tree(wide_profile(), max_nodes)
-    drafter = MedusaDrafter(random_heads(VOCAB), tree)
-    made = Speculator(drafter, node_values(wide_profile(), tree), fixed_size)
-    made.cost_model = costs
-    return made
+    return Speculator(drafter, trees or MergedTrees(8), sizes or FixedSizes(8))
 
 
-class TestTreeSize:
-    def test_is_one_without_heads(self) -> None:
-        assert Speculator(None).tree_size(1) == 1
-        assert Speculator(None, (1.0, 0.5)).tree_size(1) == 1
+def sequence(
+    made: Speculator,
+    method: Method = "auto",
+    prompt: tuple[int, ...] = (1, 2, 3, 1, 2),
+    drafts_allowed: int = 8,
+    max_tokens: int = 50,
+) -> Sequence:
+    sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+    found = make_sequence(prompt, (3,), sampling, vocab_size=VOCAB)
+    found.sources, found.drafts_allowed = made.sources(method), drafts_allowed
+    made.prepare(found)
+    return found
 
-    def test_is_what_the_configuration_fixes(self) -> None:
-        assert speculator(fixed_size=5, costs=FLAT).tree_size(1) == 5
 
-    def test_is_the_largest_where_no_cost_was_measured(self) -> None:
-        assert speculator(max_nodes=8).tree_size(3) == 8
+def propose(made: Speculator, *rooted: Sequence, prefilling: Seq[Sequence] = ()) -> None:
+    made.propose(list(rooted), torch.ones(len(rooted), 8), prefilling, len(rooted))
 
-    def test_follows_the_measured_cost(self) -> None:
-        assert speculator(costs=FLAT).tree_size(1) == 8
-        assert speculator(costs=LINEAR).tree_size(1) == 1
 
-    def test_shrinks_under_load(self) -> None:
-        cliff = CostModel((1, 8, 16, 64), (1.0, 1.0, 4.0, 40.0), draft_s=0.0)
-        sizes = [speculator(costs=cliff).tree_size(load) for load in (1, 2, 4, 8, 64)]
-        assert sizes[0] == 8
-        assert sizes == sorted(sizes, reverse=True)
-        assert sizes[-1] == 1
+class TestSources:
+    @pytest.mark.parametrize(
+        ("method", "heads", "lookup"),
+        [
+            ("auto", "medusa", True),
+            ("medusa", "medusa", False),
+            ("lookup", None, True),
+            ("none", None, False),
+        ],
+    )
+    def test_follow_the_method(
+        self, method: Method, heads: DraftMethod | None, lookup: bool
+    ) -> None:
+        assert make(drafter=CountingDrafter()).sources(method) == DraftSources(heads, lookup)
 
-    def test_is_one_with_heads_that_were_never_right(self) -> None:
-        drafter = MedusaDrafter(random_heads(VOCAB), best_tree(wide_profile(), 1))
-        assert Speculator(drafter, (1.0,), fixed_size=8).tree_size(1) == 1
+    def test_names_are_those_of_usage(self) -> None:
+        names = [DraftSources(h, n).name for h in (None, "mtp") for n in (False, True)]
+        assert names == ["none", "lookup", "mtp", "mtp+lookup"]
+
+    def test_a_server_offers_what_it_has(self) -> None:
+        assert make().methods == {"auto", "none", "lookup"}
+        assert make(OwnTrees(), drafter=CountingDrafter()).methods == {"auto", "none", "medusa"}
+        assert make(MergedTrees(8, uses_lookup=False)).methods == {"auto", "none"}
 
 
 class TestPropose:
-    def propose(self, made: Speculator) -> bool:
-        """Whether a sequence got a proposal."""
-        sampling = SamplingParams(temperature=0.0)
-        sequence = make_sequence((1, 2), (3,), sampling, vocab_size=VOCAB)
-        made.propose([sequence], torch.ones(1, 8), [], num_decoding=1)
-        return sequence.proposal is not None
+    def test_heads_and_lookup_make_one_tree(self) -> None:
+        made = make(drafter=CountingDrafter())
+        rooted = sequence(made)
+        propose(made, rooted)
+        assert rooted.proposal is not None
+        assert rooted.proposal.tree.num_nodes == 8
+        assert 1 in rooted.proposal.token_ids[1:], "what followed 1 2 3 before"
 
-    def test_asks_the_drafter_where_trees_pay(self) -> None:
-        assert self.propose(speculator(costs=FLAT))
+    def test_each_request_has_its_own_sources(self) -> None:
+        drafter = CountingDrafter()
+        made = make(drafter=drafter)
+        both, copying = sequence(made), sequence(made, "lookup")
+        propose(made, copying, both)
+        assert drafter.asked == [1]
+        assert copying.head_proposal is None
+        assert copying.proposal is not None
+        assert copying.proposal.token_ids == (3, 1, 2, 3)
 
-    def test_leaves_the_drafter_alone_where_they_do_not(self) -> None:
-        assert not self.propose(speculator(costs=LINEAR))
+    def test_without_a_match_lookup_leaves_the_root(self) -> None:
+        made = make()
+        rooted = sequence(made, prompt=(1, 2))
+        propose(made, rooted)
+        assert rooted.proposal is not None
+        assert rooted.proposal.token_ids == (3,)
 
-    def test_does_nothing_without_one(self) -> None:
-        assert not self.propose(Speculator(None))
-        assert Speculator(None).seen_rows([1]) is None
+    def test_the_heads_follow_prompts(self) -> None:
+        drafter = CountingDrafter()
+        made = make(drafter=drafter)
+        copying, following = sequence(made, "lookup"), sequence(made)
+        propose(made, prefilling=[copying, following])
+        assert drafter.following == [following]
+
+    def test_own_trees_are_the_heads_alone(self) -> None:
+        made = make(OwnTrees(), drafter=CountingDrafter())
+        rooted = sequence(made)
+        propose(made, rooted)
+        assert rooted.proposal is not None
+        assert rooted.proposal.tree == best_tree(wide_profile(), 8)
+
+    def test_a_tree_is_no_deeper_than_the_output_may_grow(self) -> None:
+        made = make()
+        rooted = sequence(made, max_tokens=3)
+        propose(made, rooted)
+        assert rooted.proposal is not None
+        assert rooted.proposal.tree.max_depth == 1
+
+    def test_a_prediction_is_a_reference(self) -> None:
+        made = make()
+        rooted = sequence(made, prompt=(9,))
+        assert rooted.lookup is not None
+        assert rooted.lookup.matches(1, 1) == []
+
+
+class TestFixedSizes:
+    def test_are_what_the_configuration_says(self) -> None:
+        made = make(sizes=FixedSizes(5))
+        assert made.sizes.choose([sequence(made), sequence(made)], REQUEST) == [5, 5]
+        assert FixedSizes(5).wants_heads(3)
+        assert not FixedSizes(1).wants_heads(3)
+
+    def test_shrink_to_the_room_and_to_what_a_request_allows(self) -> None:
+        made = make(sizes=FixedSizes(5))
+        members = [sequence(made, drafts_allowed=2), sequence(made)]
+        assert made.sizes.choose(members, StepRequest(0, 5)) == [2, 3]
+
+
+class TestPlannedSizes:
+    def planned(self, costs: CostModel) -> Speculator:
+        return make(sizes=PlannedSizes(StepCosts(costs)), drafter=CountingDrafter())
+
+    def test_take_the_whole_tree_where_tokens_are_free(self) -> None:
+        made = self.planned(FLAT)
+        rooted = sequence(made)
+        propose(made, rooted)
+        assert made.sizes.choose([rooted], REQUEST) == [8]
+
+    def test_never_exceed_what_a_request_allows(self) -> None:
+        made = self.planned(FLAT)
+        rooted = sequence(made, drafts_allowed=3)
+        propose(made, rooted)
+        assert made.sizes.choose([rooted], REQUEST) == [3]
+
+    def test_a_sequence_without_drafts_keeps_its_root(self) -> None:
+        made = self.planned(FLAT)
+        plain, rooted = sequence(made, "none", drafts_allowed=1), sequence(made)
+        propose(made, rooted)
+        assert made.sizes.choose([plain, rooted], REQUEST) == [1, 8]
+
+    def test_the_heads_rest_where_they_do_not_pay(self) -> None:
+        made = self.planned(LINEAR)
+        drafter = made.drafter
+        assert isinstance(drafter, CountingDrafter)
+        rooted = sequence(made)
+        for _ in range(200):
+            rooted.proposal = rooted.head_proposal = None
+            propose(made, rooted)
+            made.sizes.choose([rooted], REQUEST)
+        assert 1 <= len(drafter.asked) < 40
+
+    def test_foretell_tokens_and_seconds(self) -> None:
+        sizes = PlannedSizes(StepCosts(FLAT))
+        made = make(sizes=sizes)
+        rooted = sequence(made, "none")
+        sizes.choose([rooted], REQUEST)
+        sizes.learn_step(1, StepLoad(1), 1.1)
+        assert sizes.foresight.num_tokens == 1.0
+        assert sizes.foresight.seconds == 1.0
+
+
+class TestLearning:
+    def test_drafts_that_fail_lower_what_is_believed_of_all_and_of_the_request(self) -> None:
+        made = make(drafter=CountingDrafter())
+        rooted = sequence(made)
+        propose(made, rooted)
+        before = rooted.proposal
+        assert before is not None
+        for _ in range(30):
+            made.trees.learn(rooted, before, path=(0,))
+        other = sequence(made)
+        propose(made, rooted, other)
+        assert rooted.proposal is not None
+        assert other.proposal is not None
+        own, theirs = rooted.proposal.estimates[0], other.proposal.estimates[0]
+        assert own.value < theirs.value < before.estimates[0].value
+        sources = {source_of(estimate.cell) for estimate in before.estimates[:1]}
+        assert all(rooted.calibration.factor(source) < 1.0 for source in sources)

@@ -10,7 +10,8 @@ from server.engine.request import Request
 from server.engine.validate import RequestLimits
 from server.errors import InvalidRequestError
 
-LIMITS = RequestLimits(max_model_len=10, vocab_size=50, draft_method=None)
+PLAIN = frozenset({"auto", "none"})
+LIMITS = RequestLimits(max_model_len=10, vocab_size=50, methods=PLAIN)
 
 
 class UnreadablePrompt(tuple[int, ...]):
@@ -70,7 +71,7 @@ class TestRequestLimits:
                 request((1,), speculation=SpeculationParams(method="medusa")),
                 "speculation.method",
                 None,
-                "no draft heads",
+                "this server has auto, none",
             ),
         ],
     )
@@ -90,12 +91,17 @@ class TestRequestLimits:
         assert caught.value.code == "context_length_exceeded"
 
     def test_a_prompt_of_the_longest_length_is_read_in_milliseconds(self) -> None:
-        limits = RequestLimits(max_model_len=200_001, vocab_size=50, draft_method=None)
+        limits = RequestLimits(
+            max_model_len=200_001, vocab_size=50, methods=frozenset({"auto", "none"})
+        )
         long = request((7,) * 200_000)
         started_s = time.perf_counter()
         limits.check(long)
         assert time.perf_counter() - started_s < 1.0
 
-    def test_with_heads_medusa_may_be_asked_for(self) -> None:
-        limits = RequestLimits(max_model_len=10, vocab_size=50, draft_method="medusa")
+    def test_a_draft_source_that_the_server_has_may_be_asked_for(self) -> None:
+        methods = frozenset({"auto", "none", "medusa"})
+        limits = RequestLimits(max_model_len=10, vocab_size=50, methods=methods)
         limits.check(request((1,), speculation=SpeculationParams(method="medusa")))
+        with pytest.raises(InvalidRequestError, match="'lookup', but this server has auto, medusa"):
+            limits.check(request((1,), speculation=SpeculationParams(method="lookup")))

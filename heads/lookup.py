@@ -1,0 +1,114 @@
+"""Prompt lookup: drafts copied from where the sequence's last tokens stood before.
+
+A model that summarises, edits or answers from a passage repeats it, and repeats itself. Wherever
+the newest tokens occurred earlier, what followed them there is a draft of what follows now; the
+longer the match, the surer. Source: prompt lookup decoding (A. Saxena, 2023); REST,
+arXiv:2311.08252, for merging several continuations into a trie.
+
+Plain Python over token ids; knows no model.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+# Never a token id, so that no match reaches from the reference into the sequence.
+_BOUNDARY = -1
+# Earlier occurrences that are looked at, newest first.
+_MAX_OCCURRENCES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """An earlier occurrence of a sequence's newest tokens.
+
+    Attributes:
+        length: Tokens that agree, the newest included; at least 1.
+        continuation: What followed there.
+    """
+
+    length: int
+    continuation: tuple[int, ...]
+
+
+class LookupIndex:
+    """Finds earlier occurrences of a growing sequence's newest tokens.
+
+    Adding a token and finding matches take constant time.
+
+    Args:
+        token_ids: The sequence so far.
+        reference: Text that the sequence may repeat although it is no part of it.
+        max_length: Longest match that is told from shorter ones.
+    """
+
+    def __init__(
+        self, token_ids: Sequence[int], reference: Sequence[int] = (), max_length: int = 16
+    ) -> None:
+        self._max_length = max_length
+        self._tokens: list[int] = []
+        # For every place the one before it that has the same token, or the same two; -1 for none.
+        self._before_1: list[int] = []
+        self._before_2: list[int] = []
+        self._newest_1: dict[int, int] = {}
+        self._newest_2: dict[tuple[int, int], int] = {}
+        if reference:
+            self._extend(reference)
+            self._extend((_BOUNDARY,))
+        self._start = len(self._tokens)
+        self._extend(token_ids)
+
+    def catch_up(self, token_ids: Sequence[int]) -> None:
+        """Add those tokens of the sequence, here given whole, that came since the last time."""
+        self._extend(token_ids[len(self._tokens) - self._start :])
+
+    def _extend(self, token_ids: Iterable[int]) -> None:
+        previous = self._tokens[-1] if self._tokens else _BOUNDARY
+        for token in token_ids:
+            place = len(self._tokens)
+            self._tokens.append(token)
+            self._before_1.append(self._newest_1.get(token, -1))
+            self._newest_1[token] = place
+            pair = (previous, token)
+            self._before_2.append(self._newest_2.get(pair, -1))
+            self._newest_2[pair] = place
+            previous = token
+
+    def matches(self, num_matches: int, num_tokens: int) -> list[Match]:
+        """Find the longest matches, the newer of equal ones first.
+
+        Matches of a single token count only where there are no longer ones.
+
+        Args:
+            num_matches: Matches to return at most.
+            num_tokens: Length of a continuation at most; it ends where the sequence does.
+        """
+        found: list[tuple[int, int]] = []
+        for before in (self._before_2, self._before_1):
+            place = before[-1] if before else -1
+            for _ in range(_MAX_OCCURRENCES):
+                if place < 0:
+                    break
+                found.append((-self._length(place), -place))
+                place = before[place]
+            if found:
+                break
+        return [
+            Match(-length, tuple(self._continuation(-place + 1, num_tokens)))
+            for length, place in sorted(found)[:num_matches]
+        ]
+
+    def _length(self, place: int) -> int:
+        """How many tokens up to `place` agree with the newest ones."""
+        tokens, end = self._tokens, len(self._tokens) - 1
+        length = 1
+        while (
+            length < self._max_length
+            and length <= place
+            and tokens[place - length] == tokens[end - length] != _BOUNDARY
+        ):
+            length += 1
+        return length
+
+    def _continuation(self, start: int, num_tokens: int) -> list[int]:
+        copied = self._tokens[start : start + num_tokens]
+        return copied[: copied.index(_BOUNDARY)] if _BOUNDARY in copied else copied

@@ -1,0 +1,200 @@
+"""One tree from draft heads and prompt lookup, its nodes by falling calibrated value.
+
+Best-first: a frontier holds, for every node that is in the tree, its best child that is not. A
+node's value never exceeds its parent's, so whatever is taken next is worth no more than what was
+taken before, and the first n nodes are the best tree of n nodes. Sources: EAGLE-2,
+arXiv:2406.16858, 4.2, for dynamic trees by confidence; Sequoia, arXiv:2402.12374, for optimality.
+"""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from heads.calibration import (
+    Calibrator,
+    DraftSource,
+    Estimate,
+    RequestCalibration,
+    both_cell,
+    head_cell,
+    lookup_cell,
+    lookup_prior,
+)
+from heads.candidates import DraftTokens
+from heads.lookup import Match
+from heads.proposals import ROOT_STATE, HeadProposal
+from heads.tree import NO_PARENT, DraftTree
+
+_MAX_PROBABILITY = 0.99
+
+
+@dataclass(slots=True, eq=False)
+class _Copied:
+    """A node of the trie of looked-up continuations."""
+
+    length: int
+    is_longest: bool
+    below: "dict[int, _Copied]" = field(default_factory=dict)
+
+
+class _Draft(NamedTuple):
+    """A token that may follow a node of the tree, and what may follow it."""
+
+    token_id: int
+    probability: float
+    raw: float
+    cell: int
+    state: int | None
+    copied: _Copied | None
+
+
+@dataclass(frozen=True, slots=True)
+class TreeLimits:
+    """Where a tree ends.
+
+    Attributes:
+        num_nodes: Root included.
+        max_depth: Edges below the root.
+        min_value: A node that is worth less is left out.
+    """
+
+    num_nodes: int
+    max_depth: int
+    min_value: float = 0.0
+
+
+class TreeMerger:
+    """Builds the trees of one server.
+
+    Args:
+        calibrator: Of all traffic; read only.
+    """
+
+    def __init__(self, calibrator: Calibrator) -> None:
+        self._calibrator = calibrator
+
+    def merge(
+        self,
+        root_token: int,
+        proposal: HeadProposal | None,
+        matches: Sequence[Match],
+        calibration: RequestCalibration,
+        limits: TreeLimits,
+    ) -> DraftTokens:
+        """Build a sequence's tree.
+
+        Args:
+            root_token: The token that is known already.
+            proposal: What the heads say, if they were asked.
+            matches: What prompt lookup found, the longest first.
+            calibration: Of the sequence's request; read only.
+            limits: Of the tree.
+        """
+        factors = [calibration.factor(source) for source in DraftSource]
+        tokens, parents, ranks, depths = [root_token], [NO_PARENT], [-1], [0]
+        estimates: list[Estimate] = []
+        values = [1.0]
+        children: list[list[_Draft]] = []
+        frontier: list[tuple[float, int, int]] = []
+        # Where nothing was looked up, a node's drafts depend on the heads' state and depth alone.
+        by_state: dict[tuple[int, int], list[_Draft]] = {}
+
+        def push(node: int, rank: int) -> None:
+            if rank < len(children[node]):
+                value = values[node] * children[node][rank].probability
+                if value > limits.min_value:
+                    heapq.heappush(frontier, (-value, node, rank))
+
+        def open_node(state: int | None, copied: _Copied | None, depth: int) -> None:
+            drafts: list[_Draft] = []
+            if depth < limits.max_depth and copied is not None and copied.below:
+                drafts = self._drafts(proposal, state, copied, depth, factors)
+            elif depth < limits.max_depth and state is not None:
+                known = by_state.get((state, depth))
+                if known is None:
+                    known = self._drafts(proposal, state, None, depth, factors)
+                    by_state[state, depth] = known
+                drafts = known
+            children.append(drafts)
+            push(len(children) - 1, 0)
+
+        open_node(ROOT_STATE if proposal else None, _trie(matches), 0)
+        while frontier and len(tokens) < limits.num_nodes:
+            negative_value, parent, rank = heapq.heappop(frontier)
+            draft = children[parent][rank]
+            push(parent, rank + 1)
+            tokens.append(draft.token_id)
+            parents.append(parent)
+            ranks.append(rank)
+            depths.append(depths[parent] + 1)
+            values.append(-negative_value)
+            estimates.append(Estimate(-negative_value, draft.probability, draft.raw, draft.cell))
+            open_node(draft.state, draft.copied, depths[-1])
+        return DraftTokens(DraftTree(tuple(parents), tuple(ranks)), tuple(tokens), tuple(estimates))
+
+    def _drafts(
+        self,
+        proposal: HeadProposal | None,
+        state: int | None,
+        copied: _Copied | None,
+        depth: int,
+        factors: Sequence[float],
+    ) -> list[_Draft]:
+        """What may follow a node of that depth, by falling probability."""
+        correct = self._calibrator.probability
+        looked_up: dict[int, _Draft] = {}
+        beside = None if proposal is None or state is None else proposal.state_beside(state)
+        for token_id, below in copied.below.items() if copied else ():
+            raw = lookup_prior(below.length, below.is_longest)
+            cell = lookup_cell(below.length, below.is_longest)
+            probability = correct(cell, raw) * factors[DraftSource.LOOKUP]
+            looked_up[token_id] = _Draft(token_id, probability, raw, cell, beside, below)
+        drafts: list[_Draft] = []
+        if proposal is not None and state is not None:
+            for child in proposal.children(state):
+                cell = head_cell(depth + 1, child.probability)
+                probability = correct(cell, child.probability) * factors[DraftSource.HEADS]
+                twin = looked_up.pop(child.token_id, None)
+                if twin is None:
+                    draft = _Draft(
+                        child.token_id, probability, child.probability, cell, child.state, None
+                    )
+                else:
+                    draft = self._agreed(probability, twin, child.state, factors)
+                drafts.append(draft)
+        drafts += looked_up.values()
+        drafts.sort(key=lambda draft: -draft.probability)
+        total = sum(draft.probability for draft in drafts)
+        return drafts if total <= 1.0 else [_scaled(draft, 1.0 / total) for draft in drafts]
+
+    def _agreed(
+        self, probability: float, twin: _Draft, state: int | None, factors: Sequence[float]
+    ) -> _Draft:
+        """A token that heads and lookup draft: as if they erred independently, then corrected."""
+        raw = 1.0 - (1.0 - min(1.0, probability)) * (1.0 - min(1.0, twin.probability))
+        cell = both_cell(raw)
+        corrected = self._calibrator.probability(cell, raw) * factors[DraftSource.BOTH]
+        return _Draft(
+            twin.token_id, min(_MAX_PROBABILITY, corrected), raw, cell, state, twin.copied
+        )
+
+
+def _scaled(draft: _Draft, factor: float) -> _Draft:
+    return draft._replace(probability=draft.probability * factor)
+
+
+def _trie(matches: Sequence[Match]) -> _Copied | None:
+    """Merge continuations; where they part, the longest match's is told from the others'."""
+    if not matches:
+        return None
+    root = _Copied(0, is_longest=True)
+    for match in matches:
+        node = root
+        for depth, token_id in enumerate(match.continuation):
+            below = node.below.get(token_id)
+            if below is None:
+                is_longest = node.is_longest and not node.below
+                below = node.below[token_id] = _Copied(match.length + depth, is_longest)
+            node = below
+    return root

@@ -1,0 +1,133 @@
+"""How many nodes each sequence's tree gets: one budget for all, spent where it brings most.
+
+Every node has a value, the probability that it is accepted, and nodes of all sequences compete. In
+a step without prompts the n most valuable nodes are taken, for the n that makes most tokens per
+second of the whole server, the drafting counted:
+
+    speed(n) = (sequences + values of the n best nodes) / (step seconds(n) + draft seconds)
+
+Prompt tokens in the step are work of another kind, so there the n best nodes are taken for the n
+that brings most over what the same seconds would bring at that speed.
+
+Shape suffixes: N numbers of draft tokens, from 0.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from server.engine.cost_model import StepCosts, StepLoad
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Trees of a step.
+
+    Attributes:
+        sizes: Nodes of each sequence's tree, root included.
+        speed: Tokens per second that such steps make without prompts.
+    """
+
+    sizes: tuple[int, ...]
+    speed: float
+
+
+def plan_trees(
+    values: Sequence[Sequence[float]],
+    costs: StepCosts,
+    load: StepLoad,
+    num_prompt_tokens: int,
+    max_draft_tokens: int,
+    draft_s: float,
+) -> Plan:
+    """Choose the trees of decoding sequences.
+
+    Args:
+        values: For each sequence the values of its nodes below the root, falling.
+        costs: Of steps.
+        load: Of the decoding sequences.
+        num_prompt_tokens: That share the step.
+        max_draft_tokens: In all trees together.
+        draft_s: What drafting cost.
+    """
+    num_roots = len(values)
+    # Sorting is stable: equal values stay in the order of their trees, so sizes are prefixes.
+    ranked = sorted(
+        ((value, owner) for owner, own in enumerate(values) for value in own),
+        key=lambda item: -item[0],
+    )[: max(0, max_draft_tokens)]
+    gains_N = np.zeros(len(ranked) + 1)
+    np.cumsum([value for value, _ in ranked], out=gains_N[1:])
+    speeds_N = (num_roots + gains_N) / (
+        costs.all_seconds(num_roots, num_roots + len(ranked), load) + draft_s
+    )
+    best = int(speeds_N.argmax())
+    speed = float(speeds_N[best])
+    if num_prompt_tokens:
+        best = _best_beside_prompts(gains_N, costs, load, num_roots + num_prompt_tokens, speed)
+    sizes = [1] * num_roots
+    for _, owner in ranked[:best]:
+        sizes[owner] += 1
+    return Plan(tuple(sizes), speed)
+
+
+def _best_beside_prompts(
+    gains_N: NDArray[np.float64], costs: StepCosts, load: StepLoad, num_tokens: int, speed: float
+) -> int:
+    seconds_N = costs.all_seconds(num_tokens, num_tokens + len(gains_N) - 1, load)
+    return int((gains_N - speed * seconds_N).argmax())
+
+
+# Steps without the heads (or with them, while they do not pay) after which the other way is tried.
+_FIRST_PROBE, _LAST_PROBE = 16, 256
+_FADING = 0.2
+
+
+@dataclass(slots=True)
+class _Way:
+    """Drafting with the heads, or without: how fast it was planned to be, lately."""
+
+    speed: float = 0.0
+    is_known: bool = False
+
+    def note(self, speed: float) -> None:
+        self.speed += (_FADING if self.is_known else 1.0) * (speed - self.speed)
+        self.is_known = True
+
+
+class HeadGate:
+    """Decides for one load whether the draft heads run before the next step.
+
+    The way that is planned to be faster is taken; the other is tried now and then, the more
+    rarely the longer it loses.
+    """
+
+    def __init__(self) -> None:
+        self._with = _Way()
+        self._without = _Way()
+        self._probe_interval = _FIRST_PROBE
+        self._num_steps = 0
+
+    def is_open(self) -> bool:
+        """Whether to run the heads now."""
+        if not self._with.is_known:
+            return True
+        pays = self._pays()
+        self._num_steps += 1
+        if self._num_steps < self._probe_interval:
+            return pays
+        self._num_steps = 0
+        self._probe_interval = min(_LAST_PROBE, 2 * self._probe_interval)
+        return not pays
+
+    def note(self, has_heads: bool, speed: float) -> None:
+        """Take note of a plan's tokens per second."""
+        paid = self._pays()
+        (self._with if has_heads else self._without).note(speed)
+        if self._pays() != paid:
+            self._probe_interval = _FIRST_PROBE
+
+    def _pays(self) -> bool:
+        return not self._without.is_known or self._with.speed >= self._without.speed

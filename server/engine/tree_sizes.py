@@ -1,0 +1,147 @@
+"""How large the trees of a step are: fixed, or planned by what steps cost here and now."""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Protocol
+
+from server.engine.cost_model import StepCosts, StepLoad
+from server.engine.planner import HeadGate, Plan, plan_trees
+from server.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class StepRequest:
+    """What a step has room for.
+
+    Attributes:
+        num_prompt_tokens: Prompt tokens that will share it, roughly.
+        max_draft_tokens: Draft tokens of all trees together.
+    """
+
+    num_prompt_tokens: int
+    max_draft_tokens: int
+
+
+class TreeSizes(Protocol):
+    """Chooses the sizes of the trees that were drafted.
+
+    Attributes:
+        costs: Of steps, if sizes hang on them.
+    """
+
+    costs: StepCosts | None
+
+    def choose(self, decoding: Seq[Sequence], request: StepRequest) -> list[int]:
+        """Nodes of each sequence's tree, root included."""
+
+    def wants_heads(self, num_decoding: int) -> bool:
+        """Whether the heads should run before a step of so many decoding sequences."""
+
+    def learn_step(self, num_tokens: int, load: StepLoad, step_s: float) -> None:
+        """Take note of a step's seconds."""
+
+    def learn_draft(self, num_sequences: int, draft_s: float) -> None:
+        """Take note of the seconds that the heads took."""
+
+
+class FixedSizes:
+    """The same size for all, whatever it costs."""
+
+    costs: StepCosts | None = None
+
+    def __init__(self, num_nodes: int) -> None:
+        self._num_nodes = num_nodes
+
+    def choose(self, decoding: Seq[Sequence], request: StepRequest) -> list[int]:
+        """See `TreeSizes.choose`; all shrink alike where there is no room."""
+        room = 1 + request.max_draft_tokens // max(1, len(decoding))
+        return [min(self._num_nodes, room, sequence.drafts_allowed) for sequence in decoding]
+
+    def wants_heads(self, num_decoding: int) -> bool:
+        """See `TreeSizes.wants_heads`."""
+        return self._num_nodes > 1
+
+    def learn_step(self, num_tokens: int, load: StepLoad, step_s: float) -> None:
+        """See `TreeSizes.learn_step`; nothing hangs on it."""
+
+    def learn_draft(self, num_sequences: int, draft_s: float) -> None:
+        """See `TreeSizes.learn_draft`; nothing hangs on it."""
+
+
+@dataclass(slots=True)
+class Foresight:
+    """How well steps were foretold, in all.
+
+    Attributes:
+        num_tokens: Tokens that verify steps were expected to emit.
+        seconds: That steps and drafting were expected to take.
+    """
+
+    num_tokens: float = 0.0
+    seconds: float = 0.0
+
+
+class PlannedSizes:
+    """One budget for all sequences, by what steps cost here and now.
+
+    Attributes:
+        costs: Learned from every step.
+        foresight: For benches.
+    """
+
+    def __init__(self, costs: StepCosts) -> None:
+        self.costs: StepCosts = costs
+        self.foresight = Foresight()
+        self._gates: dict[int, HeadGate] = {}
+
+    def choose(self, decoding: Seq[Sequence], request: StepRequest) -> list[int]:
+        """See `TreeSizes.choose`."""
+        num_roots = len(decoding)
+        values = [_values(sequence) for sequence in decoding]
+        num_headed = sum(sequence.head_proposal is not None for sequence in decoding)
+        load = StepLoad(num_roots, sum(sequence.num_computed_tokens for sequence in decoding))
+        plan = plan_trees(
+            values,
+            self.costs,
+            load,
+            request.num_prompt_tokens,
+            request.max_draft_tokens,
+            self.costs.draft_seconds(num_headed) if num_headed else 0.0,
+        )
+        if any(sequence.sources.heads is not None for sequence in decoding):
+            self._gate(num_roots).note(num_headed > 0, plan.speed)
+        self._foretell(values, plan)
+        return list(plan.sizes)
+
+    def wants_heads(self, num_decoding: int) -> bool:
+        """See `TreeSizes.wants_heads`."""
+        return self._gate(num_decoding).is_open()
+
+    def learn_step(self, num_tokens: int, load: StepLoad, step_s: float) -> None:
+        """See `TreeSizes.learn_step`."""
+        self.foresight.seconds += self.costs.seconds(num_tokens, load)
+        self.costs.learn(num_tokens, load, step_s)
+
+    def learn_draft(self, num_sequences: int, draft_s: float) -> None:
+        """See `TreeSizes.learn_draft`."""
+        self.foresight.seconds += self.costs.draft_seconds(num_sequences)
+        self.costs.learn_draft(num_sequences, draft_s)
+
+    def _gate(self, num_decoding: int) -> HeadGate:
+        # Loads that are alike share a gate, so that each learns from many steps.
+        load = num_decoding if num_decoding <= 8 else -(-num_decoding // 8) * 8
+        return self._gates.setdefault(load, HeadGate())
+
+    def _foretell(self, values: Seq[Seq[float]], plan: Plan) -> None:
+        chosen = zip(values, plan.sizes, strict=True)
+        self.foresight.num_tokens += sum(1.0 + sum(own[: size - 1]) for own, size in chosen)
+
+
+def _values(sequence: Sequence) -> list[float]:
+    """Values of the nodes that a sequence may have, falling."""
+    proposal = sequence.proposal
+    if proposal is None:
+        return []
+    depth = sequence.num_lacking_tokens - 1
+    allowed = proposal.limited(sequence.drafts_allowed, depth) if depth > 0 else None
+    return [estimate.value for estimate in allowed.estimates] if allowed is not None else []
