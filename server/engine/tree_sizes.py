@@ -23,13 +23,11 @@ class StepRequest:
 
 
 class TreeSizes(Protocol):
-    """Chooses the sizes of the trees that were drafted.
+    """Chooses the sizes of the trees that were drafted."""
 
-    Attributes:
-        costs: Of steps, if sizes hang on them.
-    """
-
-    costs: StepCosts | None
+    @property
+    def costs(self) -> StepCosts | None:
+        """Of steps, if sizes hang on them."""
 
     def choose(self, decoding: Seq[Sequence], request: StepRequest) -> list[int]:
         """Nodes of each sequence's tree, root included."""
@@ -47,10 +45,13 @@ class TreeSizes(Protocol):
 class FixedSizes:
     """The same size for all, whatever it costs."""
 
-    costs: StepCosts | None = None
-
     def __init__(self, num_nodes: int) -> None:
         self._num_nodes = num_nodes
+
+    @property
+    def costs(self) -> StepCosts | None:
+        """See `TreeSizes.costs`."""
+        return None
 
     def choose(self, decoding: Seq[Sequence], request: StepRequest) -> list[int]:
         """See `TreeSizes.choose`; all shrink alike where there is no room."""
@@ -84,15 +85,22 @@ class Foresight:
 class PlannedSizes:
     """One budget for all sequences, by what steps cost here and now.
 
+    Args:
+        costs: Learns from every step.
+
     Attributes:
-        costs: Learned from every step.
         foresight: For benches.
     """
 
     def __init__(self, costs: StepCosts) -> None:
-        self.costs: StepCosts = costs
+        self._costs = costs
         self.foresight = Foresight()
         self._gates: dict[int, HeadGate] = {}
+
+    @property
+    def costs(self) -> StepCosts | None:
+        """See `TreeSizes.costs`."""
+        return self._costs
 
     def choose(self, decoding: Seq[Sequence], request: StepRequest) -> list[int]:
         """See `TreeSizes.choose`."""
@@ -102,11 +110,11 @@ class PlannedSizes:
         load = StepLoad(num_roots, sum(sequence.num_computed_tokens for sequence in decoding))
         plan = plan_trees(
             values,
-            self.costs,
+            self._costs,
             load,
             request.num_prompt_tokens,
             request.max_draft_tokens,
-            self.costs.draft_seconds(num_headed) if num_headed else 0.0,
+            self._costs.draft_seconds(num_headed) if num_headed else 0.0,
         )
         if any(sequence.sources.heads is not None for sequence in decoding):
             self._gate(num_roots).note(num_headed > 0, plan.speed)
@@ -119,13 +127,13 @@ class PlannedSizes:
 
     def learn_step(self, num_tokens: int, load: StepLoad, step_s: float) -> None:
         """See `TreeSizes.learn_step`."""
-        self.foresight.seconds += self.costs.seconds(num_tokens, load)
-        self.costs.learn(num_tokens, load, step_s)
+        self.foresight.seconds += self._costs.seconds(num_tokens, load)
+        self._costs.learn(num_tokens, load, step_s)
 
     def learn_draft(self, num_sequences: int, draft_s: float) -> None:
         """See `TreeSizes.learn_draft`."""
-        self.foresight.seconds += self.costs.draft_seconds(num_sequences)
-        self.costs.learn_draft(num_sequences, draft_s)
+        self.foresight.seconds += self._costs.draft_seconds(num_sequences)
+        self._costs.learn_draft(num_sequences, draft_s)
 
     def _gate(self, num_decoding: int) -> HeadGate:
         # Loads that are alike share a gate, so that each learns from many steps.
