@@ -111,7 +111,7 @@ def test_a_wrong_speculation_value_is_named_with_its_path() -> None:
     with pytest.raises(InvalidRequestError, match=r"speculation\.epsilon is 2\.0") as caught:
         SpeculationOptions(epsilon=2.0).params()
     assert caught.value.param == "speculation.epsilon"
-    with pytest.raises(ValidationError, match="'auto', 'none', 'medusa' or 'mtp'"):
+    with pytest.raises(ValidationError, match="'auto', 'none', 'medusa', 'mtp' or 'lookup'"):
         body(speculation={"method": "magic"})
     with pytest.raises(ValidationError, match="Extra inputs"):
         body(speculation={"metod": "none"})
