@@ -23,9 +23,10 @@ from heads.proposals import MedusaProposal
 from heads.tree import DraftTree
 from heads.tree_search import AcceptanceProfile, best_tree
 from server.config import EngineConfig, SamplingParams, SpeculationParams
+from server.engine.completion import Completion
 from server.engine.cost_model import CostModel, StepCosts
 from server.engine.drafter import MedusaDrafter
-from server.engine.engine import Completion, Engine, OnHidden
+from server.engine.engine import Engine, OnHidden
 from server.engine.logits import make_adjuster
 from server.engine.model_runner import ModelRunner
 from server.engine.parts import EngineParts, kv_layout, make_speculator

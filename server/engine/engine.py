@@ -15,17 +15,15 @@ from torch import Tensor
 
 from server.config import EngineConfig
 from server.engine.batch import build_batch
+from server.engine.completion import Completion, join_outputs
 from server.engine.cost_model import StepLoad
 from server.engine.logits import make_adjuster
 from server.engine.model_runner import TargetOutput
 from server.engine.output import Emission, emit, request_output, token_logprobs
 from server.engine.parts import EngineParts, build_parts
 from server.engine.request import (
-    FinishReason,
     Request,
     RequestOutput,
-    SpecDecodeStats,
-    TokenLogprob,
 )
 from server.engine.scheduler import ScheduledSequence, Scheduler
 from server.engine.sequence import DraftSources, Sequence, acceptance_rule, request_seed
@@ -48,17 +46,6 @@ class EngineCounters:
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     num_preemptions: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """A whole generation, as `Engine.generate` returns it."""
-
-    token_ids: tuple[int, ...]
-    text: str
-    finish_reason: FinishReason
-    logprobs: tuple[TokenLogprob, ...] | None
-    stats: SpecDecodeStats
 
 
 def _silent(message: str) -> None:
@@ -221,7 +208,7 @@ class Engine:
         while self.has_unfinished:
             for output in self.step():
                 pieces[output.request_id].append(output)
-        return [_join(pieces[request.request_id]) for request in requests]
+        return [join_outputs(pieces[request.request_id]) for request in requests]
 
     def _prepare(self, plan: Seq[ScheduledSequence]) -> None:
         """Build the tensors of sequences that run for the first time; queued ones need none."""
@@ -343,19 +330,3 @@ class Engine:
             if emission.finish_reason is not None:
                 self._end(sequence)
         return outputs
-
-
-def _join(outputs: Seq[RequestOutput]) -> Completion:
-    last = outputs[-1]
-    if last.finish_reason is None:
-        raise AssertionError(f"request {last.request_id!r} ended without a reason")
-    logprobs = None
-    if last.logprobs is not None:
-        logprobs = tuple(entry for output in outputs for entry in output.logprobs or ())
-    return Completion(
-        token_ids=tuple(token for output in outputs for token in output.token_ids),
-        text="".join(output.text for output in outputs),
-        finish_reason=last.finish_reason,
-        logprobs=logprobs,
-        stats=last.stats,
-    )

@@ -6,7 +6,8 @@ import torch
 
 from heads.medusa import MedusaHeads
 from server.config import EngineConfig, SamplingParams, SpeculationParams
-from server.engine.engine import Completion, Engine
+from server.engine.completion import Completion
+from server.engine.engine import Engine
 from server.engine.request import Request
 from server.model.draft_heads import load_draft_heads
 from server.model.loading import LoadedModel, load_model

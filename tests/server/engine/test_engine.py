@@ -8,8 +8,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from server.config import SpeculationParams
+from server.engine.completion import Completion
 from server.engine.cost_model import CostModel
-from server.engine.engine import Completion, Engine
+from server.engine.engine import Engine
 from server.engine.request import Request, RequestOutput
 from server.engine.sequence import Sequence
 from server.errors import InvalidRequestError

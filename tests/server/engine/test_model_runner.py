@@ -16,7 +16,7 @@ from torch import Tensor
 from server.attention.backend import AttentionBatch, AttentionSpan
 from server.config import SpeculationParams
 from server.engine.batch import StepBatch
-from server.engine.engine import Completion
+from server.engine.completion import Completion
 from server.engine.model_runner import ModelRunner
 from server.engine.request import Request
 from server.kv.kv_cache import KVCache, KVLayout

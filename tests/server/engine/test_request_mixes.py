@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.config import Method, SamplingParams, SpeculationParams
-from server.engine.engine import Completion, Engine
+from server.engine.completion import Completion
+from server.engine.engine import Engine
 from server.engine.request import Request, RequestOutput
 from server.tokenizer import Tokenizer
 from tests.engine_tools import (
