@@ -273,7 +273,7 @@ def run(options: BenchOptions) -> Outcome:
     if options.quantization == "none":
         raise BenchError("quantization is 'none', which leaves nothing to compare; give 'int8'")
     workload = load_workload(options)
-    config = engine_config(options, tree="auto")
+    config = engine_config(options, nodes="auto")
     plain = build_engine(replace(config, quantization="none"))
     quantized = build_engine(config)
     turns, skipped = first_turns(plain, workload.conversations, greedy(options))
