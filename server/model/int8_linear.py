@@ -74,8 +74,10 @@ class Int8Linear(nn.Module):
         if num_rows == 0:
             return input_I.new_zeros(*input_I.shape[:-1], self.out_features)
         rows = _split(input_TI.contiguous(), self._shift)
-        parts = _multiply(rows.codes, self._weight, self._scale_O, self._zero_O).mul_(rows.scale)
-        output_TO = parts[:num_rows].add_(parts[num_rows:]).addcmul_(rows.minimum, self._ones_O)
+        parts = _multiply(rows.codes, self._weight, self._scale_O, self._zero_O)
+        output_TO = parts[:num_rows].mul_(rows.scale[:num_rows])
+        output_TO.addcmul_(parts[num_rows:], rows.scale[num_rows:])
+        output_TO.addcmul_(rows.minimum, self._ones_O)
         if self._bias is not None:
             output_TO.add_(self._bias)
         return output_TO.view(*input_I.shape[:-1], self.out_features)
