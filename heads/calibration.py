@@ -88,12 +88,14 @@ class Estimate(NamedTuple):
         probability: That it is if its parent is; calibrated.
         raw: The same as its source claims.
         cell: Of the calibration.
+        reference_place: Of the token in the reference that it was copied from, as in `Match`.
     """
 
     value: float
     probability: float
     raw: float
     cell: int
+    reference_place: int = -1
 
 
 class Outcome(NamedTuple):

@@ -24,10 +24,12 @@ class Match:
     Attributes:
         length: Tokens that agree, the newest included; at least 1.
         continuation: What followed there.
+        reference_place: Where in the reference it begins; -1 if it is not copied from there.
     """
 
     length: int
     continuation: tuple[int, ...]
+    reference_place: int = -1
 
 
 class LookupIndex:
@@ -37,7 +39,8 @@ class LookupIndex:
 
     Args:
         token_ids: The sequence so far.
-        reference: Text that the sequence may repeat although it is no part of it.
+        reference: Text that the sequence may go on with although it is no part of it. What comes
+            next is looked for at its beginning, and later wherever the newest tokens stand in it.
         max_length: Longest match that is told from shorter ones.
     """
 
@@ -51,9 +54,11 @@ class LookupIndex:
         self._before_2: list[int] = []
         self._newest_1: dict[int, int] = {}
         self._newest_2: dict[tuple[int, int], int] = {}
+        tail = token_ids[-max_length:]
+        self._reference_start = len(tail)
         if reference:
-            self._extend(reference)
-            self._extend((_BOUNDARY,))
+            # As if it followed the sequence so far, so that its first tokens are found too.
+            self._extend((*tail, *reference, _BOUNDARY))
         self._start = len(self._tokens)
         self._extend(token_ids)
 
@@ -93,9 +98,17 @@ class LookupIndex:
             if found:
                 break
         return [
-            Match(-length, tuple(self._continuation(-place + 1, num_tokens)))
+            Match(
+                -length,
+                tuple(self._continuation(-place + 1, num_tokens)),
+                self._reference_place(-place + 1),
+            )
             for length, place in sorted(found)[:num_matches]
         ]
+
+    def _reference_place(self, start: int) -> int:
+        is_inside = self._reference_start <= start < self._start - 1
+        return start - self._reference_start if is_inside else -1
 
     def _length(self, place: int) -> int:
         """How many tokens up to `place` agree with the newest ones."""

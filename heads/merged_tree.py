@@ -35,6 +35,7 @@ class _Copied:
 
     length: int
     is_longest: bool
+    reference_place: int = -1
     below: "dict[int, _Copied]" = field(default_factory=dict)
 
 
@@ -129,7 +130,10 @@ class TreeMerger:
             ranks.append(rank)
             depths.append(depths[parent] + 1)
             values.append(-negative_value)
-            estimates.append(Estimate(-negative_value, draft.probability, draft.raw, draft.cell))
+            place = -1 if draft.copied is None else draft.copied.reference_place
+            estimates.append(
+                Estimate(-negative_value, draft.probability, draft.raw, draft.cell, place)
+            )
             open_node(draft.state, draft.copied, depths[-1])
         return DraftTokens(DraftTree(tuple(parents), tuple(ranks)), tuple(tokens), tuple(estimates))
 
@@ -196,5 +200,7 @@ def _trie(matches: Sequence[Match]) -> _Copied | None:
             if below is None:
                 is_longest = node.is_longest and not node.below
                 below = node.below[token_id] = _Copied(match.length + depth, is_longest)
+            if below.reference_place < 0 <= match.reference_place:
+                below.reference_place = match.reference_place + depth
             node = below
     return root

@@ -9,7 +9,7 @@ import asyncio
 import hashlib
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -98,10 +98,43 @@ class ChunkFormat(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class TokenizedTexts:
+    """The texts of a request, as token ids.
+
+    Attributes:
+        prompts: At least one.
+        prediction: Empty if the request has none.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    prediction: tuple[int, ...]
+
+
+async def tokenized(
+    context: ApiContext, body: GenerationRequest, prompts: Callable[[], Sequence[Sequence[int]]]
+) -> TokenizedTexts:
+    """Tokenize a request's texts beside the event loop.
+
+    Args:
+        context: The application's parts.
+        body: The validated body, of which the prediction is tokenized; like an answer it has
+            neither template nor special tokens around it.
+        prompts: Tokenizes the prompts.
+    """
+
+    def tokenize() -> TokenizedTexts:
+        text = "" if body.prediction is None else body.prediction.content
+        prediction = context.tokenizer.encode(text, add_special_tokens=False)
+        return TokenizedTexts(prompts(), tuple(prediction))
+
+    return await asyncio.to_thread(tokenize)
+
+
 def prepare_job(
     context: ApiContext,
     body: GenerationRequest,
-    prompts: Sequence[Sequence[int]],
+    texts: TokenizedTexts,
     id_prefix: str,
     logprobs: int | None,
     default_max_tokens: int | None,
@@ -111,7 +144,7 @@ def prepare_job(
     Args:
         context: The application's parts.
         body: The validated body.
-        prompts: Token ids of each prompt.
+        texts: The prompts and the prediction.
         id_prefix: Begins the response's id.
         logprobs: Number of most probable tokens to report, or None.
         default_max_tokens: Longest output if the client gives none; None is the rest of the
@@ -123,7 +156,7 @@ def prepare_job(
     job_id = f"{id_prefix}-{uuid.uuid4().hex}"
     speculation = body.speculation.params()
     requests: list[Request] = []
-    for prompt in map(tuple, prompts):
+    for prompt in map(tuple, texts.prompts):
         room = max(1, context.max_model_len - len(prompt))
         max_tokens = body.token_limit or min(default_max_tokens or room, room)
         for choice in range(body.n):
@@ -132,6 +165,7 @@ def prepare_job(
                 prompt_token_ids=prompt,
                 sampling=body.sampling(max_tokens, logprobs, choice_seed(body.seed, choice)),
                 speculation=speculation,
+                prediction_token_ids=texts.prediction,
             )
             if choice == 0:
                 # The other choices differ in the seed only; a long prompt is read just once.

@@ -2,7 +2,12 @@
 
 from collections.abc import Sequence
 
-from server.api.schemas.usage import PromptTokensDetails, SpeculationUsage, Usage
+from server.api.schemas.usage import (
+    CompletionTokensDetails,
+    PromptTokensDetails,
+    SpeculationUsage,
+    Usage,
+)
 from server.engine.request import RequestOutput, SpecDecodeStats
 
 
@@ -17,6 +22,7 @@ def usage_of(last_outputs: Sequence[RequestOutput], num_choices: int) -> Usage:
     per_prompt = last_outputs[::num_choices]
     prompt_tokens = sum(output.num_prompt_tokens for output in per_prompt)
     completion_tokens = sum(output.num_output_tokens for output in last_outputs)
+    stats = [output.stats for output in last_outputs]
     return Usage(
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
@@ -24,7 +30,11 @@ def usage_of(last_outputs: Sequence[RequestOutput], num_choices: int) -> Usage:
         prompt_tokens_details=PromptTokensDetails(
             cached_tokens=sum(output.num_cached_tokens for output in per_prompt)
         ),
-        speculation=_speculation_usage([output.stats for output in last_outputs]),
+        completion_tokens_details=CompletionTokensDetails(
+            accepted_prediction_tokens=sum(s.num_accepted_prediction_tokens for s in stats),
+            rejected_prediction_tokens=sum(s.num_rejected_prediction_tokens for s in stats),
+        ),
+        speculation=_speculation_usage(stats),
     )
 
 

@@ -62,6 +62,9 @@ def emit(
         sequence.adjuster.append(tokens)
     if item.is_decoding:
         sequence.counters.count_step(tree.num_nodes - 1, tuple(depths))
+        if sequence.request.prediction_token_ids:
+            num_accepted = sum(depth > 0 for depth in depths)
+            sequence.counters.count_prediction(item.drafts, verdict.path[1 : 1 + num_accepted])
     if reason is not None:
         sequence.text.finish()
         if sequence.text.is_stopped:

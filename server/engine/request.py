@@ -15,7 +15,7 @@ class Request:
     Attributes:
         request_id: Unique among the requests in flight.
         prompt_token_ids: At least one token.
-        prediction_token_ids: Text that the output may repeat; a source of drafts and no more.
+        prediction_token_ids: Text that the output may consist of; a source of drafts and no more.
     """
 
     request_id: str
@@ -39,6 +39,9 @@ class SpecDecodeStats:
         num_accepted_tokens: Draft tokens that were accepted and emitted.
         num_emitted_tokens: Tokens emitted by verify steps, bonus tokens included.
         accepted_per_depth: Entry d - 1 counts the accepted tokens at depth d.
+        num_accepted_prediction_tokens: Tokens of the prediction that were drafted from it and
+            accepted at least once.
+        num_rejected_prediction_tokens: Those that were drafted but never accepted.
     """
 
     method: str = "none"
@@ -48,6 +51,8 @@ class SpecDecodeStats:
     num_accepted_tokens: int = 0
     num_emitted_tokens: int = 0
     accepted_per_depth: tuple[int, ...] = ()
+    num_accepted_prediction_tokens: int = 0
+    num_rejected_prediction_tokens: int = 0
 
     @property
     def mean_acceptance_length(self) -> float:

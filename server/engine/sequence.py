@@ -7,6 +7,7 @@ Index ranges of a decoding sequence (invariant: KV slot i holds token i for i < 
 """
 
 import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -25,12 +26,19 @@ AcceptanceRule = Literal["exact", "typical"]
 
 @dataclass(slots=True)
 class SpecDecodeCounters:
-    """Running counts behind `SpecDecodeStats`."""
+    """Running counts behind `SpecDecodeStats`.
+
+    Attributes:
+        drafted_places: Places in the request's prediction whose tokens were drafted.
+        accepted_places: Those of them whose tokens were accepted and emitted.
+    """
 
     num_steps: int = 0
     num_draft_tokens: int = 0
     num_emitted_tokens: int = 0
     accepted_per_depth: list[int] = field(default_factory=list)
+    drafted_places: set[int] = field(default_factory=set)
+    accepted_places: set[int] = field(default_factory=set)
 
     def count_step(self, num_draft_tokens: int, depths: tuple[int, ...]) -> None:
         """Count a verify step and the depths of the tokens that it emitted (0: the bonus)."""
@@ -42,6 +50,13 @@ class SpecDecodeCounters:
                 self.accepted_per_depth.append(0)
             if depth:
                 self.accepted_per_depth[depth - 1] += 1
+
+    def count_prediction(self, drafts: DraftTokens, accepted: Iterable[int]) -> None:
+        """Count what a step's tree copied from the prediction, and of it the emitted nodes."""
+        places = [estimate.reference_place for estimate in drafts.estimates]
+        self.drafted_places.update(place for place in places if place >= 0)
+        emitted = (places[node - 1] for node in accepted)
+        self.accepted_places.update(place for place in emitted if place >= 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +162,10 @@ class Sequence:
             num_accepted_tokens=sum(counters.accepted_per_depth),
             num_emitted_tokens=counters.num_emitted_tokens,
             accepted_per_depth=tuple(counters.accepted_per_depth),
+            num_accepted_prediction_tokens=len(counters.accepted_places),
+            num_rejected_prediction_tokens=(
+                len(counters.drafted_places) - len(counters.accepted_places)
+            ),
         )
 
 

@@ -29,6 +29,7 @@ class RequestLimits:
         """
         # Lengths come first, so that a huge prompt is refused without being read.
         self._check_lengths(len(request.prompt_token_ids), request.sampling.max_tokens)
+        self._check_prediction(request)
         self._check_ids("prompt", request.prompt_token_ids)
         self._check_ids("logit_bias", request.sampling.logit_bias)
         method = request.speculation.method
@@ -58,6 +59,38 @@ class RequestLimits:
                 "shorten the prompt",
                 "max_tokens",
                 "context_length_exceeded",
+            )
+
+    def _check_prediction(self, request: Request) -> None:
+        num_tokens = len(request.prediction_token_ids)
+        if not num_tokens:
+            return
+        if num_tokens > self.max_model_len:
+            raise InvalidRequestError(
+                f"the prediction has {num_tokens} tokens, but prompt and output together may have "
+                f"{self.max_model_len}; shorten the prediction",
+                "prediction",
+                "context_length_exceeded",
+            )
+        self._check_ids("prediction", request.prediction_token_ids)
+        speculation = request.speculation
+        if "lookup" not in self.methods:
+            raise InvalidRequestError(
+                "a prediction is given, but prompt lookup, which would use it, is off; leave it "
+                "out, or start the server without --no-lookup and --tree",
+                "prediction",
+            )
+        if speculation.method not in ("auto", "lookup"):
+            raise InvalidRequestError(
+                f"a prediction is given, but speculation.method {speculation.method!r} makes no "
+                "use of it; leave the prediction out, or give 'auto' or 'lookup' as method",
+                "prediction",
+            )
+        if speculation.max_nodes == 1:
+            raise InvalidRequestError(
+                "a prediction is given, but speculation.max_nodes is 1, which leaves no room for "
+                "drafts; leave the prediction out, or allow more nodes",
+                "prediction",
             )
 
     def _check_ids(self, param: str, token_ids: Collection[int]) -> None:

@@ -157,8 +157,15 @@ class TestHeadsAlone:
 
 
 class TestLookupAlone:
+    def test_nodes_know_where_in_the_reference_they_stand(self) -> None:
+        drafts = merged(matches=[Match(5, (4, 5)), Match(4, (4, 7), 30), Match(3, (4, 7, 8), 20)])
+        places = dict(zip(drafts.token_ids[1:], drafts.estimates, strict=True))
+        found = {token: estimate.reference_place for token, estimate in places.items()}
+        assert found == {4: 30, 5: -1, 7: 31, 8: 22}
+
     def test_a_continuation_becomes_a_chain_that_grows_surer(self) -> None:
         drafts = merged(matches=[Match(3, (4, 5, 6))])
+        assert {estimate.reference_place for estimate in drafts.estimates} == {-1}
         assert drafts.token_ids == (1, 4, 5, 6)
         assert drafts.tree.parents == (-1, 0, 1, 2)
         expected = [lookup_prior(length, True) for length in (3, 4, 5)]

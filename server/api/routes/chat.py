@@ -1,6 +1,5 @@
 """`/v1/chat/completions`."""
 
-import asyncio
 from collections.abc import Iterator
 
 from fastapi import APIRouter, Request
@@ -15,6 +14,7 @@ from server.api.generation import (
     finish_reason,
     prepare_job,
     stream_events,
+    tokenized,
 )
 from server.api.logprobs import chat_logprobs
 from server.api.responses import json_response
@@ -42,8 +42,10 @@ async def create_chat_completion(body: ChatRequest, request: Request, context: C
     context.check_model(body.model)
     context.engine.check_admission(check_num_choices(1, body.n))
     messages = [message.for_template() for message in body.messages]
-    prompt = await asyncio.to_thread(context.tokenizer.apply_chat_template, messages)
-    job = prepare_job(context, body, [prompt], "chatcmpl", body.num_logprobs, None)
+    texts = await tokenized(
+        context, body, lambda: [context.tokenizer.apply_chat_template(messages)]
+    )
+    job = prepare_job(context, body, texts, "chatcmpl", body.num_logprobs, None)
     if body.stream:
         chunks = ChatChunks(job, context.token_texts)
         return EventStream(stream_events(context.engine, job, chunks))

@@ -1,6 +1,5 @@
 """`/v1/completions`."""
 
-import asyncio
 from collections import defaultdict
 from collections.abc import Iterator
 
@@ -16,6 +15,7 @@ from server.api.generation import (
     finish_reason,
     prepare_job,
     stream_events,
+    tokenized,
 )
 from server.api.logprobs import completion_logprobs
 from server.api.responses import json_response
@@ -39,8 +39,8 @@ async def create_completion(
     """Continue one or several prompts."""
     context.check_model(body.model)
     context.engine.check_admission(check_num_choices(len(body.prompt), body.n))
-    prompts = await asyncio.to_thread(_token_ids, context.tokenizer, body.prompt)
-    job = prepare_job(context, body, prompts, "cmpl", body.logprobs, _DEFAULT_MAX_TOKENS)
+    texts = await tokenized(context, body, lambda: _token_ids(context.tokenizer, body.prompt))
+    job = prepare_job(context, body, texts, "cmpl", body.logprobs, _DEFAULT_MAX_TOKENS)
     if body.stream:
         chunks = CompletionChunks(job, context.token_texts)
         return EventStream(stream_events(context.engine, job, chunks))

@@ -9,22 +9,15 @@ from server.api.schemas.base import (
     RequestBody,
     ResponseBody,
     UnicodeText,
-    invalid_value,
     unsupported_value,
 )
 from server.api.schemas.generation import FinishReasonName, GenerationRequest
+from server.api.schemas.text_parts import TextPart, joined_text
 from server.api.schemas.usage import Usage
 from server.config import MAX_LOGPROBS
 from server.errors import InvalidRequestError
 
 _ROLES = ("system", "developer", "user", "assistant")
-
-
-class TextPart(RequestBody):
-    """A part of a message's content."""
-
-    type: Literal["text"]
-    text: str
 
 
 class ChatMessage(RequestBody):
@@ -54,25 +47,13 @@ class ChatMessage(RequestBody):
     @field_validator("content", mode="before", json_schema_input_type=str | list[TextPart])
     @classmethod
     def _join_text_parts(cls, value: Any) -> Any:
-        if not isinstance(value, list):
-            return value
-        return "".join(_text(part) for part in value)
+        return joined_text(value)
 
     def for_template(self) -> dict[str, str]:
         """The message as chat templates expect it; they know `developer` as `system`."""
         role = "system" if self.role == "developer" else self.role
         message = {"role": role, "content": self.content}
         return message if self.name is None else {**message, "name": self.name}
-
-
-def _text(part: object) -> str:
-    match part:
-        case {"type": "text", "text": str(text), **rest} if not rest:
-            return text
-        case {"type": str(kind)} if kind != "text":
-            raise unsupported_value(f"parts of type {kind!r} are not supported; give text parts")
-        case _:
-            raise invalid_value('give a string or a list of parts {"type": "text", "text": "..."}')
 
 
 class ChatRequest(GenerationRequest):
@@ -93,7 +74,6 @@ class ChatRequest(GenerationRequest):
         "mm_processor_kwargs": ({},),
         "modalities": (["text"],),
         "moderation": (),
-        "prediction": (),
         "reasoning_effort": ("none",),
         "tool_choice": ("none",),
         "tools": ([],),

@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from server.api.schemas.base import RequestBody, UnicodeText, invalid_value
+from server.api.schemas.text_parts import TextPart, joined_text
 from server.config import AcceptanceName, Method, SamplingParams, SpeculationParams
 from server.errors import InvalidRequestError
 
@@ -72,6 +73,18 @@ class SpeculationOptions(RequestBody):
         return SpeculationParams(**self.model_dump())
 
 
+class Prediction(RequestBody):
+    """Text that the output will largely consist of; OpenAI's predicted outputs."""
+
+    type: Literal["content"]
+    content: UnicodeText
+
+    @field_validator("content", mode="before", json_schema_input_type=str | list[TextPart])
+    @classmethod
+    def _join_text_parts(cls, value: Any) -> Any:
+        return joined_text(value)
+
+
 class GenerationRequest(RequestBody):
     """Base of the bodies of `/v1/completions` and `/v1/chat/completions`."""
 
@@ -95,6 +108,7 @@ class GenerationRequest(RequestBody):
     stop: list[UnicodeText] = Field(default_factory=list)
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
     ignore_eos: bool = False
+    prediction: Prediction | None = None
     speculation: SpeculationOptions = Field(default_factory=SpeculationOptions)
 
     @field_validator("stream_options")

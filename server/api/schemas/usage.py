@@ -9,6 +9,18 @@ class PromptTokensDetails(ResponseBody):
     cached_tokens: int
 
 
+class CompletionTokensDetails(ResponseBody):
+    """What became of the request's `prediction`, summed over the choices; 0 without one.
+
+    Attributes:
+        accepted_prediction_tokens: Its tokens that were drafted and accepted, each counted once.
+        rejected_prediction_tokens: Its tokens that were drafted but never accepted.
+    """
+
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
+
+
 class SpeculationUsage(ResponseBody):
     """Euryale's extension: what speculation did, summed over the choices.
 
@@ -38,4 +50,5 @@ class Usage(ResponseBody):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
     speculation: SpeculationUsage

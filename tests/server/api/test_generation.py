@@ -1,8 +1,17 @@
+import asyncio
+
 import pytest
 
 from server.api.config import ApiConfig
 from server.api.context import ApiContext
-from server.api.generation import Job, check_num_choices, choice_seed, prepare_job
+from server.api.generation import (
+    Job,
+    TokenizedTexts,
+    check_num_choices,
+    choice_seed,
+    prepare_job,
+    tokenized,
+)
 from server.api.schemas.completions import CompletionRequest
 from server.engine.async_engine import AsyncEngine
 from server.errors import InvalidRequestError
@@ -40,6 +49,9 @@ def test_as_many_choices_as_allowed_are_counted() -> None:
     assert check_num_choices(64, 2) == 128
 
 
+PREDICTION = {"type": "content", "content": [{"type": "text", "text": "ab c"}]}
+
+
 class CountedId(int):
     """A token id that counts how often it is compared."""
 
@@ -59,7 +71,18 @@ def job(prompts: list[list[int]], n: int) -> Job:
     body = CompletionRequest.model_validate(
         {"model": context.model_name, "prompt": "a", "n": n, "seed": 3}
     )
-    return prepare_job(context, body, prompts, "cmpl", None, 4)
+    return prepare_job(context, body, TokenizedTexts(prompts, ()), "cmpl", None, 4)
+
+
+def test_every_choice_gets_the_prediction_without_special_tokens() -> None:
+    context = ApiContext.of(AsyncEngine(make_engine(heads="none", budget=8)), ApiConfig())
+    body = CompletionRequest.model_validate(
+        {"model": context.model_name, "prompt": "a", "n": 2, "prediction": PREDICTION}
+    )
+    texts = asyncio.run(tokenized(context, body, lambda: [[5], [6]]))
+    expected = tuple(context.tokenizer.encode("ab c", add_special_tokens=False))
+    requests = prepare_job(context, body, texts, "cmpl", None, 4).requests
+    assert [request.prediction_token_ids for request in requests] == [expected] * 4
 
 
 def test_a_prompt_is_read_once_however_many_choices_it_has() -> None:

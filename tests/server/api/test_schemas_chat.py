@@ -125,7 +125,6 @@ UNSUPPORTED = {
     "response_format": {"type": "json_schema"},
     "audio": {"voice": "x"},
     "modalities": ["text", "audio"],
-    "prediction": {"type": "content"},
     "guided_choice": ["a"],
     "web_search_options": {},
     "reasoning_effort": "low",

@@ -49,6 +49,36 @@ def test_every_sampling_option_arrives() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "content", ["one two", [{"type": "text", "text": "one"}, {"type": "text", "text": " two"}]]
+)
+def test_a_prediction_is_one_text(content: object) -> None:
+    found = body(prediction={"type": "content", "content": content}).prediction
+    assert found is not None
+    assert found.content == "one two"
+    assert body(prediction=None).prediction is None
+
+
+@pytest.mark.parametrize(
+    ("prediction", "place"),
+    [
+        ({"type": "content"}, ("prediction", "content")),
+        ({"type": "content", "content": 3}, ("prediction", "content")),
+        ({"type": "content", "content": "\ud83d"}, ("prediction", "content")),
+        ({"type": "content", "content": [{"type": "image_url"}]}, ("prediction", "content")),
+        ({"type": "diff", "content": "a"}, ("prediction", "type")),
+        ({"type": "content", "content": "a", "more": 1}, ("prediction", "more")),
+        ("text", ("prediction",)),
+    ],
+)
+def test_a_prediction_of_another_form_is_refused(
+    prediction: object, place: tuple[str, ...]
+) -> None:
+    with pytest.raises(ValidationError) as caught:
+        body(prediction=prediction)
+    assert caught.value.errors()[0]["loc"] == place
+
+
 def test_one_stop_string_is_a_list_of_one() -> None:
     assert body(stop="end").stop == ["end"]
 

@@ -53,6 +53,17 @@ def test_speculation_is_summed_over_the_choices() -> None:
     assert speculation.accepted_per_depth == [4, 2]
 
 
+def test_prediction_tokens_are_summed_over_the_choices() -> None:
+    stats = [
+        SpecDecodeStats(num_accepted_prediction_tokens=4, num_rejected_prediction_tokens=1),
+        SpecDecodeStats(num_accepted_prediction_tokens=3),
+    ]
+    details = usage_of(
+        [last_output(5, 0, 10, entry) for entry in stats], num_choices=2
+    ).completion_tokens_details
+    assert (details.accepted_prediction_tokens, details.rejected_prediction_tokens) == (7, 1)
+
+
 def test_a_request_without_verify_steps_has_no_acceptance() -> None:
     speculation = usage_of([last_output(5, 0, 1, PLAIN)], num_choices=1).speculation
     assert speculation.mean_acceptance_length == 0.0

@@ -1,8 +1,11 @@
 """Committing a verdict: stop conditions among accepted drafts, counts, and log-probabilities."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from heads.calibration import Estimate
 from heads.candidates import DraftTokens
 from heads.tree import DraftTree
 from server.config import SamplingParams
@@ -36,6 +39,44 @@ def emit_all(
         num_accepted = item.drafts.tree.num_nodes - 1
     verdict = Verdict(tuple(range(num_accepted + 1)), bonus)
     return emit(item, verdict, frozenset({EOS}), max_len)
+
+
+def predicted(item: ScheduledSequence, places: tuple[int, ...]) -> ScheduledSequence:
+    """The same with drafts from those places of a prediction; -1 for drafts from elsewhere."""
+    sequence = item.sequence
+    sequence.request = replace(sequence.request, prediction_token_ids=(A,) * 9)
+    estimates = tuple(Estimate(0.5, 0.5, 0.5, 0, place) for place in places)
+    return replace(item, drafts=replace(item.drafts, estimates=estimates))
+
+
+class TestPredictionTokens:
+    def counts(self, item: ScheduledSequence) -> tuple[int, int]:
+        stats = item.sequence.stats()
+        return stats.num_accepted_prediction_tokens, stats.num_rejected_prediction_tokens
+
+    def test_are_the_drafts_from_the_prediction(self) -> None:
+        item = predicted(chain_item((A, B, C), SamplingParams(max_tokens=50)), (0, -1, 4))
+        emit_all(item, bonus=D, num_accepted=2)
+        assert self.counts(item) == (1, 1)
+
+    def test_count_once_however_often_they_are_drafted(self) -> None:
+        item = predicted(chain_item((A, B, C), SamplingParams(max_tokens=50)), (3, 4, 5))
+        emit_all(item, bonus=D, num_accepted=1)
+        assert self.counts(item) == (1, 2)
+        emit_all(item, bonus=D, num_accepted=0)
+        assert self.counts(item) == (1, 2)
+        emit_all(item, bonus=D, num_accepted=3)
+        assert self.counts(item) == (3, 0)
+
+    def test_that_a_stop_cut_off_are_not_accepted(self) -> None:
+        item = predicted(chain_item((A, B, C), SamplingParams(max_tokens=3)), (0, 1, 2))
+        emit_all(item, bonus=D)
+        assert self.counts(item) == (2, 1)
+
+    def test_are_none_without_a_prediction(self) -> None:
+        item = chain_item((A, B, C), SamplingParams(max_tokens=50))
+        emit_all(item, bonus=D)
+        assert self.counts(item) == (0, 0)
 
 
 class TestEmit:

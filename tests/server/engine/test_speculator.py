@@ -1,6 +1,7 @@
 """The speculator: who drafts, when the heads run, how trees are made and sized."""
 
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 
 import pytest
 import torch
@@ -144,8 +145,14 @@ class TestPropose:
     def test_a_prediction_is_a_reference(self) -> None:
         made = make()
         rooted = sequence(made, prompt=(9,))
-        assert rooted.lookup is not None
-        assert rooted.lookup.matches(1, 1) == []
+        rooted.request = replace(rooted.request, prediction_token_ids=(3, 4, 5, 6))
+        rooted.token_ids.pop()
+        made.prepare(rooted)
+        rooted.token_ids.append(3)
+        propose(made, rooted)
+        assert rooted.proposal is not None
+        assert rooted.proposal.token_ids == (3, 4, 5, 6)
+        assert [estimate.reference_place for estimate in rooted.proposal.estimates] == [1, 2, 3]
 
 
 class TestFixedSizes:

@@ -2,10 +2,11 @@
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
-from server.config import SamplingParams, SpeculationParams
+from server.config import Method, SamplingParams, SpeculationParams
 from server.engine.request import Request
 from server.engine.validate import RequestLimits
 from server.errors import InvalidRequestError
@@ -28,12 +29,14 @@ def request(
     max_tokens: int = 1,
     bias: dict[int, float] | None = None,
     speculation: SpeculationParams | None = None,
+    prediction: tuple[int, ...] = (),
 ) -> Request:
     return Request(
         "r",
         prompt,
         SamplingParams(max_tokens=max_tokens, logit_bias=bias or {}),
         speculation or SpeculationParams(),
+        prediction,
     )
 
 
@@ -82,6 +85,38 @@ class TestRequestLimits:
             LIMITS.check(refused)
         assert caught.value.param == param
         assert caught.value.code == code
+
+    @pytest.mark.parametrize("method", ["auto", "lookup"])
+    def test_a_prediction_may_be_as_long_as_the_context(self, method: Method) -> None:
+        limits = replace(LIMITS, methods=PLAIN | {"lookup"})
+        speculation = SpeculationParams(method=method)
+        limits.check(request((1,), speculation=speculation, prediction=(7,) * 10))
+
+    @pytest.mark.parametrize(
+        ("refused", "methods", "says"),
+        [
+            (request((1,), prediction=(7,) * 11), {"lookup"}, "11 tokens.* 10; shorten the pred"),
+            (request((1,), prediction=(7, 50)), {"lookup"}, "prediction has token id 50"),
+            (request((1,), prediction=(7,)), {"medusa"}, "lookup.* is off; .*--no-lookup"),
+            (
+                request((1,), speculation=SpeculationParams(method="none"), prediction=(7,)),
+                {"lookup"},
+                "speculation.method 'none' makes no use",
+            ),
+            (
+                request((1,), speculation=SpeculationParams(max_nodes=1), prediction=(7,)),
+                {"lookup"},
+                "max_nodes is 1",
+            ),
+        ],
+    )
+    def test_a_prediction_is_never_ignored(
+        self, refused: Request, methods: set[str], says: str
+    ) -> None:
+        limits = replace(LIMITS, methods=PLAIN | methods)
+        with pytest.raises(InvalidRequestError, match=says) as caught:
+            limits.check(refused)
+        assert caught.value.param == "prediction"
 
     @pytest.mark.parametrize("max_tokens", [1, 6])
     def test_a_prompt_that_is_too_long_is_refused_without_being_read(self, max_tokens: int) -> None:
