@@ -22,12 +22,12 @@ _BIN_EDGES = (0.01, 0.02, 0.04, 0.07, 0.12, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0
 _NUM_BINS = len(_BIN_EDGES) + 1
 MAX_DEPTH = 16
 MAX_MATCH = 16
-# Probability that the token after a match of 1, 2, ... tokens comes again, before any traffic;
-# rounded from the built-in model's answers to prompts of many kinds.
-_LOOKUP_PRIOR = (0.1, 0.3, 0.4, 0.5, 0.57, 0.62, 0.66, 0.7, 0.73, 0.76, 0.78, 0.8, 0.82, 0.84, 0.86)
-_LONGEST_PRIOR = 0.92
-# Share of a further match's probability, which the longest one left over.
-_FURTHER_SHARE = 0.3
+# Probability that the token after a match of 1, 2, ... tokens comes again, before any traffic: what
+# 75,000 places in the built-in model's answers to prompts of many kinds gave, a little lower.
+_LOOKUP_PRIOR = (0.2, 0.5, 0.6, 0.68, 0.72, 0.76, 0.79, 0.81, 0.83, 0.84, 0.85, 0.86, 0.87, 0.88, 0.9)
+_LONGEST_PRIOR = 0.95
+# Where a further match goes on differently; there the length hardly matters.
+_FURTHER_PRIOR = 0.12
 _MAX_PROBABILITY = 0.99
 # Expected hits that the prior of a cell, or of a request, counts as.
 _CELL_PRIOR = 10.0
@@ -75,9 +75,9 @@ def source_of(cell: int) -> DraftSource:
 
 def lookup_prior(length: int, is_longest: bool) -> float:
     """Raw probability of the token after a match."""
-    known = length <= len(_LOOKUP_PRIOR)
-    probability = _LOOKUP_PRIOR[length - 1] if known else _LONGEST_PRIOR
-    return probability if is_longest else probability * _FURTHER_SHARE
+    if not is_longest:
+        return _FURTHER_PRIOR
+    return _LOOKUP_PRIOR[length - 1] if length <= len(_LOOKUP_PRIOR) else _LONGEST_PRIOR
 
 
 class Estimate(NamedTuple):

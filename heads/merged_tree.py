@@ -93,13 +93,12 @@ class TreeMerger:
             limits: Of the tree.
         """
         factors = [calibration.factor(source) for source in DraftSource]
+        drafts = _Drafts(proposal, self._calibrator, factors)
         tokens, parents, ranks, depths = [root_token], [NO_PARENT], [-1], [0]
         estimates: list[Estimate] = []
         values = [1.0]
-        children: list[list[_Draft]] = []
+        children: list[Sequence[_Draft]] = []
         frontier: list[tuple[float, int, int]] = []
-        # Where nothing was looked up, a node's drafts depend on the heads' state and depth alone.
-        by_state: dict[tuple[int, int], list[_Draft]] = {}
 
         def push(node: int, rank: int) -> None:
             if rank < len(children[node]):
@@ -107,20 +106,12 @@ class TreeMerger:
                 if value > limits.min_value:
                     heapq.heappush(frontier, (-value, node, rank))
 
-        def open_node(state: int | None, copied: _Copied | None, depth: int) -> None:
-            drafts: list[_Draft] = []
-            if depth < limits.max_depth and copied is not None and copied.below:
-                drafts = self._drafts(proposal, state, copied, depth, factors)
-            elif depth < limits.max_depth and state is not None:
-                known = by_state.get((state, depth))
-                if known is None:
-                    known = self._drafts(proposal, state, None, depth, factors)
-                    by_state[state, depth] = known
-                drafts = known
-            children.append(drafts)
+        def open_node(state: int | None, copied: _Copied | None) -> None:
+            depth = depths[-1]
+            children.append(drafts.below(state, copied, depth) if depth < limits.max_depth else ())
             push(len(children) - 1, 0)
 
-        open_node(ROOT_STATE if proposal else None, _trie(matches), 0)
+        open_node(ROOT_STATE if proposal else None, _trie(matches))
         while frontier and len(tokens) < limits.num_nodes:
             negative_value, parent, rank = heapq.heappop(frontier)
             draft = children[parent][rank]
@@ -134,58 +125,84 @@ class TreeMerger:
             estimates.append(
                 Estimate(-negative_value, draft.probability, draft.raw, draft.cell, place)
             )
-            open_node(draft.state, draft.copied, depths[-1])
+            open_node(draft.state, draft.copied)
         return DraftTokens(DraftTree(tuple(parents), tuple(ranks)), tuple(tokens), tuple(estimates))
 
-    def _drafts(
-        self,
-        proposal: HeadProposal | None,
-        state: int | None,
-        copied: _Copied | None,
-        depth: int,
-        factors: Sequence[float],
-    ) -> list[_Draft]:
+
+class _Drafts:
+    """What may follow the nodes of one tree."""
+
+    def __init__(
+        self, proposal: HeadProposal | None, calibrator: Calibrator, factors: Sequence[float]
+    ) -> None:
+        self._proposal = proposal
+        self._correct = calibrator.probability
+        self._factors = factors
+        # Of the heads alone, by state and depth; as they come, and as they follow a node behind
+        # which nothing was looked up. Most nodes of a tree share one of a few states.
+        self._from_heads: dict[tuple[int, int], list[_Draft]] = {}
+        self._without_lookup: dict[tuple[int, int], list[_Draft]] = {}
+
+    def below(self, state: int | None, copied: _Copied | None, depth: int) -> list[_Draft]:
         """What may follow a node of that depth, by falling probability."""
-        correct = self._calibrator.probability
+        if copied is not None and copied.below:
+            return _ranked(self._with_lookup(state, copied, depth))
+        if state is None:
+            return []
+        known = self._without_lookup.get((state, depth))
+        if known is None:
+            known = _ranked(self._heads(state, depth))
+            self._without_lookup[state, depth] = known
+        return known
+
+    def _heads(self, state: int | None, depth: int) -> list[_Draft]:
+        if self._proposal is None or state is None:
+            return []
+        known = self._from_heads.get((state, depth))
+        if known is None:
+            factor = self._factors[DraftSource.HEADS]
+            known = []
+            for token_id, raw, state_below in self._proposal.children(state):
+                cell = head_cell(depth + 1, raw)
+                probability = self._correct(cell, raw) * factor
+                known.append(_Draft(token_id, probability, raw, cell, state_below, None))
+            self._from_heads[state, depth] = known
+        return known
+
+    def _with_lookup(self, state: int | None, copied: _Copied, depth: int) -> list[_Draft]:
+        beside = None
+        if self._proposal is not None and state is not None:
+            beside = self._proposal.state_beside(state)
         looked_up: dict[int, _Draft] = {}
-        beside = None if proposal is None or state is None else proposal.state_beside(state)
-        for token_id, below in copied.below.items() if copied else ():
+        for token_id, below in copied.below.items():
             raw = lookup_prior(below.length, below.is_longest)
             cell = lookup_cell(below.length, below.is_longest)
-            probability = correct(cell, raw) * factors[DraftSource.LOOKUP]
+            probability = self._correct(cell, raw) * self._factors[DraftSource.LOOKUP]
             looked_up[token_id] = _Draft(token_id, probability, raw, cell, beside, below)
-        drafts: list[_Draft] = []
-        if proposal is not None and state is not None:
-            for child in proposal.children(state):
-                cell = head_cell(depth + 1, child.probability)
-                probability = correct(cell, child.probability) * factors[DraftSource.HEADS]
-                twin = looked_up.pop(child.token_id, None)
-                if twin is None:
-                    draft = _Draft(
-                        child.token_id, probability, child.probability, cell, child.state, None
-                    )
-                else:
-                    draft = self._agreed(probability, twin, child.state, factors)
-                drafts.append(draft)
-        drafts += looked_up.values()
-        drafts.sort(key=lambda draft: -draft.probability)
-        total = sum(draft.probability for draft in drafts)
-        return drafts if total <= 1.0 else [_scaled(draft, 1.0 / total) for draft in drafts]
+        drafts = [
+            self._agreed(draft, looked_up.pop(draft.token_id))
+            if draft.token_id in looked_up
+            else draft
+            for draft in self._heads(state, depth)
+        ]
+        return [*drafts, *looked_up.values()]
 
-    def _agreed(
-        self, probability: float, twin: _Draft, state: int | None, factors: Sequence[float]
-    ) -> _Draft:
+    def _agreed(self, draft: _Draft, twin: _Draft) -> _Draft:
         """A token that heads and lookup draft: as if they erred independently, then corrected."""
-        raw = 1.0 - (1.0 - min(1.0, probability)) * (1.0 - min(1.0, twin.probability))
+        raw = 1.0 - (1.0 - min(1.0, draft.probability)) * (1.0 - min(1.0, twin.probability))
         cell = both_cell(raw)
-        corrected = self._calibrator.probability(cell, raw) * factors[DraftSource.BOTH]
-        return _Draft(
-            twin.token_id, min(_MAX_PROBABILITY, corrected), raw, cell, state, twin.copied
-        )
+        corrected = self._correct(cell, raw) * self._factors[DraftSource.BOTH]
+        probability = min(_MAX_PROBABILITY, corrected)
+        return _Draft(draft.token_id, probability, raw, cell, draft.state, twin.copied)
 
 
-def _scaled(draft: _Draft, factor: float) -> _Draft:
-    return draft._replace(probability=draft.probability * factor)
+def _ranked(drafts: Sequence[_Draft]) -> list[_Draft]:
+    """By falling probability; siblings together are no likelier than one token can be."""
+    ranked = sorted(drafts, key=lambda draft: -draft.probability)
+    total = sum(draft.probability for draft in ranked)
+    if total <= 1.0:
+        return ranked
+    return [draft._replace(probability=draft.probability / total) for draft in ranked]
 
 
 def _trie(matches: Sequence[Match]) -> _Copied | None:

@@ -144,10 +144,11 @@ class DraftTree:
 
 @lru_cache(maxsize=1024)
 def _ancestor_mask(parents: tuple[int, ...]) -> Tensor:
-    # Trees differ from step to step, and rows of lists are built faster than rows of tensors.
-    rows = [[False] * len(parents) for _ in parents]
+    # Trees differ from step to step, and bytes are copied faster than rows of tensors.
+    size = len(parents)
+    mask = bytearray(size * size)
     for node, parent in enumerate(parents):
         if parent != NO_PARENT:
-            rows[node][: parent + 1] = rows[parent][: parent + 1]
-        rows[node][node] = True
-    return torch.tensor(rows)
+            mask[node * size : node * size + node] = mask[parent * size : parent * size + node]
+        mask[node * size + node] = True
+    return torch.frombuffer(mask, dtype=torch.bool).view(size, size)

@@ -5,10 +5,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from heads.calibration import Estimate, Outcome
 from heads.candidates import DraftTokens, TreeBatch, draft_tokens
 from heads.tree import DraftTree
 from tests.heads.trees import random_drafts, random_tree
 
+# The root has the children 1 and 3; node 2 is below 1.
+TREE = DraftTree((-1, 0, 1, 0), (-1, 0, 0, 1))
+ESTIMATES = [Estimate(0.5, 0.5, 0.5, cell) for cell in range(4)]
 CPU = torch.device("cpu")
 ROOT = 1000
 
@@ -94,6 +98,27 @@ class TestLimited:
         assert found.tree.depths == tuple(tree.depths[node] for node in kept)
         for node, old in enumerate(kept[1:], start=1):
             assert kept[found.tree.parents[node]] == tree.parents[old]
+
+    @pytest.mark.parametrize(("num_nodes", "max_depth"), [(3, 9), (9, 1), (9, 9), (1, 0)])
+    def test_estimates_stay_with_their_nodes(self, num_nodes: int, max_depth: int) -> None:
+        drafts = DraftTokens(TREE, (5, 6, 7, 8), tuple(ESTIMATES[node] for node in (1, 2, 3)))
+        found = drafts.limited(num_nodes, max_depth)
+        cell_of = {6: 1, 7: 2, 8: 3}
+        assert [e.cell for e in found.estimates] == [cell_of[t] for t in found.token_ids[1:]]
+
+
+class TestOutcomes:
+    def test_tell_of_the_nodes_below_accepted_ones(self) -> None:
+        drafts = DraftTokens(TREE, (5, 6, 7, 8), tuple(ESTIMATES[node] for node in (1, 2, 3)))
+        assert drafts.outcomes([0]) == [Outcome(ESTIMATES[1], False), Outcome(ESTIMATES[3], False)]
+        assert drafts.outcomes([0, 1]) == [
+            Outcome(ESTIMATES[1], True),
+            Outcome(ESTIMATES[2], False),
+            Outcome(ESTIMATES[3], False),
+        ]
+
+    def test_are_none_where_nothing_was_estimated(self) -> None:
+        assert DraftTokens(TREE, (5, 6, 7, 8)).outcomes([0, 1]) == []
 
 
 class TestTreeBatch:
