@@ -24,7 +24,7 @@ MAX_DEPTH = 16
 MAX_MATCH = 16
 # Probability that the token after a match of 1, 2, ... tokens comes again, before any traffic: what
 # 75,000 places in the built-in model's answers to prompts of many kinds gave, a little lower.
-_LOOKUP_PRIOR = (0.2, 0.5, 0.6, 0.68, 0.72, 0.76, 0.79, 0.81, 0.83, 0.84, 0.85, 0.86, 0.87, 0.88, 0.9)
+_LOOKUP_PRIOR = (0.2, 0.5, 0.6, 0.68, 0.72, 0.76, 0.79, 0.81, 0.83, 0.84, 0.85, 0.86, 0.87, 0.88)
 _LONGEST_PRIOR = 0.95
 # Where a further match goes on differently; there the length hardly matters.
 _FURTHER_PRIOR = 0.12

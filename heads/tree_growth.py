@@ -58,6 +58,10 @@ class GrowingTrees:
         self._run_BW: Tensor | None = None
         self._visible_BWE: Tensor | None = None
 
+    def highest_value(self) -> float:
+        """Probability of the best path of the newest level; synchronises with the device."""
+        return float(self._log_probs_BP[:, self._newest :].max().exp())
+
     def frontier(self, width: int) -> Frontier:
         """Choose the most probable candidates of the newest level, at most `width`."""
         newest_BX = self._log_probs_BP[:, self._newest :]

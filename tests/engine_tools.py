@@ -120,7 +120,13 @@ class ScriptedDrafter(MedusaDrafter):
         self._tree = tree
         self._script = script
 
-    def propose(self, rooted: Seq[Sequence], hidden_BD: Tensor, prefilling: Seq[Sequence]) -> None:
+    def propose(
+        self,
+        rooted: Seq[Sequence],
+        hidden_BD: Tensor,
+        prefilling: Seq[Sequence],
+        min_value: float = 0.0,
+    ) -> None:
         for sequence, hidden_D in zip(rooted, hidden_BD, strict=True):
             candidates = self._script(sequence, hidden_D)
             root, share = sequence.token_ids[-1], 1.0 / NUM_RANKS

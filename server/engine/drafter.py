@@ -34,7 +34,13 @@ class Drafter(Protocol):
     def seen_rows(self, prompt_token_ids: Seq[int]) -> SeenRows | None:
         """What the drafter needs of a prompt; computed once per request."""
 
-    def propose(self, rooted: Seq[Sequence], hidden_BD: Tensor, prefilling: Seq[Sequence]) -> None:
+    def propose(
+        self,
+        rooted: Seq[Sequence],
+        hidden_BD: Tensor,
+        prefilling: Seq[Sequence],
+        min_value: float = 0.0,
+    ) -> None:
         """Set the head proposals of sequences that decode on.
 
         Args:
@@ -42,6 +48,7 @@ class Drafter(Protocol):
             hidden_BD: The base model's hidden state from which each of these roots was drawn.
             prefilling: Sequences whose prompt goes on in the next step. They are not drafted for,
                 but a drafter with a KV cache of its own follows them.
+            min_value: Nodes of a lower path probability need not be drafted.
         """
 
     def propose_for(self, num_sequences: int, context_len: int) -> None:
@@ -68,7 +75,13 @@ class MedusaDrafter:
         return self._heads.seen_rows(prompt_token_ids)
 
     @torch.inference_mode()
-    def propose(self, rooted: Seq[Sequence], hidden_BD: Tensor, prefilling: Seq[Sequence]) -> None:
+    def propose(
+        self,
+        rooted: Seq[Sequence],
+        hidden_BD: Tensor,
+        prefilling: Seq[Sequence],
+        min_value: float = 0.0,
+    ) -> None:
         """See `Drafter.propose`."""
         if not rooted:
             return

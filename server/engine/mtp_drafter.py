@@ -107,7 +107,13 @@ class MTPDrafter:
         return self._module.seen_rows(prompt_token_ids)
 
     @torch.inference_mode()
-    def propose(self, rooted: Seq[Sequence], hidden_BD: Tensor, prefilling: Seq[Sequence]) -> None:
+    def propose(
+        self,
+        rooted: Seq[Sequence],
+        hidden_BD: Tensor,
+        prefilling: Seq[Sequence],
+        min_value: float = 0.0,
+    ) -> None:
         """See `Drafter.propose`; the hidden states come from the cache."""
         growth = self._growth
         num_scratch = growth.width * (growth.num_depths - 1)
@@ -136,7 +142,7 @@ class MTPDrafter:
         for sequence, lane in (*ready, *behind):
             self._note_computed(sequence, lane)
         if ready:
-            drafts = self._grow([lane for _, lane in ready], states_TD)
+            drafts = self._grow([lane for _, lane in ready], states_TD, min_value)
             for (sequence, _), proposal in zip(ready, drafts, strict=True):
                 sequence.head_proposal = proposal
 
@@ -147,7 +153,7 @@ class MTPDrafter:
         num_slots = context_len + growth.width * (growth.num_depths - 1)
         table = list(range(-(-num_slots // size)))
         lanes = [_Lane([0, 0], context_len - 2, table, None) for _ in range(num_sequences)]
-        self._grow(lanes, self._catch_up(lanes))
+        self._grow(lanes, self._catch_up(lanes), min_value=0.0)
 
     def _note_computed(self, sequence: Sequence, lane: _Lane) -> None:
         sequence.num_drafter_tokens = lane.end
@@ -187,7 +193,7 @@ class MTPDrafter:
         states: Tensor = self._module(states_TD, tokens_T, self._block.runner(positions_T, context))
         return states
 
-    def _grow(self, lanes: Seq[_Lane], states_TD: Tensor) -> list[GrownProposal]:
+    def _grow(self, lanes: Seq[_Lane], states_TD: Tensor, min_value: float) -> list[GrownProposal]:
         """Grow a tree below the last token of each of the first lanes of a pass."""
         ends, end = [], -1
         for lane in lanes:
@@ -197,6 +203,8 @@ class MTPDrafter:
         seen = [lane.seen_rows for lane in lanes]
         trees = GrowingTrees(self._candidates(states_BWD, seen))
         for level in range(1, self._growth.num_depths):
+            if min_value > 0.0 and trees.highest_value() < min_value:
+                break
             frontier = trees.frontier(self._growth.width)
             rows = frontier.parents_BW.unsqueeze(2).expand(-1, -1, states_BWD.shape[2])
             states_BWD = self._run_level(lanes, level, frontier, states_BWD.gather(1, rows))

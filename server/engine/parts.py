@@ -34,8 +34,6 @@ _DEFAULT_KIND = "medusa"
 # For heads that were saved without a measured profile; the rates are of weak heads, so that trees
 # stay small rather than wasteful.
 _CAUTIOUS_PROFILE = AcceptanceProfile(((0.35, 0.12, 0.06, 0.04), (0.2, 0.08, 0.04, 0.03)))
-# A token of a step costs more than that wherever steps were measured.
-_MIN_VALUE = 0.01
 # About three times the time of a decode step of the built-in model.
 _CPU_PREFILL_TOKENS = 64
 
@@ -122,11 +120,8 @@ def make_speculator(
     drafter = None if draft is None else _drafter(config, draft, cache, blocks)
     if config.tree != "auto":
         return Speculator(drafter, OwnTrees(), FixedSizes(config.tree))
-    if config.budget != "auto":
-        trees = MergedTrees(config.max_nodes, config.lookup)
-        return Speculator(drafter, trees, FixedSizes(config.budget))
-    trees = MergedTrees(config.max_nodes, config.lookup, _MIN_VALUE)
-    return Speculator(drafter, trees, FixedSizes(config.max_nodes))
+    budget = config.max_nodes if config.budget == "auto" else config.budget
+    return Speculator(drafter, MergedTrees(config.max_nodes, config.lookup), FixedSizes(budget))
 
 
 def _drafter(

@@ -28,10 +28,12 @@ class Plan:
     Attributes:
         sizes: Nodes of each sequence's tree, root included.
         speed: Tokens per second that such steps make without prompts.
+        node_price: Tokens that the next node's seconds would bring; nodes worth less do not pay.
     """
 
     sizes: tuple[int, ...]
     speed: float
+    node_price: float
 
 
 def plan_trees(
@@ -60,17 +62,18 @@ def plan_trees(
     )[: max(0, max_draft_tokens)]
     gains_N = np.zeros(len(ranked) + 1)
     np.cumsum([value for value, _ in ranked], out=gains_N[1:])
-    speeds_N = (num_roots + gains_N) / (
-        costs.all_seconds(num_roots, num_roots + len(ranked), load) + draft_s
-    )
+    # One more than can be drafted, for the price of the next node.
+    seconds_N = costs.all_seconds(num_roots, num_roots + len(ranked) + 1, load)
+    speeds_N = (num_roots + gains_N) / (seconds_N[:-1] + draft_s)
     best = int(speeds_N.argmax())
     speed = float(speeds_N[best])
+    node_price = speed * float(seconds_N[best + 1] - seconds_N[best])
     if num_prompt_tokens:
         best = _best_beside_prompts(gains_N, costs, load, num_roots + num_prompt_tokens, speed)
     sizes = [1] * num_roots
     for _, owner in ranked[:best]:
         sizes[owner] += 1
-    return Plan(tuple(sizes), speed)
+    return Plan(tuple(sizes), speed, node_price)
 
 
 def _best_beside_prompts(

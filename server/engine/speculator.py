@@ -71,7 +71,7 @@ class Speculator:
         """
         self._run_heads(rooted, hidden_BD, prefilling, num_decoding)
         for sequence in rooted:
-            sequence.proposal = self.trees.build(sequence)
+            sequence.proposal = self.trees.build(sequence, self.sizes.least_value())
 
     def _run_heads(
         self,
@@ -87,6 +87,11 @@ class Speculator:
         if not self.sizes.wants_heads(max(1, num_decoding)):
             return
         started_s = time.perf_counter()
-        self.drafter.propose([rooted[index] for index in headed], hidden_BD[headed], following)
+        self.drafter.propose(
+            [rooted[index] for index in headed],
+            hidden_BD[headed],
+            following,
+            self.sizes.least_value(),
+        )
         if headed:
             self.sizes.learn_draft(len(headed), time.perf_counter() - started_s)

@@ -18,8 +18,13 @@ class TreeBuilder(Protocol):
 
     uses_lookup: bool
 
-    def build(self, sequence: Sequence) -> DraftTokens | None:
-        """A sequence's tree, nodes by falling value; None if there is nothing to draft."""
+    def build(self, sequence: Sequence, min_value: float) -> DraftTokens | None:
+        """A sequence's tree, nodes by falling value; None if there is nothing to draft.
+
+        Args:
+            sequence: Its last token is the root.
+            min_value: Nodes that are worth less may be left out.
+        """
 
     def learn(self, sequence: Sequence, drafts: DraftTokens, path: Seq[int]) -> None:
         """Take note of which drafts were accepted."""
@@ -30,7 +35,7 @@ class OwnTrees:
 
     uses_lookup = False
 
-    def build(self, sequence: Sequence) -> DraftTokens | None:
+    def build(self, sequence: Sequence, min_value: float) -> DraftTokens | None:
         """See `TreeBuilder.build`."""
         return None if sequence.head_proposal is None else sequence.head_proposal.own_tree()
 
@@ -45,15 +50,13 @@ class MergedTrees:
     Attributes:
         max_nodes: Of a tree, root included.
         uses_lookup: Whether prompt lookup takes part.
-        min_value: Nodes that are worth less are left out.
     """
 
     max_nodes: int
     uses_lookup: bool = True
-    min_value: float = 0.0
     calibrator: Calibrator = field(default_factory=Calibrator)
 
-    def build(self, sequence: Sequence) -> DraftTokens | None:
+    def build(self, sequence: Sequence, min_value: float) -> DraftTokens | None:
         """See `TreeBuilder.build`."""
         matches = []
         if sequence.lookup is not None:
@@ -62,7 +65,7 @@ class MergedTrees:
         limits = TreeLimits(
             min(self.max_nodes, sequence.drafts_allowed),
             min(_MAX_DEPTH, sequence.num_lacking_tokens - 1),
-            self.min_value,
+            min_value,
         )
         return TreeMerger(self.calibrator).merge(
             sequence.token_ids[-1],

@@ -8,6 +8,9 @@ from server.engine.cost_model import StepCosts, StepLoad
 from server.engine.planner import HeadGate, Plan, plan_trees
 from server.engine.sequence import Sequence
 
+_PRICE_FADING = 0.1
+_MAX_LEAST_VALUE = 0.1
+
 
 @dataclass(frozen=True, slots=True)
 class StepRequest:
@@ -35,6 +38,9 @@ class TreeSizes(Protocol):
     def wants_heads(self, num_decoding: int) -> bool:
         """Whether the heads should run before a step of so many decoding sequences."""
 
+    def least_value(self) -> float:
+        """Nodes that are worth less will hardly be verified, so need not be drafted."""
+
     def learn_step(self, num_tokens: int, load: StepLoad, step_s: float) -> None:
         """Take note of a step's seconds."""
 
@@ -61,6 +67,10 @@ class FixedSizes:
     def wants_heads(self, num_decoding: int) -> bool:
         """See `TreeSizes.wants_heads`."""
         return self._num_nodes > 1
+
+    def least_value(self) -> float:
+        """See `TreeSizes.least_value`."""
+        return 0.0
 
     def learn_step(self, num_tokens: int, load: StepLoad, step_s: float) -> None:
         """See `TreeSizes.learn_step`; nothing hangs on it."""
@@ -96,6 +106,7 @@ class PlannedSizes:
         self._costs = costs
         self.foresight = Foresight()
         self._gates: dict[int, HeadGate] = {}
+        self._node_price = 0.0
 
     @property
     def costs(self) -> StepCosts | None:
@@ -118,12 +129,17 @@ class PlannedSizes:
         )
         if any(sequence.sources.heads is not None for sequence in decoding):
             self._gate(num_roots).note(num_headed > 0, plan.speed)
+        self._node_price += _PRICE_FADING * (plan.node_price - self._node_price)
         self._foretell(values, plan)
         return list(plan.sizes)
 
     def wants_heads(self, num_decoding: int) -> bool:
         """See `TreeSizes.wants_heads`."""
         return self._gate(num_decoding).is_open()
+
+    def least_value(self) -> float:
+        """See `TreeSizes.least_value`; loads change, so half of the present price."""
+        return min(_MAX_LEAST_VALUE, 0.5 * self._node_price)
 
     def learn_step(self, num_tokens: int, load: StepLoad, step_s: float) -> None:
         """See `TreeSizes.learn_step`."""

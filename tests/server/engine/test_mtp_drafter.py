@@ -9,6 +9,7 @@ from random import Random
 from typing import Any
 
 import pytest
+import torch
 from scipy.stats import chisquare
 from torch import Tensor
 
@@ -57,8 +58,14 @@ class Recorder:
         self.drafter = drafter
         self.found: Proposals = []
 
-    def propose(self, rooted: Seq[Sequence], hidden_BD: Tensor, prefilling: Seq[Sequence]) -> None:
-        self.drafter.propose(rooted, hidden_BD, prefilling)
+    def propose(
+        self,
+        rooted: Seq[Sequence],
+        hidden_BD: Tensor,
+        prefilling: Seq[Sequence],
+        min_value: float = 0.0,
+    ) -> None:
+        self.drafter.propose(rooted, hidden_BD, prefilling, min_value)
         for sequence in rooted:
             if sequence.head_proposal is not None:
                 drafts = sequence.head_proposal.own_tree()
@@ -122,6 +129,25 @@ class TestTrees:
         proposals = recorded(engine)
         run(engine, make_request(random_prompt(3, 17), max_tokens=4, ignore_eos=True))
         assert_as_slowly([item for item in proposals if item[1] == 17])
+
+    def test_stop_growing_where_no_path_is_worth_a_pass(self) -> None:
+        engine = mtp_engine()
+        whole, drafter = [], engine.speculator.drafter
+        assert isinstance(drafter, MTPDrafter)
+        engine.add_request(make_request(random_prompt(1, 9), max_tokens=10, ignore_eos=True))
+        engine.step()
+        (sequence,) = engine._scheduler.running
+        hidden_BD = torch.zeros(1, 1)
+        for min_value in (0.0, 1.0):
+            sequence.num_drafter_tokens = 0
+            drafter.propose([sequence], hidden_BD, [], min_value)
+            assert sequence.head_proposal is not None
+            whole.append(sequence.head_proposal.own_tree())
+        assert whole[0].tree.max_depth > 1
+        assert whole[1].tree.max_depth == 1
+        assert set(whole[1].token_ids) >= {
+            whole[0].token_ids[n] for n in whole[0].tree.children()[0]
+        }
 
     def test_do_not_depend_on_a_shared_beginning_or_its_blocks(self) -> None:
         engine = mtp_engine(block_size=4)

@@ -70,6 +70,11 @@ class TestPlanTrees:
     def test_where_tokens_are_free_everything_is_verified(self) -> None:
         assert sizes([[0.2, 0.01], [0.3]], FLAT) == (3, 2)
 
+    def test_the_price_of_a_node_is_what_its_seconds_would_bring(self) -> None:
+        plan = plan_trees([[0.9, 0.05]], StepCosts(LINEAR), load(1), 0, 9, draft_s=0.0)
+        assert plan.node_price == pytest.approx(plan.speed)
+        assert plan_trees([[0.9]], StepCosts(FLAT), load(1), 0, 9, draft_s=0.0).node_price == 0.0
+
     @pytest.mark.parametrize("most", [0, 1, 3])
     def test_room_is_never_exceeded(self, most: int) -> None:
         assert sum(sizes([[0.9] * 4, [0.8] * 4], FLAT, max_draft_tokens=most)) == 2 + most

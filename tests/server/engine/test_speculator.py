@@ -35,10 +35,16 @@ class CountingDrafter(MedusaDrafter):
         self.asked: list[int] = []
         self.following: list[Sequence] = []
 
-    def propose(self, rooted: Seq[Sequence], hidden_BD: Tensor, prefilling: Seq[Sequence]) -> None:
+    def propose(
+        self,
+        rooted: Seq[Sequence],
+        hidden_BD: Tensor,
+        prefilling: Seq[Sequence],
+        min_value: float = 0.0,
+    ) -> None:
         self.asked.append(len(rooted))
         self.following += prefilling
-        super().propose(rooted, hidden_BD, prefilling)
+        super().propose(rooted, hidden_BD, prefilling, min_value)
 
     def seen_rows(self, prompt_token_ids: Seq[int]) -> SeenRows | None:
         return None
@@ -200,6 +206,17 @@ class TestPlannedSizes:
             propose(made, rooted)
             made.sizes.choose([rooted], REQUEST)
         assert 1 <= len(drafter.asked) < 40
+
+    def test_what_does_not_pay_need_not_be_drafted(self) -> None:
+        made = self.planned(LINEAR)
+        assert made.sizes.least_value() == 0.0
+        rooted = sequence(made)
+        for _ in range(100):
+            made.sizes.choose([rooted], REQUEST)
+        assert made.sizes.least_value() == 0.1, "half of a price of one token, within bounds"
+        propose(made, rooted)
+        assert rooted.proposal is not None
+        assert all(estimate.value > 0.1 for estimate in rooted.proposal.estimates)
 
     def test_foretell_tokens_and_seconds(self) -> None:
         sizes = PlannedSizes(StepCosts(FLAT))
