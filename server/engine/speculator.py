@@ -93,5 +93,6 @@ class Speculator:
             following,
             self.sizes.least_value(),
         )
-        if headed:
+        # Following prompts is no part of what drafting costs.
+        if headed and not following:
             self.sizes.learn_draft(len(headed), time.perf_counter() - started_s)

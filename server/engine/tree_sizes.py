@@ -162,10 +162,6 @@ class PlannedSizes:
 
 
 def _values(sequence: Sequence) -> list[float]:
-    """Values of the nodes that a sequence may have, falling."""
+    """Values of the nodes that were drafted for a sequence, falling."""
     proposal = sequence.proposal
-    if proposal is None:
-        return []
-    depth = sequence.num_lacking_tokens - 1
-    allowed = proposal.limited(sequence.drafts_allowed, depth) if depth > 0 else None
-    return [estimate.value for estimate in allowed.estimates] if allowed is not None else []
+    return [] if proposal is None else [estimate.value for estimate in proposal.estimates]
