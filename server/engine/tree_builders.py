@@ -10,7 +10,7 @@ from heads.merged_tree import TreeLimits, TreeMerger
 from server.engine.sequence import Sequence
 
 _NUM_MATCHES = 4
-_MAX_DEPTH = 12
+_MAX_DEPTH = 24
 
 
 class TreeBuilder(Protocol):
