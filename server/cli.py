@@ -55,6 +55,7 @@ ENGINE_OPTIONS: Mapping[str, str] = {
     "acceptance": "Rule of requests that ask for auto and have no seed and no log-probs.",
     "prefix_caching": "Reuse the KV of earlier prompts with the same beginning.",
     "num_threads": "CPU threads of the model; torch's choice if not given.",
+    "remeasure": "Measure the step cost although an earlier start kept it.",
 }
 API_OPTIONS: Mapping[str, str] = {
     "served_model_name": "Name that clients give as model; that of --model if not given.",

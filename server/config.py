@@ -201,6 +201,7 @@ class EngineConfig:
             ask for log-probs are exact whatever it says.
         prefix_caching: Reuse KV blocks of earlier prompts with the same beginning.
         num_threads: CPU threads of the model; None leaves torch's choice.
+        remeasure: Measure the step cost although an earlier start kept it.
 
     Raises:
         ConfigError: If a value is out of range.
@@ -225,6 +226,7 @@ class EngineConfig:
     acceptance: AcceptanceName = "auto"
     prefix_caching: bool = True
     num_threads: int | None = None
+    remeasure: bool = False
 
     def __post_init__(self) -> None:
         positive = {

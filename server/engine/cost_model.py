@@ -151,9 +151,20 @@ class Probes:
     max_tokens: int
 
 
-def measure(probes: Probes) -> CostModel:
-    """Time steps of growing size, with more KV and with more sequences."""
+def root_step_s(probes: Probes) -> float:
+    """Median seconds of a step of one token."""
+    return _median_s(functools.partial(probes.step, 1))
+
+
+def measure(probes: Probes, report: Callable[[str], None]) -> CostModel:
+    """Time steps of growing size, with more KV and with more sequences.
+
+    Args:
+        probes: What is timed.
+        report: Called with a short line at each stage.
+    """
     sizes = tuple(size for size in STEP_SIZES if size <= probes.max_tokens)
+    report(f"measuring the step cost: steps of 1 to {sizes[-1]} tokens")
     probes.step(sizes[-1])
     medians: list[float] = []
     for size in sizes:
@@ -163,6 +174,7 @@ def measure(probes: Probes) -> CostModel:
         # No room to measure trees, so none may seem cheap.
         sizes, medians = (1, 2), [medians[0], 2 * medians[0]]
     kv_token_s = sequence_s = draft_s = draft_sequence_s = 0.0
+    report("measuring the step cost: a longer context and more sequences")
     if probes.num_further_tokens:
         further_s = _median_s(probes.long_step) - medians[0]
         kv_token_s = max(0.0, further_s / probes.num_further_tokens)
@@ -171,6 +183,7 @@ def measure(probes: Probes) -> CostModel:
         same_tokens_s = _interpolated(sizes, medians, probes.num_sequences)
         sequence_s = max(0.0, (_median_s(probes.many_step) - same_tokens_s) / num_further)
     if probes.draft is not None:
+        report("measuring the step cost: the draft heads")
         draft_s = _median_s(functools.partial(probes.draft, 1))
     if probes.draft is not None and num_further:
         many_s = _median_s(functools.partial(probes.draft, probes.num_sequences))

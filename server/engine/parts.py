@@ -11,7 +11,8 @@ import heads as heads_package
 from heads.medusa import MedusaHeads
 from heads.tree_search import AcceptanceProfile, best_tree
 from server.config import NATIVE_HEADS, SHIPPED_HEADS, EngineConfig
-from server.engine.cost_model import StepCosts, measure
+from server.engine.cost_cache import CostCache, cached_costs, cost_key
+from server.engine.cost_model import StepCosts
 from server.engine.drafter import Drafter, MedusaDrafter
 from server.engine.model_runner import ModelRunner
 from server.engine.mtp_drafter import Growth, MTPDrafter
@@ -23,6 +24,7 @@ from server.engine.validate import RequestLimits
 from server.errors import ConfigError
 from server.kv.block_manager import BlockManager
 from server.kv.kv_cache import KVCache, KVLayout
+from server.model.cache import cache_dir
 from server.model.draft_heads import DraftHeads, load_draft_heads, native_draft_heads
 from server.model.loading import LoadedModel, load_model
 
@@ -78,14 +80,16 @@ def build_parts(
         max_len = _checked_max_len(config.max_model_len, max_len)
     if config.max_prefill_tokens is None and loaded.device.type == "cpu":
         config = replace(config, max_prefill_tokens=_CPU_PREFILL_TOKENS)
-    cache = KVCache(layout, num_blocks)
+    kv_cache = KVCache(layout, num_blocks)
     blocks = BlockManager(num_blocks, config.block_size, config.prefix_caching)
-    runner = ModelRunner(loaded, cache)
-    speculator = make_speculator(config, loaded_heads, cache, blocks)
+    runner = ModelRunner(loaded, kv_cache)
+    speculator = make_speculator(config, loaded_heads, kv_cache, blocks)
     if len(speculator.methods) > 2 and config.tree == "auto" and config.budget == "auto":
-        report("measuring the step cost")
         probes = step_probes(runner, loaded, speculator.drafter, layout, num_blocks)
-        speculator.sizes = PlannedSizes(StepCosts(measure(probes)))
+        key = cost_key(loaded, loaded_heads, config.block_size, config.max_nodes, probes)
+        cache = CostCache(cache_dir() / "costs", key)
+        costs = cached_costs(cache, probes, report, config.remeasure)
+        speculator.sizes = PlannedSizes(StepCosts(costs))
     return EngineParts(
         config=config,
         loaded=loaded,

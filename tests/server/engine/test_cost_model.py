@@ -113,21 +113,26 @@ class TestMeasure:
     def test_times_every_size_up_to_the_limit_several_times(self) -> None:
         asked: list[int] = []
         drafts: list[int] = []
-        costs = measure(probes(asked.append, 24, draft=drafts.append, num_sequences=4))
+        lines: list[str] = []
+        costs = measure(
+            probes(asked.append, 24, draft=drafts.append, num_sequences=4), lines.append
+        )
         assert costs.num_tokens == tuple(size for size in STEP_SIZES if size <= 24)
         assert all(asked.count(size) >= 3 for size in costs.num_tokens)
         assert max(asked) == 24
         assert drafts.count(1) >= 3
         assert drafts.count(4) >= 3
+        assert len(lines) == 3
+        assert "1 to 24 tokens" in lines[0]
 
     def test_seconds_never_fall_with_the_size(self) -> None:
-        costs = measure(probes(lambda size: sum(range((200 - size) * 500)), 128))
+        costs = measure(probes(lambda size: sum(range((200 - size) * 500)), 128), print)
         assert list(costs.step_s) == sorted(costs.step_s)
         assert costs.draft_s == 0.0
 
     def test_a_single_size_still_gives_a_slope(self) -> None:
         asked: list[int] = []
-        costs = StepCosts(measure(probes(asked.append, 1)))
+        costs = StepCosts(measure(probes(asked.append, 1), print))
         assert set(asked) == {1}, "a cache of one slot has no room for more"
         assert costs.seconds(2, ONE) == 2 * costs.seconds(1, ONE)
 
@@ -143,7 +148,8 @@ class TestMeasure:
                 many_step=lambda: work(9),
                 num_further_tokens=40,
                 num_sequences=5,
-            )
+            ),
+            print,
         )
         assert costs.kv_token_s > 0.0
         assert costs.sequence_s > 0.0

@@ -11,6 +11,7 @@ import torch
 from server.config import EngineConfig
 from server.engine.engine import Engine
 from server.errors import ConfigError, HeadsMismatchError, ModelError
+from server.model.cache import CACHE_VARIABLE
 from tests.engine_tools import SlowModel, assert_as_expected, make_request, random_prompt
 from tests.native_checkpoints import NativeName, save_native
 from tests.tiny_heads import save_tiny_heads
@@ -28,6 +29,12 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def heads_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_heads(model_dir, tmp_path_factory.mktemp("heads") / "tiny-medusa")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 @pytest.fixture
@@ -68,13 +75,19 @@ class TestModel:
         with pytest.raises(ModelError, match="nowhere"):
             build(tmp_path / "nowhere")
 
-    def test_each_stage_is_reported(self, model_dir: Path, heads_dir: Path) -> None:
+    def test_each_stage_is_reported_and_the_step_cost_kept(
+        self, model_dir: Path, heads_dir: Path, own_cache: Path
+    ) -> None:
         lines: list[str] = []
         config = EngineConfig(
             model=str(model_dir), heads=str(heads_dir), device="cpu", num_blocks=16, max_nodes=4
         )
-        Engine.from_config(config, lines.append)
-        assert [line.split()[0] for line in lines] == ["loading", "loading", "measuring"]
+        engine = Engine.from_config(config, lines.append)
+        assert [line.split()[0] for line in lines] == ["loading"] * 2 + ["measuring"] * 3
+        costs = engine.speculator.sizes.costs
+        assert costs is not None
+        [kept] = (own_cache / "costs").iterdir()
+        assert json.loads(kept.read_text())["costs"]["draft_s"] == costs.measured.draft_s
 
     @pytest.mark.usefixtures("_threads")
     def test_threads_are_set_before_the_model_runs(self, model_dir: Path) -> None:
