@@ -8,7 +8,16 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
-from bench import acceptance, exactness, latency, overhead, quality, quantization
+from bench import (
+    acceptance,
+    exactness,
+    latency,
+    overhead,
+    peers,
+    quality,
+    quantization,
+    serving,
+)
 from bench.errors import BenchError
 from bench.options import BenchOptions, parse_options
 from bench.outcome import Outcome
@@ -23,6 +32,8 @@ _RUN: dict[str, Callable[[BenchOptions], Outcome]] = {
     "overhead": overhead.run,
     "quality": quality.run,
     "quantization": quantization.run,
+    "serving": serving.run,
+    "peers": peers.run,
 }
 
 

@@ -17,11 +17,16 @@ _TOO_LONG = "context_length_exceeded"
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A user turn with everything before it, ready to be answered."""
+    """A user turn with everything before it, ready to be answered.
+
+    Attributes:
+        messages: The dialogue up to the turn, of which `prompt_token_ids` is the rendering.
+    """
 
     conversation: Conversation
     index: int
     prompt_token_ids: tuple[int, ...]
+    messages: tuple[dict[str, str], ...] = ()
 
     @property
     def key(self) -> str:
@@ -73,7 +78,7 @@ def make_turn(tokenizer: Tokenizer, conversation: Conversation, answers: Sequenc
         messages.append({"role": "assistant", "content": answer})
     messages.append({"role": "user", "content": conversation.turns[len(answers)]})
     token_ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-    return Turn(conversation, len(answers), tuple(token_ids))
+    return Turn(conversation, len(answers), tuple(token_ids), tuple(messages))
 
 
 def skip_if_too_long(engine: Engine, turn: Turn, request: Request) -> SkippedTurn | None:

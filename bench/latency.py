@@ -164,11 +164,15 @@ def engine_contender(engine: Engine, speculation: SpeculationParams) -> Contende
     return answer
 
 
-def reference_contender(reference: ReferenceModel) -> Contender:
-    """Transformers' generate: every token after the first is one step."""
+def reference_contender(
+    reference: ReferenceModel, num_lookup_tokens: int | None = None
+) -> Contender:
+    """Transformers' generate: every token after the first is counted as one step."""
 
     def answer(turn: Turn, max_new_tokens: int) -> Run:
-        timing, token_ids = reference.generate(turn.prompt_token_ids, max_new_tokens)
+        timing, token_ids = reference.generate(
+            turn.prompt_token_ids, max_new_tokens, num_lookup_tokens
+        )
         return Run(timing, token_ids, timing.num_decode_tokens)
 
     return answer

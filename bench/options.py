@@ -5,7 +5,7 @@ Knows no model and no engine beyond the names of their options.
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import get_args
 
@@ -18,10 +18,39 @@ COMMANDS = {
     "quality": "typical against exact acceptance when sampling: speed, perplexity, variety",
     "quantization": "quantised weights against plain ones: step seconds, perplexity, agreement",
     "overhead": "share of a step that the engine spends outside the model",
+    "serving": "a server under load, speculation on against off: throughput and latencies",
+    "peers": "tokens per second at batch 1 beside transformers and llama.cpp",
 }
 # Commands that keep several requests in flight; the others measure batch 1.
 _BATCHED = ("acceptance", "exactness")
 _DEFAULT_CONCURRENCY = 8
+_PLOT_SUFFIXES = (".png", ".svg", ".pdf")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """How the serving bench loads the server.
+
+    Attributes:
+        concurrencies: Numbers of clients of the closed loops.
+        rate: Requests per second of an open loop beside them; None runs none.
+        rounds: Counted rounds.
+        requests_per_round: Of each loop; None takes twice the clients, at least 8, and 32 for an
+            open loop.
+        seconds_per_round: Time after which a closed loop begins no further request; None sets none.
+        seed: Of the draws.
+        engine: Whether to leave HTTP out.
+        plot: File for the plot; None draws none.
+    """
+
+    concurrencies: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    rate: float | None = None
+    rounds: int = 5
+    requests_per_round: int | None = None
+    seconds_per_round: float | None = None
+    seed: int = 0
+    engine: bool = False
+    plot: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +73,8 @@ class BenchOptions:
         device: As `EngineConfig.device`.
         num_threads: CPU threads; None leaves torch's choice.
         concurrency: Requests in flight; 1 for commands that measure batch 1.
+        load: Of the serving bench.
+        llama_server: llama.cpp's server for the peers bench; None looks for it on PATH.
         output: File that also gets the JSON object.
     """
 
@@ -62,6 +93,8 @@ class BenchOptions:
     device: DeviceName = "auto"
     num_threads: int | None = None
     concurrency: int = 1
+    load: LoadOptions = LoadOptions()
+    llama_server: Path | None = None
     output: Path | None = None
 
 
@@ -83,6 +116,15 @@ def parse_options(argv: Sequence[str]) -> BenchOptions:
             )
         if name == "quantization":
             command.set_defaults(quantization="int8")
+        if name == "peers":
+            command.add_argument(
+                "--llama-server",
+                type=Path,
+                metavar="FILE",
+                help="llama.cpp's server, if not on PATH",
+            )
+        if name == "serving":
+            _add_load(command)
         if name in _BATCHED:
             command.add_argument(
                 "--concurrency",
@@ -91,7 +133,39 @@ def parse_options(argv: Sequence[str]) -> BenchOptions:
                 metavar="N",
                 help="requests in flight",
             )
-    return BenchOptions(**vars(parser.parse_args(argv)))
+    values = vars(parser.parse_args(argv))
+    names = [field.name for field in fields(LoadOptions) if field.name in values]
+    return BenchOptions(load=LoadOptions(**{name: values.pop(name) for name in names}), **values)
+
+
+def _add_load(parser: argparse.ArgumentParser) -> None:
+    default = LoadOptions()
+    add = parser.add_argument
+    add(
+        "--concurrency",
+        dest="concurrencies",
+        type=_counts,
+        default=",".join(map(str, default.concurrencies)),
+        metavar="N,N,...",
+        help="clients of each closed loop",
+    )
+    add("--rate", type=_amount, metavar="R", help="an open loop too, of R requests per second")
+    add("--rounds", type=_positive, default=default.rounds, metavar="N", help="counted rounds")
+    add(
+        "--requests-per-round",
+        type=_positive,
+        metavar="N",
+        help="requests of each loop in a round; twice the clients, at least 8, if not given",
+    )
+    add(
+        "--seconds-per-round",
+        type=_amount,
+        metavar="S",
+        help="begin no further request of a closed loop after S seconds",
+    )
+    add("--seed", type=int, default=default.seed, help="of the draws")
+    add("--engine", action="store_true", help="drive the asynchronous engine, without HTTP")
+    add("--plot", type=_plot, metavar="FILE", help="draw the ratios over the concurrency")
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -127,6 +201,32 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no count; give a whole number from 1")
     return int(text)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    counts = tuple(_positive(part.strip()) for part in text.split(","))
+    if len(set(counts)) < len(counts):
+        raise argparse.ArgumentTypeError(f"{text!r} names a count twice; give each once")
+    return counts
+
+
+def _amount(text: str) -> float:
+    try:
+        amount = float(text)
+    except ValueError:
+        amount = 0.0
+    if not 0.0 < amount < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no amount; give a number above 0")
+    return amount
+
+
+def _plot(text: str) -> Path:
+    path = Path(text)
+    if path.suffix not in _PLOT_SUFFIXES:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} names no image; give a file that ends in {', '.join(_PLOT_SUFFIXES)}"
+        )
+    return path
 
 
 def _tree_size(text: str) -> int:

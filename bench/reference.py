@@ -71,9 +71,18 @@ class ReferenceModel:
         self._generate: Callable[..., Tensor] = model.generate
 
     def generate(
-        self, prompt_token_ids: Sequence[int], max_new_tokens: int
+        self,
+        prompt_token_ids: Sequence[int],
+        max_new_tokens: int,
+        num_lookup_tokens: int | None = None,
     ) -> tuple[Timing, tuple[int, ...]]:
-        """Decode greedily; an end token is part of the output, as it is of the engine's."""
+        """Decode greedily; an end token is part of the output, as it is of the engine's.
+
+        Args:
+            prompt_token_ids: At least one token.
+            max_new_tokens: Longest output.
+            num_lookup_tokens: Draft tokens of transformers' own prompt lookup; None drafts nothing.
+        """
         clock = _FirstTokenClock(self._wait_for_device)
         start = time.perf_counter()
         prompt_1T = torch.tensor([list(prompt_token_ids)], device=self._device)
@@ -81,6 +90,7 @@ class ReferenceModel:
             prompt_1T,
             attention_mask=torch.ones_like(prompt_1T),
             max_new_tokens=max_new_tokens,
+            prompt_lookup_num_tokens=num_lookup_tokens,
             stopping_criteria=StoppingCriteriaList([clock]),
         )
         token_ids = tuple(output_1T[0, prompt_1T.shape[1] :].tolist())

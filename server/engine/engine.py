@@ -193,7 +193,7 @@ class Engine:
             for item, verdict in zip(verified, verdicts, strict=True)
         ]
         self._advance(plan, verdicts)
-        self._learn(plan, verdicts, time.perf_counter() - started_s)
+        self._learn(plan, verdicts, emissions, time.perf_counter() - started_s)
         self._propose(plan, verdicts, emissions, target)
         self._count(plan, emissions)
         return self._outputs(verified, verdicts, emissions, target)
@@ -254,12 +254,24 @@ class Engine:
             sequence.num_computed_tokens = min(sequence.num_computed_tokens, limit)
             self._scheduler.note_computed(sequence)
 
-    def _learn(self, plan: Seq[ScheduledSequence], verdicts: Seq[Verdict], step_s: float) -> None:
+    def _learn(
+        self,
+        plan: Seq[ScheduledSequence],
+        verdicts: Seq[Verdict],
+        emissions: Seq[Emission],
+        step_s: float,
+    ) -> None:
         """Tell the speculator what the step cost and which drafts were accepted."""
         num_tokens = sum(item.num_tokens for item in plan)
         num_kv_tokens = sum(item.sequence.num_computed_tokens for item in plan)
-        self.speculator.sizes.learn_step(num_tokens, StepLoad(len(plan), num_kv_tokens), step_s)
-        verified = (item for item in plan if item.is_verified)
+        verified = [item for item in plan if item.is_verified]
+        num_emitted = sum(
+            len(emission.token_ids)
+            for item, emission in zip(verified, emissions, strict=True)
+            if item.is_decoding
+        )
+        load = StepLoad(len(plan), num_kv_tokens)
+        self.speculator.sizes.learn_step(num_tokens, load, num_emitted, step_s)
         for item, verdict in zip(verified, verdicts, strict=True):
             self.speculator.trees.learn(item.sequence, item.drafts, verdict.path)
 

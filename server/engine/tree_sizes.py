@@ -25,12 +25,33 @@ class StepRequest:
     max_draft_tokens: int
 
 
+@dataclass(slots=True)
+class Foresight:
+    """How well steps were foretold, in all.
+
+    Attributes:
+        num_tokens: Tokens that verify steps were expected to emit.
+        seconds: That steps and drafting were expected to take.
+        measured_tokens: Tokens that these verify steps emitted.
+        measured_seconds: That these steps and drafting took.
+    """
+
+    num_tokens: float = 0.0
+    seconds: float = 0.0
+    measured_tokens: int = 0
+    measured_seconds: float = 0.0
+
+
 class TreeSizes(Protocol):
     """Chooses the sizes of the trees that were drafted."""
 
     @property
     def costs(self) -> StepCosts | None:
         """Of steps, if sizes hang on them."""
+
+    @property
+    def foresight(self) -> Foresight | None:
+        """How well steps were foretold, if they are."""
 
     def choose(self, decoding: Seq[Sequence], request: StepRequest) -> list[int]:
         """Nodes of each sequence's tree, root included."""
@@ -41,8 +62,8 @@ class TreeSizes(Protocol):
     def least_value(self) -> float:
         """Nodes that are worth less will hardly be verified, so need not be drafted."""
 
-    def learn_step(self, num_tokens: int, load: StepLoad, step_s: float) -> None:
-        """Take note of a step's seconds."""
+    def learn_step(self, num_tokens: int, load: StepLoad, num_emitted: int, step_s: float) -> None:
+        """Take note of a step's seconds, and of the tokens that its verify steps emitted."""
 
     def learn_draft(self, num_sequences: int, draft_s: float) -> None:
         """Take note of the seconds that the heads took."""
@@ -59,6 +80,11 @@ class FixedSizes:
         """See `TreeSizes.costs`."""
         return None
 
+    @property
+    def foresight(self) -> Foresight | None:
+        """See `TreeSizes.foresight`."""
+        return None
+
     def choose(self, decoding: Seq[Sequence], request: StepRequest) -> list[int]:
         """See `TreeSizes.choose`; all shrink alike where there is no room."""
         room = 1 + request.max_draft_tokens // max(1, len(decoding))
@@ -72,24 +98,11 @@ class FixedSizes:
         """See `TreeSizes.least_value`."""
         return 0.0
 
-    def learn_step(self, num_tokens: int, load: StepLoad, step_s: float) -> None:
+    def learn_step(self, num_tokens: int, load: StepLoad, num_emitted: int, step_s: float) -> None:
         """See `TreeSizes.learn_step`; nothing hangs on it."""
 
     def learn_draft(self, num_sequences: int, draft_s: float) -> None:
         """See `TreeSizes.learn_draft`; nothing hangs on it."""
-
-
-@dataclass(slots=True)
-class Foresight:
-    """How well steps were foretold, in all.
-
-    Attributes:
-        num_tokens: Tokens that verify steps were expected to emit.
-        seconds: That steps and drafting were expected to take.
-    """
-
-    num_tokens: float = 0.0
-    seconds: float = 0.0
 
 
 class PlannedSizes:
@@ -97,14 +110,11 @@ class PlannedSizes:
 
     Args:
         costs: Learns from every step.
-
-    Attributes:
-        foresight: For benches.
     """
 
     def __init__(self, costs: StepCosts) -> None:
         self._costs = costs
-        self.foresight = Foresight()
+        self._foresight = Foresight()
         self._gates: dict[int, HeadGate] = {}
         self._node_price = 0.0
 
@@ -112,6 +122,11 @@ class PlannedSizes:
     def costs(self) -> StepCosts | None:
         """See `TreeSizes.costs`."""
         return self._costs
+
+    @property
+    def foresight(self) -> Foresight:
+        """See `TreeSizes.foresight`."""
+        return self._foresight
 
     def choose(self, decoding: Seq[Sequence], request: StepRequest) -> list[int]:
         """See `TreeSizes.choose`."""
@@ -141,14 +156,17 @@ class PlannedSizes:
         """See `TreeSizes.least_value`; loads change, so half of the present price."""
         return min(_MAX_LEAST_VALUE, 0.5 * self._node_price)
 
-    def learn_step(self, num_tokens: int, load: StepLoad, step_s: float) -> None:
+    def learn_step(self, num_tokens: int, load: StepLoad, num_emitted: int, step_s: float) -> None:
         """See `TreeSizes.learn_step`."""
-        self.foresight.seconds += self._costs.seconds(num_tokens, load)
+        self._foresight.seconds += self._costs.seconds(num_tokens, load)
+        self._foresight.measured_tokens += num_emitted
+        self._foresight.measured_seconds += step_s
         self._costs.learn(num_tokens, load, step_s)
 
     def learn_draft(self, num_sequences: int, draft_s: float) -> None:
         """See `TreeSizes.learn_draft`."""
-        self.foresight.seconds += self._costs.draft_seconds(num_sequences)
+        self._foresight.seconds += self._costs.draft_seconds(num_sequences)
+        self._foresight.measured_seconds += draft_s
         self._costs.learn_draft(num_sequences, draft_s)
 
     def _gate(self, num_decoding: int) -> HeadGate:
@@ -158,7 +176,7 @@ class PlannedSizes:
 
     def _foretell(self, values: Seq[Seq[float]], plan: Plan) -> None:
         chosen = zip(values, plan.sizes, strict=True)
-        self.foresight.num_tokens += sum(1.0 + sum(own[: size - 1]) for own, size in chosen)
+        self._foresight.num_tokens += sum(1.0 + sum(own[: size - 1]) for own, size in chosen)
 
 
 def _values(sequence: Sequence) -> list[float]:

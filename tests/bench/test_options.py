@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.options import COMMANDS, BenchOptions, parse_options
+from bench.options import COMMANDS, BenchOptions, LoadOptions, parse_options
 
 
 @pytest.mark.parametrize("command", list(COMMANDS))
@@ -80,3 +80,53 @@ def test_help_lists_all_commands(capsys: pytest.CaptureFixture[str]) -> None:
         parse_options(["--help"])
     shown = capsys.readouterr().out
     assert all(command in shown for command in COMMANDS)
+
+
+def test_every_option_of_the_load_is_read() -> None:
+    line = (
+        "serving --concurrency 1,8 --rate 2.5 --rounds 7 --requests-per-round 9"
+        " --seconds-per-round 30 --seed 3 --engine --plot p.png"
+    )
+    assert parse_options(line.split()).load == LoadOptions(
+        concurrencies=(1, 8),
+        rate=2.5,
+        rounds=7,
+        requests_per_round=9,
+        seconds_per_round=30.0,
+        seed=3,
+        engine=True,
+        plot=Path("p.png"),
+    )
+
+
+def test_the_load_has_defaults() -> None:
+    options = parse_options(["serving"])
+    assert options.load == LoadOptions()
+    assert options.load.concurrencies == (1, 2, 4, 8, 16, 32, 64)
+
+
+def test_llama_server_is_an_option_of_peers_alone() -> None:
+    assert parse_options(["peers", "--llama-server", "x"]).llama_server == Path("x")
+    with pytest.raises(SystemExit):
+        parse_options(["latency", "--llama-server", "x"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--concurrency 1,0", "'0' is no count"),
+        ("--concurrency 1,,2", "'' is no count"),
+        ("--concurrency 2,4,2", "'2,4,2' names a count twice"),
+        ("--rate 0", "'0' is no amount"),
+        ("--seconds-per-round inf", "'inf' is no amount"),
+        ("--rate fast", "'fast' is no amount"),
+        ("--rounds 0", "'0' is no count"),
+        ("--plot ratios", "'ratios' names no image"),
+    ],
+)
+def test_a_wrong_load_is_refused(
+    arguments: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse_options(["serving", *arguments.split()])
+    assert message in capsys.readouterr().err

@@ -38,6 +38,13 @@ def test_generate_equals_the_engine(reference: ReferenceModel, engine: Engine) -
     assert reference.generate(PROMPT, 24)[1] == engine.generate([request])[0].token_ids
 
 
+def test_prompt_lookup_changes_no_output(reference: ReferenceModel) -> None:
+    prompt = PROMPT + PROMPT
+    timing, token_ids = reference.generate(prompt, 24, num_lookup_tokens=5)
+    assert token_ids == reference.generate(prompt, 24)[1]
+    assert 0.0 < timing.first_token_s < timing.request_s
+
+
 def test_generate_stops_behind_an_end_token(engine: Engine) -> None:
     reference = ReferenceModel(engine.loaded)
     _, token_ids = reference.generate(PROMPT, 6)

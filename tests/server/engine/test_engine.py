@@ -157,6 +157,19 @@ class TestDrafts:
         assert num_drafted > 10
         assert loads.count(2) > 5
 
+    def test_what_was_foretold_is_measured_too(self) -> None:
+        costs = CostModel((1, 8, 32), (0.001, 0.0011, 0.0012), draft_s=0.0001)
+        engine = make_engine(costs=costs)
+        prompts = [random_prompt(seed, length) for seed, length in ((1, 3), (2, 40), (3, 9))]
+        completions = engine.generate([make_request(prompt, max_tokens=12) for prompt in prompts])
+        foresight = engine.speculator.sizes.foresight
+        assert foresight is not None
+        emitted = sum(completion.stats.num_emitted_tokens for completion in completions)
+        assert foresight.measured_tokens == emitted > 0
+        assert foresight.num_tokens >= sum(c.stats.num_steps for c in completions)
+        assert foresight.measured_seconds > 0.0
+        assert foresight.seconds >= 0.001 * engine.counters.num_steps * 0.2
+
     def test_a_request_can_switch_drafts_off(self) -> None:
         request = make_request(PROMPT, SpeculationParams(method="none"), max_tokens=8)
         completion = complete(make_engine(), request)

@@ -16,7 +16,7 @@ from server.engine.drafter import MedusaDrafter
 from server.engine.sequence import DraftSources, Sequence
 from server.engine.speculator import Speculator
 from server.engine.tree_builders import MergedTrees, OwnTrees, TreeBuilder
-from server.engine.tree_sizes import FixedSizes, PlannedSizes, StepRequest, TreeSizes
+from server.engine.tree_sizes import FixedSizes, Foresight, PlannedSizes, StepRequest, TreeSizes
 from tests.engine_tools import make_sequence, random_heads, wide_profile
 
 VOCAB = 16
@@ -223,9 +223,17 @@ class TestPlannedSizes:
         made = make(sizes=sizes)
         rooted = sequence(made, "none")
         sizes.choose([rooted], REQUEST)
-        sizes.learn_step(1, StepLoad(1), 1.1)
-        assert sizes.foresight.num_tokens == 1.0
-        assert sizes.foresight.seconds == 1.0
+        sizes.learn_step(1, StepLoad(1), 1, 1.1)
+        assert sizes.foresight == Foresight(1.0, 1.0, 1, 1.1)
+
+    def test_foretell_drafting_too(self) -> None:
+        sizes = PlannedSizes(StepCosts(FLAT))
+        expected_s = StepCosts(FLAT).draft_seconds(2)
+        sizes.learn_draft(2, 0.25)
+        assert sizes.foresight == Foresight(0.0, expected_s, 0, 0.25)
+
+    def test_fixed_sizes_foretell_nothing(self) -> None:
+        assert FixedSizes(4).foresight is None
 
 
 class TestLearning:
