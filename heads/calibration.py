@@ -19,7 +19,7 @@ from enum import IntEnum
 from typing import NamedTuple
 
 _BIN_EDGES = (0.01, 0.02, 0.04, 0.07, 0.12, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.96)
-_NUM_BINS = len(_BIN_EDGES) + 1
+NUM_BINS = len(_BIN_EDGES) + 1
 MAX_DEPTH = 16
 MAX_MATCH = 16
 # Probability that the token after a match of 1, 2, ... tokens comes again, before any traffic: what
@@ -30,7 +30,7 @@ _LONGEST_PRIOR = 0.95
 _FURTHER_PRIOR = 0.12
 _MAX_PROBABILITY = 0.99
 # Expected hits that the prior of a cell, or of a request, counts as.
-_CELL_PRIOR = 10.0
+CELL_PRIOR = 10.0
 _REQUEST_PRIOR = 4.0
 # Expected hits after which older ones begin to fade.
 _CELL_MEMORY = 400.0
@@ -46,14 +46,19 @@ class DraftSource(IntEnum):
     BOTH = 2
 
 
-_LOOKUP_START = MAX_DEPTH * _NUM_BINS
+_LOOKUP_START = MAX_DEPTH * NUM_BINS
 _BOTH_START = _LOOKUP_START + 2 * MAX_MATCH
-NUM_CELLS = _BOTH_START + _NUM_BINS
+NUM_CELLS = _BOTH_START + NUM_BINS
+
+
+def head_bin(probability: float) -> int:
+    """Bin of a candidate's raw probability, below `NUM_BINS`."""
+    return bisect_right(_BIN_EDGES, probability)
 
 
 def head_cell(depth: int, probability: float) -> int:
     """Cell of a draft head's candidate; depth from 1."""
-    return (min(depth, MAX_DEPTH) - 1) * _NUM_BINS + bisect_right(_BIN_EDGES, probability)
+    return (min(depth, MAX_DEPTH) - 1) * NUM_BINS + head_bin(probability)
 
 
 def lookup_cell(length: int, is_longest: bool) -> int:
@@ -71,6 +76,17 @@ def source_of(cell: int) -> DraftSource:
     if cell < _LOOKUP_START:
         return DraftSource.HEADS
     return DraftSource.LOOKUP if cell < _BOTH_START else DraftSource.BOTH
+
+
+def ratios_from_heads(ratios_KC: Sequence[Sequence[float]]) -> list[float]:
+    """Ratios of all cells where those of head cells are known; the others are neutral.
+
+    Args:
+        ratios_KC: One row a depth, from 1, of `NUM_BINS` ratios; rows beyond `MAX_DEPTH` are left
+            out.
+    """
+    known = [ratio for ratios_C in ratios_KC[:MAX_DEPTH] for ratio in ratios_C]
+    return known + [1.0] * (NUM_CELLS - len(known))
 
 
 def lookup_prior(length: int, is_longest: bool) -> float:
@@ -116,8 +132,8 @@ class Calibrator:
         self.ratios = [1.0] * NUM_CELLS if ratios is None else list(ratios)
         if len(self.ratios) != NUM_CELLS:
             raise ValueError(f"{len(self.ratios)} ratios; give {NUM_CELLS}, one a cell")
-        self._expected = [_CELL_PRIOR] * NUM_CELLS
-        self._hits = [_CELL_PRIOR * ratio for ratio in self.ratios]
+        self._expected = [CELL_PRIOR] * NUM_CELLS
+        self._hits = [CELL_PRIOR * ratio for ratio in self.ratios]
 
     def probability(self, cell: int, raw: float) -> float:
         """Correct a raw probability."""

@@ -3,14 +3,16 @@
 The value of a node is the probability that its whole path is accepted, so the values of a tree
 add up to the tokens that a verify step emits. Knows rates and shapes, not tokens or costs.
 
-Shape suffixes: K draft heads, R top-k ranks.
+Shape suffixes: K draft heads, R top-k ranks, C bins of confidence.
 """
 
 import heapq
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+from heads.calibration import NUM_BINS
 from heads.tree import NO_PARENT, DraftTree
 
 
@@ -21,12 +23,16 @@ class AcceptanceProfile:
     Attributes:
         accept_rates_KR: Entry (k, r) is the probability that the candidate of rank r at depth
             k + 1 is accepted, given that its parent on the path was.
+        calibration_KC: By depth and `heads.calibration.head_bin` what a draft probability is
+            multiplied by to get an accept rate, given the same; empty if not measured.
 
     Raises:
-        ValueError: If there is no rate at some depth, or a rate lies outside [0, 1].
+        ValueError: If there is no rate at some depth, a rate lies outside [0, 1], or a ratio of
+            the calibration is missing or not positive.
     """
 
     accept_rates_KR: tuple[tuple[float, ...], ...]
+    calibration_KC: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.accept_rates_KR or not all(self.accept_rates_KR):
@@ -37,6 +43,12 @@ class AcceptanceProfile:
             for rate in rates_R:
                 if not 0.0 <= rate <= 1.0:
                     raise ValueError(f"a rate at depth {depth} is {rate}; give 0 to 1")
+        for depth, ratios_C in enumerate(self.calibration_KC, start=1):
+            if len(ratios_C) != NUM_BINS:
+                raise ValueError(f"{len(ratios_C)} ratios at depth {depth}; give {NUM_BINS}")
+            for ratio in ratios_C:
+                if not (ratio > 0.0 and math.isfinite(ratio)):
+                    raise ValueError(f"a ratio at depth {depth} is {ratio}; give more than 0")
 
     @property
     def max_depth(self) -> int:
@@ -45,24 +57,32 @@ class AcceptanceProfile:
 
     def to_json(self) -> dict[str, Any]:
         """Return the profile as a JSON object."""
-        return {"accept_rates": [list(rates_R) for rates_R in self.accept_rates_KR]}
+        data = {"accept_rates": [list(rates_R) for rates_R in self.accept_rates_KR]}
+        if self.calibration_KC:
+            data["calibration"] = [list(ratios_C) for ratios_C in self.calibration_KC]
+        return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Read what `to_json` returned.
+        """Read what `to_json` returned; older profiles have no calibration.
 
         Raises:
-            ValueError: If a key is missing or unknown, or a rate is no number in [0, 1].
+            ValueError: If a key is missing or unknown, a rate is no number in [0, 1], or a ratio is
+                no positive number.
         """
-        if set(data) != {"accept_rates"}:
-            raise ValueError(f"profile keys are {sorted(data)}; give accept_rates alone")
-        try:
-            rates_KR = tuple(tuple(map(float, rates_R)) for rates_R in data["accept_rates"])
-        except (TypeError, ValueError) as error:
+        if set(data) - {"calibration"} != {"accept_rates"}:
             raise ValueError(
-                f"accept_rates is {data['accept_rates']!r}; give a list of lists of numbers"
-            ) from error
-        return cls(rates_KR)
+                f"profile keys are {sorted(data)}; give accept_rates, and calibration if known"
+            )
+        return cls(_rows(data, "accept_rates"), _rows(data, "calibration"))
+
+
+def _rows(data: Mapping[str, Any], key: str) -> tuple[tuple[float, ...], ...]:
+    rows = data.get(key, ())
+    try:
+        return tuple(tuple(map(float, row)) for row in rows)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{key} is {rows!r}; give a list of lists of numbers") from error
 
 
 def best_tree(profile: AcceptanceProfile, num_nodes: int) -> DraftTree:

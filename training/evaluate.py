@@ -4,17 +4,19 @@ For every position of every answer it finds the rank that each depth gives the t
 model really drew. From the ranks alone follow the accept rates and, by walking through the answers
 as the engine would, the tokens that a verify step emits with any tree.
 
-Shape suffixes: N examples, D model width, K depths, U draft vocabulary, R ranks.
+Shape suffixes: N examples, D model width, K depths, U draft vocabulary, R ranks,
+C bins of confidence.
 """
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from heads.calibration import CELL_PRIOR, NUM_BINS, head_bin
 from heads.tree import DraftTree
 from heads.tree_search import AcceptanceProfile, best_tree, expected_tokens_per_step
 from training.calibration import CalibrationCounter
@@ -33,6 +35,8 @@ _DOCUMENTS_AT_ONCE = 64
 # Rates are conditional on an accepted parent, hence on a tree; each round takes the tree of the
 # round before, and the tree hardly changes after two.
 _PROFILE_ROUNDS = 3
+# As many as the server's dynamic trees choose from.
+_NUM_CALIBRATED_RANKS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +47,13 @@ class RankedAnswer:
         ranks: Entry [i][k] is the rank, from 0, that depth k gives the token k + 1 places after the
             answer's token i, drafted when token i is the root; or `UNRANKED`.
         num_tokens: Tokens of the answer; one more than there are entries.
+        confidences_NKR: Draft probabilities of the first ranks, falling; None if not known.
     """
 
     category: str
     ranks: list[list[int]]
     num_tokens: int
+    confidences_NKR: Tensor | None = None
 
 
 @torch.no_grad()
@@ -82,8 +88,13 @@ def _rank_document(
     for span in document.spans:
         rows = slice(first, first + span.num_examples)
         prompt = document.token_ids_T[: span.start].tolist()
-        ranks_NK = _ranks(states_KND[:, rows], labels_NK[rows], drafts, prompt, calibration)
-        answers.append(RankedAnswer(document.category, ranks_NK.tolist(), span.end - span.start))
+        ranks_NK, confidences_NKR = _ranks(
+            states_KND[:, rows], labels_NK[rows], drafts, prompt, calibration
+        )
+        num_tokens = span.end - span.start
+        answers.append(
+            RankedAnswer(document.category, ranks_NK.tolist(), num_tokens, confidences_NKR)
+        )
         first = rows.stop
     return answers
 
@@ -94,8 +105,12 @@ def _ranks(
     drafts: Drafts,
     prompt: Sequence[int],
     calibration: CalibrationCounter,
-) -> Tensor:
-    """Ranks NK among the draft vocabulary and the prompt's tokens, as the engine orders them."""
+) -> tuple[Tensor, Tensor]:
+    """Rank among the draft vocabulary and the prompt's tokens, as the engine orders them.
+
+    Returns:
+        Ranks NK, and on the CPU the draft probabilities NKR of the first ranks.
+    """
     token_ids_U = drafts.draft_vocab_ids
     seen = drafts.seen_rows(prompt)
     if seen is not None:
@@ -103,6 +118,7 @@ def _ranks(
     index_V = draft_vocab_index(token_ids_U, drafts.vocab_size)
     index_NK = index_V[labels_NK.clamp(min=-1)]
     ranks_NK = torch.full_like(index_NK, UNRANKED)
+    confidences: list[Tensor] = []
     for depth, states_ND in enumerate(states_KND):
         logits_NU = F.linear(states_ND, drafts.draft_rows(depth))
         if seen is not None:
@@ -112,7 +128,9 @@ def _ranks(
         ranks_N = (logits_NU > drawn_N1).sum(dim=1)
         ranks_NK[:, depth] = torch.where(index_N1[:, 0] >= 0, ranks_N, UNRANKED)
         calibration.add(depth, logits_NU, index_N1[:, 0], labels_NK[:, depth] != NO_LABEL)
-    return ranks_NK
+        top_NR = logits_NU.topk(min(_NUM_CALIBRATED_RANKS, logits_NU.shape[1])).values.float()
+        confidences.append((top_NR - logits_NU.float().logsumexp(dim=1, keepdim=True)).exp().cpu())
+    return ranks_NK, torch.stack(confidences, dim=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +139,7 @@ class _Step:
 
     ranks: Sequence[int]
     accepted_depth: int
+    confidences_KR: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +181,7 @@ def _verify_steps(answers: Sequence[RankedAnswer], tree: DraftTree) -> Iterator[
         while root < len(answer.ranks):
             ranks_K = answer.ranks[root]
             depth = _accepted_depth(child_of, ranks_K)
-            yield _Step(ranks_K, depth)
+            yield _Step(ranks_K, depth, _confidences(answer, root))
             root += 1 + depth
 
 
@@ -205,9 +224,14 @@ def measure_profile(
 def _all_positions(answers: Sequence[RankedAnswer], num_ranks: int) -> Iterator[_Step]:
     """Steps from every position, with a tree that has all candidates of every depth."""
     for answer in answers:
-        for ranks_K in answer.ranks:
+        for root, ranks_K in enumerate(answer.ranks):
             is_drafted = (UNRANKED < rank < num_ranks for rank in ranks_K)
-            yield _Step(ranks_K, sum(itertools.takewhile(bool, is_drafted)))
+            depth = sum(itertools.takewhile(bool, is_drafted))
+            yield _Step(ranks_K, depth, _confidences(answer, root))
+
+
+def _confidences(answer: RankedAnswer, root: int) -> Tensor | None:
+    return None if answer.confidences_NKR is None else answer.confidences_NKR[root]
 
 
 def _accept_rates(steps: Iterable[_Step], num_heads: int, num_ranks: int) -> AcceptanceProfile:
@@ -224,6 +248,38 @@ def _accept_rates(steps: Iterable[_Step], num_heads: int, num_ranks: int) -> Acc
             tuple(hits / max(1, tried) for hits in hits_R)
             for hits_R, tried in zip(num_hits, num_tried, strict=True)
         )
+    )
+
+
+def measure_calibration(
+    answers: Sequence[RankedAnswer], tree: DraftTree
+) -> tuple[tuple[float, ...], ...]:
+    """Measure by depth and bin how the heads' probabilities relate to accept rates.
+
+    A candidate counts where its parent was accepted, in the steps that decoding with a tree takes.
+
+    Args:
+        answers: With their confidences.
+        tree: Of these steps.
+
+    Returns:
+        KC as in `AcceptanceProfile.calibration_KC`; a cell that is rarely seen is close to 1.
+    """
+    num_heads = max(len(row) for answer in answers for row in answer.ranks)
+    expected_KC = [[CELL_PRIOR] * NUM_BINS for _ in range(num_heads)]
+    hits_KC = [[CELL_PRIOR] * NUM_BINS for _ in range(num_heads)]
+    for step in _verify_steps(answers, tree):
+        if step.confidences_KR is None:
+            raise ValueError("an answer has no confidences; rank it again")
+        reached = step.confidences_KR[: step.accepted_depth + 1].tolist()
+        for depth, confidences_R in enumerate(reached):
+            for rank, confidence in enumerate(confidences_R):
+                place = head_bin(confidence)
+                expected_KC[depth][place] += confidence
+                hits_KC[depth][place] += step.ranks[depth] == rank
+    return tuple(
+        tuple(hits / expected for hits, expected in zip(*rows, strict=True))
+        for rows in zip(hits_KC, expected_KC, strict=True)
     )
 
 
@@ -266,6 +322,9 @@ def evaluate(answers: Sequence[RankedAnswer], num_ranks: int) -> EvaluationResul
     """
     profile = measure_profile(answers, num_ranks, PROFILE_TREE_SIZE)
     trees = {size: best_tree(profile, size) for size in TREE_SIZES}
+    if all(answer.confidences_NKR is not None for answer in answers):
+        calibration_KC = measure_calibration(answers, trees[PROFILE_TREE_SIZE])
+        profile = replace(profile, calibration_KC=calibration_KC)
     categories = sorted({answer.category for answer in answers})
     return EvaluationResult(
         profile=profile,

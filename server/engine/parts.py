@@ -8,6 +8,7 @@ import psutil
 import torch
 
 import heads as heads_package
+from heads.calibration import Calibrator, ratios_from_heads
 from heads.medusa import MedusaHeads
 from heads.tree_search import AcceptanceProfile, best_tree
 from server.config import NATIVE_HEADS, SHIPPED_HEADS, EngineConfig
@@ -125,7 +126,10 @@ def make_speculator(
     if config.tree != "auto":
         return Speculator(drafter, OwnTrees(), FixedSizes(config.tree))
     budget = config.max_nodes if config.budget == "auto" else config.budget
-    return Speculator(drafter, MergedTrees(config.max_nodes, config.lookup), FixedSizes(budget))
+    measured = None if draft is None or draft.profile is None else draft.profile.calibration_KC
+    calibrator = Calibrator(ratios_from_heads(measured or ()))
+    trees = MergedTrees(config.max_nodes, config.lookup, calibrator)
+    return Speculator(drafter, trees, FixedSizes(budget))
 
 
 def _drafter(

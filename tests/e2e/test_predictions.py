@@ -83,7 +83,7 @@ def test_a_predicted_answer_takes_far_fewer_steps(
     predicted = chat(lookup_client, **asked, prediction=content(text))
     assert predicted.choices[0].message.content == text
     accepted, rejected = accepted_and_rejected(predicted)
-    # Of 13 tokens of a step 12 are drafted; the first token of all is not.
+    # All tokens of a step but the last are drafted; the first token of all is not.
     assert 50 <= accepted < NUM_TOKENS
     assert rejected <= NUM_TOKENS - accepted
     assert acceptance_length(predicted) > 8.0

@@ -7,6 +7,7 @@ import pytest
 from heads.calibration import (
     MAX_DEPTH,
     MAX_MATCH,
+    NUM_BINS,
     NUM_CELLS,
     Calibrator,
     DraftSource,
@@ -17,6 +18,7 @@ from heads.calibration import (
     head_cell,
     lookup_cell,
     lookup_prior,
+    ratios_from_heads,
     source_of,
 )
 
@@ -100,3 +102,13 @@ class TestRequestCalibration:
         for _ in range(60):
             made.learn([outcome(cell, 0.6, is_accepted=True)])
         assert made.factor(DraftSource.HEADS) > 1.0
+
+
+def test_ratios_of_heads_leave_the_other_cells_as_they_are() -> None:
+    rows = [[2.0] * NUM_BINS, [3.0] * NUM_BINS]
+    ratios = Calibrator(ratios_from_heads(rows)).ratios
+    assert ratios[head_cell(1, 0.5)] == 2.0
+    assert ratios[head_cell(2, 0.99)] == 3.0
+    assert ratios[head_cell(3, 0.005)] == 1.0
+    assert ratios[lookup_cell(1, False)] == 1.0
+    assert set(Calibrator(ratios_from_heads([[2.0] * NUM_BINS] * 40)).ratios) == {1.0, 2.0}

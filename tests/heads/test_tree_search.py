@@ -1,12 +1,14 @@
 import json
+from dataclasses import replace
 from itertools import combinations
-from math import nan, prod
+from math import inf, nan, prod
 from random import Random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from heads.calibration import NUM_BINS
 from heads.tree import DraftTree
 from heads.tree_search import AcceptanceProfile, best_tree, expected_tokens_per_step, node_values
 from tests.heads.trees import random_tree
@@ -39,7 +41,24 @@ def best_value_slowly(profile: AcceptanceProfile, num_nodes: int) -> float:
 
 class TestProfile:
     def test_it_survives_json(self) -> None:
-        assert AcceptanceProfile.from_json(json.loads(json.dumps(PROFILE.to_json()))) == PROFILE
+        for profile in (PROFILE, replace(PROFILE, calibration_KC=((0.5,) * NUM_BINS,) * 3)):
+            data = json.loads(json.dumps(profile.to_json()))
+            assert AcceptanceProfile.from_json(data) == profile
+
+    @pytest.mark.parametrize(
+        ("ratios", "says"),
+        [
+            ((1.0,), "1 ratios at depth 1; give"),
+            ((1.0,) * (NUM_BINS - 1) + (0.0,), "is 0.0; give more than 0"),
+            ((1.0,) * (NUM_BINS - 1) + (nan,), "is nan"),
+            ((1.0,) * (NUM_BINS - 1) + (inf,), "is inf"),
+        ],
+    )
+    def test_a_calibration_is_positive_and_whole(
+        self, ratios: tuple[float, ...], says: str
+    ) -> None:
+        with pytest.raises(ValueError, match=says):
+            replace(PROFILE, calibration_KC=(ratios,))
 
     def test_its_depth_is_its_number_of_heads(self) -> None:
         assert PROFILE.max_depth == 3
@@ -56,7 +75,12 @@ class TestProfile:
 
     @pytest.mark.parametrize("data", [{}, {"accept_rates": [[0.5]], "bins": 3}])
     def test_missing_and_unknown_keys_are_refused(self, data: dict[str, object]) -> None:
-        with pytest.raises(ValueError, match="give accept_rates alone"):
+        with pytest.raises(ValueError, match="give accept_rates, and calibration if known"):
+            AcceptanceProfile.from_json(data)
+
+    def test_a_malformed_calibration_is_refused(self) -> None:
+        data = {"accept_rates": [[0.5]], "calibration": [["much"]]}
+        with pytest.raises(ValueError, match=r"calibration is .* lists of numbers"):
             AcceptanceProfile.from_json(data)
 
     @pytest.mark.parametrize("rates", [0.5, [0.5], [["much"]], [[None]]])

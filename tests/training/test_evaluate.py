@@ -1,8 +1,10 @@
+from dataclasses import replace
 from random import Random
 
 import pytest
 import torch
 
+from heads.calibration import head_bin
 from heads.medusa import MedusaConfig, MedusaHeads
 from heads.tree import DraftTree
 from heads.tree_search import AcceptanceProfile, best_tree, expected_tokens_per_step
@@ -18,6 +20,7 @@ from training.evaluate import (
     RankedAnswer,
     Walk,
     evaluate,
+    measure_calibration,
     measure_profile,
     rank_answers,
     walk,
@@ -85,13 +88,19 @@ def test_ranks_are_places_among_the_proposed_candidates(
             assert answer.num_tokens == span.end - span.start
             tokens = doc.token_ids_T.tolist()
             seen = [heads.seen_rows(tokens[: span.start])]
-            for root, ranks in zip(range(span.start, span.end - 1), answer.ranks, strict=True):
+            assert answer.confidences_NKR is not None
+            for root, ranks, confidences_KR in zip(
+                range(span.start, span.end - 1), answer.ranks, answer.confidences_NKR, strict=True
+            ):
                 root_1 = doc.token_ids_T[root : root + 1]
                 found = heads.propose(next(rows)[None], root_1, loaded.vocab_size, seen)
                 for head, rank in enumerate(ranks):
                     candidates = found.token_ids_BKR[0, head].tolist()
                     at = root + head + 1
                     is_drafted = at < span.end and tokens[at] in candidates
+                    confidence_R = confidences_KR[head, : len(candidates)]
+                    ours_R = found.log_probs_BKR[0, head, : len(confidence_R)].exp()
+                    torch.testing.assert_close(confidence_R[: len(ours_R)], ours_R)
                     assert rank == (candidates.index(tokens[at]) if is_drafted else UNRANKED)
 
 
@@ -153,6 +162,38 @@ def test_the_profile_foretells_the_walk() -> None:
     tree = best_tree(profile, 12)
     expected = expected_tokens_per_step(profile, tree)
     assert expected == pytest.approx(walk(answers, tree).mean_acceptance_length, rel=0.03)
+
+
+def with_confidences(answer: RankedAnswer, confidences_R: list[float]) -> RankedAnswer:
+    row_KR = [confidences_R] * len(answer.ranks[0])
+    return replace(answer, confidences_NKR=torch.tensor([row_KR] * len(answer.ranks)))
+
+
+def test_the_calibration_is_hits_over_what_the_heads_expect() -> None:
+    # Rank 0 claims 0.85 and is right every other time, rank 1 claims 0.05 and always is otherwise.
+    ranks = [[index % 2] for index in range(4000)]
+    answer = with_confidences(RankedAnswer("x", ranks, 4001), [0.85, 0.05])
+    [ratios] = measure_calibration([answer], DraftTree.root_only())
+    assert ratios[head_bin(0.85)] == pytest.approx(0.5 / 0.85, rel=0.01)
+    assert ratios[head_bin(0.05)] == pytest.approx(0.5 / 0.05, rel=0.1)
+    assert ratios[head_bin(0.5)] == 1.0, "nothing was seen of it"
+
+
+def test_candidates_below_a_refused_parent_do_not_count() -> None:
+    # The second head is right exactly when the first one is; steps begin at every position.
+    ranks = [[0, 0] if i % 3 == 0 else [UNRANKED, UNRANKED] for i in range(6000)]
+    answer = with_confidences(RankedAnswer("x", ranks, 6001), [0.5])
+    chain = DraftTree.chain(2)
+    first, second = measure_calibration([answer], chain)
+    assert first[head_bin(0.5)] == pytest.approx(2.0, rel=0.02), "after a whole step comes a hit"
+    assert second[head_bin(0.5)] == pytest.approx(2.0, rel=0.02)
+
+
+def test_an_evaluation_with_confidences_calibrates() -> None:
+    answers = [with_confidences(a, [0.4, 0.2, 0.1, 0.05]) for a in random_answers(100) if a.ranks]
+    profile = evaluate(answers, R).profile
+    assert len(profile.calibration_KC) == K
+    assert evaluate(random_answers(100), R).profile.calibration_KC == ()
 
 
 def test_answers_without_a_token_to_draft_are_refused() -> None:

@@ -2,17 +2,30 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from heads.calibration import NUM_BINS, ratios_from_heads
 from server.config import EngineConfig
 from server.engine.engine import Engine
+from server.engine.tree_builders import MergedTrees
 from server.errors import ConfigError, HeadsMismatchError, ModelError
 from server.model.cache import CACHE_VARIABLE
-from tests.engine_tools import SlowModel, assert_as_expected, make_request, random_prompt
+from server.model.draft_heads import DraftHeads
+from tests.engine_tools import (
+    SlowModel,
+    assert_as_expected,
+    heads_for,
+    make_engine,
+    make_request,
+    random_prompt,
+    tiny_loaded,
+    wide_profile,
+)
 from tests.native_checkpoints import NativeName, save_native
 from tests.tiny_heads import save_tiny_heads
 from tests.tiny_models import save_tiny_model
@@ -114,6 +127,15 @@ class TestHeads:
         assert costs.measured.draft_s > 0.0
         assert all(seconds > 0.0 for seconds in costs.measured.step_s)
         assert_generates_as_the_oracle(engine)
+
+    def test_trees_start_from_the_calibration_that_the_heads_bring(self) -> None:
+        loaded = tiny_loaded("llama")
+        ratios_KC = ((0.5,) * NUM_BINS, (2.0,) * NUM_BINS)
+        profile = replace(wide_profile(), calibration_KC=ratios_KC)
+        draft = DraftHeads(heads_for(loaded), None, profile, "tiny")
+        trees = make_engine(draft=draft, budget=8).speculator.trees
+        assert isinstance(trees, MergedTrees)
+        assert trees.calibrator.ratios == ratios_from_heads(ratios_KC)
 
     def test_heads_of_another_base_model_are_refused(self, heads_dir: Path, tmp_path: Path) -> None:
         other = save_tiny_model("llama", tmp_path, seed=1)
