@@ -248,6 +248,10 @@ class EngineConfig:
                 raise ConfigError(
                     f"{name} is {size}; give auto or 1 to max_nodes ({self.max_nodes})"
                 )
+            if self.remeasure and size != "auto":
+                raise ConfigError(
+                    f"remeasure is set, but {name} {size} needs no step cost; give one of them"
+                )
         if self.tree != "auto" and self.budget != "auto":
             raise ConfigError(
                 f"budget is {self.budget}, but tree {self.tree} fixes the trees; give one of them"

@@ -196,6 +196,13 @@ class TestEngineConfig:
             EngineConfig(max_nodes=8, tree=tree)
         assert EngineConfig(max_nodes=8, tree=8).tree == 8
 
+    @pytest.mark.parametrize("name", ["tree", "budget"])
+    def test_nothing_is_measured_again_where_nothing_is_measured(self, name: str) -> None:
+        arguments: dict[str, Any] = {name: 4}
+        with pytest.raises(ConfigError, match=f"remeasure is set, but {name} 4 needs no"):
+            EngineConfig(remeasure=True, **arguments)
+        assert EngineConfig(remeasure=True).remeasure
+
     def test_an_unknown_rule_is_refused(self) -> None:
         arguments: dict[str, Any] = {"acceptance": "lossy"}
         with pytest.raises(ConfigError, match="acceptance is 'lossy'"):
