@@ -85,10 +85,10 @@ def _is_ready(port: int) -> bool:
 
 
 def transformers_command(model: str, dtype: str, device: str, port: int) -> list[str]:
-    """Command line of `transformers serve` in this environment."""
-    main = "from transformers.cli.transformers import main; main()"
+    """Command line of `transformers serve` in this environment, without its look for updates."""
+    program = "from transformers.cli.transformers import app; app()"
     options = ["--host", _HOST, "--dtype", dtype, "--device", device, "--port", str(port)]
-    return [sys.executable, "-c", main, "serve", model, *options]
+    return [sys.executable, "-c", program, "serve", model, *options]
 
 
 def llama_command(
