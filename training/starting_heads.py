@@ -16,7 +16,8 @@ def starting_heads(options: TrainOptions, loaded: LoadedModel, train: Corpus) ->
     """Return heads with float32 weights, to be trained.
 
     Raises:
-        RunError: If the heads to begin with are of another shape than the options ask for.
+        RunError: If the heads to begin with are of another shape than the options ask for, or of
+            one that is not trained.
         ConfigError: If they cannot be read.
         HeadsMismatchError: If they belong to another base model, or to one with an adapter.
     """
@@ -25,6 +26,11 @@ def starting_heads(options: TrainOptions, loaded: LoadedModel, train: Corpus) ->
     heads = load_draft_heads(options.init_heads, loaded).heads
     if not isinstance(heads, MedusaHeads):
         raise RunError(f"{options.init_heads} holds no Medusa heads; give others to --init-heads")
+    if heads.config.own_unembedding:
+        raise RunError(
+            f"the heads in {options.init_heads} have vocabulary matrices of their own, which are "
+            "not trained; begin with heads that share the base model's"
+        )
     default = {item.name: item.default for item in fields(TrainOptions)}
     for name in _SHAPE:
         asked, found = getattr(options, name), getattr(heads.config, name)

@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from heads.medusa import MedusaHeads
+from heads.checkpoint import save_heads
+from heads.medusa import MedusaConfig, MedusaHeads
 from server.model.draft_heads import load_draft_heads
 from server.model.loading import load_model
 from tests.training.corpora import write_lines
@@ -213,6 +214,18 @@ def test_heads_to_begin_with_must_fit(
     adapted = ("--init-heads", str(heads_dir))
     assert train(distilled_file, tmp_path / "third", model_dir, *adapted) == 2
     assert "loaded with the adapter None" in error_text(capsys)
+
+
+def test_heads_with_matrices_of_their_own_are_no_beginning(
+    distilled_file: Path, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loaded = load_model(str(model_dir), "cpu", "float32")
+    config = MedusaConfig(loaded.hidden_size, loaded.vocab_size, num_heads=2, own_unembedding=True)
+    heads = MedusaHeads(config, loaded.unembedding(), loaded.input_embedding())
+    save_heads(tmp_path / "own", heads, loaded.fingerprint, "tiny", None)
+    argv = ("--init-heads", str(tmp_path / "own"))
+    assert train(distilled_file, tmp_path / "heads", model_dir, *argv) == 2
+    assert "vocabulary matrices of their own" in error_text(capsys)
 
 
 def test_a_loss_that_is_no_number_is_told_before_anything_is_saved(
