@@ -51,6 +51,7 @@ ENGINE_OPTIONS: Mapping[str, str] = {
     "max_nodes": "Largest draft tree of a sequence, root included.",
     "tree": "auto drafts what pays; a number takes the heads' own tree of that size each time.",
     "budget": "Nodes of each tree that --tree auto makes; auto chooses by the measured step cost.",
+    "latency_weight": "0 plans for most tokens per second, up to 10 for shorter steps.",
     "lookup": "Draft from earlier text of the prompt and the output too.",
     "acceptance": "Rule of requests that ask for auto and have no seed and no log-probs.",
     "prefix_caching": "Reuse the KV of earlier prompts with the same beginning.",

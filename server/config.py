@@ -196,6 +196,8 @@ class EngineConfig:
         tree: `auto` makes a tree for each step, by what drafts are worth in it; a number takes the
             heads' own tree of that size every time, for comparison.
         budget: Nodes of each tree that is made so; `auto` follows the measured step cost.
+        latency_weight: 0 plans trees for most tokens per second of the whole server; larger values
+            for shorter steps, so that a stream's next tokens come sooner.
         lookup: Whether earlier text of a sequence is a source of drafts too.
         acceptance: Rule for requests that ask for `auto`; those that are greedy, have a seed or
             ask for log-probs are exact whatever it says.
@@ -222,6 +224,7 @@ class EngineConfig:
     max_nodes: int = 32
     tree: Literal["auto"] | int = "auto"
     budget: Literal["auto"] | int = "auto"
+    latency_weight: float = 0.0
     lookup: bool = True
     acceptance: AcceptanceName = "auto"
     prefix_caching: bool = True
@@ -243,19 +246,7 @@ class EngineConfig:
                 raise ConfigError(f"{name} is {value}; give at least 1")
         if not 1 <= self.max_nodes <= MAX_TREE_NODES:
             raise ConfigError(f"max_nodes is {self.max_nodes}; give 1 to {MAX_TREE_NODES}")
-        for name, size in (("tree", self.tree), ("budget", self.budget)):
-            if size != "auto" and not 1 <= size <= self.max_nodes:
-                raise ConfigError(
-                    f"{name} is {size}; give auto or 1 to max_nodes ({self.max_nodes})"
-                )
-            if self.remeasure and size != "auto":
-                raise ConfigError(
-                    f"remeasure is set, but {name} {size} needs no step cost; give one of them"
-                )
-        if self.tree != "auto" and self.budget != "auto":
-            raise ConfigError(
-                f"budget is {self.budget}, but tree {self.tree} fixes the trees; give one of them"
-            )
+        self._check_trees()
         if self.acceptance not in ACCEPTANCES:
             raise ConfigError(f"acceptance is {self.acceptance!r}; give one of {ACCEPTANCES}")
         # A step must have room for one full tree of every running sequence's root at least.
@@ -265,3 +256,25 @@ class EngineConfig:
                 f"max_tokens_per_step is {self.max_tokens_per_step}; give at least {floor}, the "
                 "larger of max_num_seqs and max_nodes"
             )
+
+    def _check_trees(self) -> None:
+        for name, size in (("tree", self.tree), ("budget", self.budget)):
+            if size != "auto" and not 1 <= size <= self.max_nodes:
+                raise ConfigError(
+                    f"{name} is {size}; give auto or 1 to max_nodes ({self.max_nodes})"
+                )
+            if self.latency_weight and size != "auto":
+                raise ConfigError(
+                    f"latency_weight is {self.latency_weight}, but {name} {size} fixes the size of "
+                    "trees; give one of them"
+                )
+            if self.remeasure and size != "auto":
+                raise ConfigError(
+                    f"remeasure is set, but {name} {size} needs no step cost; give one of them"
+                )
+        if self.tree != "auto" and self.budget != "auto":
+            raise ConfigError(
+                f"budget is {self.budget}, but tree {self.tree} fixes the trees; give one of them"
+            )
+        if not 0.0 <= self.latency_weight <= 10.0:
+            raise ConfigError(f"latency_weight is {self.latency_weight}; give 0 to 10")

@@ -90,7 +90,7 @@ def build_parts(
         key = cost_key(loaded, loaded_heads, config.block_size, config.max_nodes, probes)
         cache = CostCache(cache_dir() / "costs", key)
         costs = cached_costs(cache, probes, report, config.remeasure)
-        speculator.sizes = PlannedSizes(StepCosts(costs))
+        speculator.sizes = PlannedSizes(StepCosts(costs), config.latency_weight)
     return EngineParts(
         config=config,
         loaded=loaded,

@@ -6,8 +6,11 @@ second of the whole server, the drafting counted:
 
     speed(n) = (sequences + values of the n best nodes) / (step seconds(n) + draft seconds)
 
+Larger steps make more tokens a second but come less often. A latency weight w takes the n of the
+highest speed(n) / (step seconds(n) + draft seconds) ** w instead.
+
 Prompt tokens in the step are work of another kind, so there the n best nodes are taken for the n
-that brings most over what the same seconds would bring at that speed.
+that brings most over what the same seconds, weighted alike, would bring at that speed.
 
 Shape suffixes: N numbers of draft tokens, from 0.
 """
@@ -16,9 +19,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from server.engine.cost_model import StepCosts, StepLoad
+
+
+@dataclass(frozen=True, slots=True)
+class StepRequest:
+    """What a step has room for.
+
+    Attributes:
+        num_prompt_tokens: Prompt tokens that will share it, roughly.
+        max_draft_tokens: Draft tokens of all trees together.
+    """
+
+    num_prompt_tokens: int
+    max_draft_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +55,9 @@ def plan_trees(
     values: Sequence[Sequence[float]],
     costs: StepCosts,
     load: StepLoad,
-    num_prompt_tokens: int,
-    max_draft_tokens: int,
+    request: StepRequest,
     draft_s: float,
+    latency_weight: float,
 ) -> Plan:
     """Choose the trees of decoding sequences.
 
@@ -50,37 +65,35 @@ def plan_trees(
         values: For each sequence the values of its nodes below the root, falling.
         costs: Of steps.
         load: Of the decoding sequences.
-        num_prompt_tokens: That share the step.
-        max_draft_tokens: In all trees together.
+        request: Room for prompts and drafts.
         draft_s: What drafting cost.
+        latency_weight: 0 for most tokens per second; larger for shorter steps.
     """
     num_roots = len(values)
     # Sorting is stable: equal values stay in the order of their trees, so sizes are prefixes.
     ranked = sorted(
         ((value, owner) for owner, own in enumerate(values) for value in own),
         key=lambda item: -item[0],
-    )[: max(0, max_draft_tokens)]
+    )[: max(0, request.max_draft_tokens)]
     gains_N = np.zeros(len(ranked) + 1)
     np.cumsum([value for value, _ in ranked], out=gains_N[1:])
     # One more than can be drafted, for the price of the next node.
     seconds_N = costs.all_seconds(num_roots, num_roots + len(ranked) + 1, load)
-    speeds_N = (num_roots + gains_N) / (seconds_N[:-1] + draft_s)
-    best = int(speeds_N.argmax())
+    whole_N = seconds_N[:-1] + draft_s
+    speeds_N = (num_roots + gains_N) / whole_N
+    best = int((speeds_N / whole_N**latency_weight).argmax())
     speed = float(speeds_N[best])
-    node_price = speed * float(seconds_N[best + 1] - seconds_N[best])
-    if num_prompt_tokens:
-        best = _best_beside_prompts(gains_N, costs, load, num_roots + num_prompt_tokens, speed)
+    # At the best n, what a second more costs in tokens.
+    second_price = speed * (1.0 + latency_weight)
+    node_price = second_price * float(seconds_N[best + 1] - seconds_N[best])
+    if request.num_prompt_tokens:
+        num_tokens = num_roots + request.num_prompt_tokens
+        seconds_N = costs.all_seconds(num_tokens, num_tokens + len(ranked), load)
+        best = int((gains_N - second_price * seconds_N).argmax())
     sizes = [1] * num_roots
     for _, owner in ranked[:best]:
         sizes[owner] += 1
     return Plan(tuple(sizes), speed, node_price)
-
-
-def _best_beside_prompts(
-    gains_N: NDArray[np.float64], costs: StepCosts, load: StepLoad, num_tokens: int, speed: float
-) -> int:
-    seconds_N = costs.all_seconds(num_tokens, num_tokens + len(gains_N) - 1, load)
-    return int((gains_N - speed * seconds_N).argmax())
 
 
 # Steps without the heads (or with them, while they do not pay) after which the other way is tried.

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from heads.candidates import DraftTokens
 from heads.tree import DraftTree
 from server.config import EngineConfig
+from server.engine.planner import StepRequest
 from server.engine.sequence import Sequence
 from server.engine.speculator import Speculator
-from server.engine.tree_sizes import StepRequest
 from server.kv.block_manager import BlockManager, block_digest
 
 

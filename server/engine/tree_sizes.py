@@ -5,24 +5,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from server.engine.cost_model import StepCosts, StepLoad
-from server.engine.planner import HeadGate, Plan, plan_trees
+from server.engine.planner import HeadGate, Plan, StepRequest, plan_trees
 from server.engine.sequence import Sequence
 
 _PRICE_FADING = 0.1
 _MAX_LEAST_VALUE = 0.1
-
-
-@dataclass(frozen=True, slots=True)
-class StepRequest:
-    """What a step has room for.
-
-    Attributes:
-        num_prompt_tokens: Prompt tokens that will share it, roughly.
-        max_draft_tokens: Draft tokens of all trees together.
-    """
-
-    num_prompt_tokens: int
-    max_draft_tokens: int
 
 
 @dataclass(slots=True)
@@ -112,8 +99,9 @@ class PlannedSizes:
         costs: Learns from every step.
     """
 
-    def __init__(self, costs: StepCosts) -> None:
+    def __init__(self, costs: StepCosts, latency_weight: float = 0.0) -> None:
         self._costs = costs
+        self._latency_weight = latency_weight
         self._foresight = Foresight()
         self._gates: dict[int, HeadGate] = {}
         self._node_price = 0.0
@@ -138,9 +126,9 @@ class PlannedSizes:
             values,
             self._costs,
             load,
-            request.num_prompt_tokens,
-            request.max_draft_tokens,
+            request,
             self._costs.draft_seconds(num_headed) if num_headed else 0.0,
+            self._latency_weight,
         )
         if any(sequence.sources.heads is not None for sequence in decoding):
             self._gate(num_roots).note(num_headed > 0, plan.speed)

@@ -203,6 +203,13 @@ class TestEngineConfig:
             EngineConfig(remeasure=True, **arguments)
         assert EngineConfig(remeasure=True).remeasure
 
+    def test_a_latency_weight_is_in_range_and_for_planned_trees(self) -> None:
+        assert EngineConfig(latency_weight=1.5).latency_weight == 1.5
+        with pytest.raises(ConfigError, match="latency_weight is -1"):
+            EngineConfig(latency_weight=-1.0)
+        with pytest.raises(ConfigError, match=r"latency_weight is 1\.0, but budget 4 fixes"):
+            EngineConfig(latency_weight=1.0, budget=4)
+
     def test_an_unknown_rule_is_refused(self) -> None:
         arguments: dict[str, Any] = {"acceptance": "lossy"}
         with pytest.raises(ConfigError, match="acceptance is 'lossy'"):

@@ -7,11 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.engine.cost_model import CostModel, StepCosts, StepLoad
-from server.engine.planner import HeadGate, plan_trees
+from server.engine.planner import HeadGate, StepRequest, plan_trees
 
 # Cheap up to 4 tokens, then every token has its price.
 COSTS = CostModel((1, 4, 8, 16), (10.0, 11.0, 20.0, 60.0), draft_s=1.0)
 FLAT = CostModel((1, 2), (1.0, 1.0), draft_s=0.0)
+ROOM = StepRequest(num_prompt_tokens=0, max_draft_tokens=100)
 LINEAR = CostModel((1, 2), (1.0, 2.0), draft_s=0.0)
 
 _values = st.lists(st.floats(0.0, 1.0), max_size=3).map(lambda own: sorted(own, reverse=True))
@@ -27,31 +28,48 @@ def sizes(
     num_prompt_tokens: int = 0,
     max_draft_tokens: int = 100,
     draft_s: float = 0.0,
+    latency_weight: float = 0.0,
 ) -> tuple[int, ...]:
+    request = StepRequest(num_prompt_tokens, max_draft_tokens)
     steps = StepCosts(costs)
-    plan = plan_trees(
-        values, steps, load(len(values)), num_prompt_tokens, max_draft_tokens, draft_s
-    )
-    return plan.sizes
+    return plan_trees(values, steps, load(len(values)), request, draft_s, latency_weight).sizes
 
 
 class TestPlanTrees:
     @settings(max_examples=60)
-    @given(values=st.lists(_values, min_size=1, max_size=4), draft_s=st.floats(0.0, 10.0))
-    def test_no_other_plan_makes_more_tokens_per_second(
-        self, values: list[list[float]], draft_s: float
+    @given(
+        values=st.lists(_values, min_size=1, max_size=4),
+        draft_s=st.floats(0.0, 10.0),
+        weight=st.sampled_from((0.0, 0.5, 2.0)),
+    )
+    def test_no_other_plan_makes_more_tokens_per_weighted_second(
+        self, values: list[list[float]], draft_s: float, weight: float
     ) -> None:
         costs = StepCosts(COSTS)
         num_roots = len(values)
 
-        def speed(plan: tuple[int, ...]) -> float:
+        def speed(plan: tuple[int, ...], weight: float) -> float:
             gain = sum(sum(own[: size - 1]) for own, size in zip(values, plan, strict=True))
-            return (num_roots + gain) / (costs.seconds(sum(plan), load(num_roots)) + draft_s)
+            seconds = costs.seconds(sum(plan), load(num_roots)) + draft_s
+            return (num_roots + gain) / float(seconds ** (1.0 + weight))
 
-        found = plan_trees(values, costs, load(num_roots), 0, 100, draft_s)
+        found = plan_trees(values, costs, load(num_roots), ROOM, draft_s, weight)
         every = product(*(range(1, len(own) + 2) for own in values))
-        assert found.speed == pytest.approx(max(map(speed, every)))
-        assert speed(found.sizes) == pytest.approx(found.speed)
+        assert speed(found.sizes, weight) == pytest.approx(max(speed(p, weight) for p in every))
+        assert speed(found.sizes, 0.0) == pytest.approx(found.speed)
+
+    def test_a_latency_weight_makes_steps_shorter(self) -> None:
+        own = [0.5, 0.4, 0.3, 0.25, 0.2, 0.1]
+        found = [
+            sum(sizes([own], COSTS, latency_weight=weight)) for weight in (0.0, 0.5, 1.0, 10.0)
+        ]
+        assert found == sorted(found, reverse=True)
+        assert found[0] > found[-1]
+        beside = [
+            sum(sizes([own], COSTS, num_prompt_tokens=4, latency_weight=weight))
+            for weight in (0.0, 1.0, 10.0)
+        ]
+        assert beside == sorted(beside, reverse=True)
 
     def test_nodes_of_all_sequences_compete(self) -> None:
         values = [[0.9, 0.8], [0.1, 0.1], [0.7, 0.05]]
@@ -71,9 +89,10 @@ class TestPlanTrees:
         assert sizes([[0.2, 0.01], [0.3]], FLAT) == (3, 2)
 
     def test_the_price_of_a_node_is_what_its_seconds_would_bring(self) -> None:
-        plan = plan_trees([[0.9, 0.05]], StepCosts(LINEAR), load(1), 0, 9, draft_s=0.0)
-        assert plan.node_price == pytest.approx(plan.speed)
-        assert plan_trees([[0.9]], StepCosts(FLAT), load(1), 0, 9, draft_s=0.0).node_price == 0.0
+        for weight in (0.0, 1.0):
+            plan = plan_trees([[0.9, 0.05]], StepCosts(LINEAR), load(1), ROOM, 0.0, weight)
+            assert plan.node_price == pytest.approx(plan.speed * (1.0 + weight))
+        assert plan_trees([[0.9]], StepCosts(FLAT), load(1), ROOM, 0.0, 0.0).node_price == 0.0
 
     @pytest.mark.parametrize("most", [0, 1, 3])
     def test_room_is_never_exceeded(self, most: int) -> None:

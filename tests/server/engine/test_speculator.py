@@ -13,10 +13,11 @@ from heads.tree_search import best_tree
 from server.config import DraftMethod, Method, SamplingParams
 from server.engine.cost_model import CostModel, StepCosts, StepLoad
 from server.engine.drafter import MedusaDrafter
+from server.engine.planner import StepRequest
 from server.engine.sequence import DraftSources, Sequence
 from server.engine.speculator import Speculator
 from server.engine.tree_builders import MergedTrees, OwnTrees, TreeBuilder
-from server.engine.tree_sizes import FixedSizes, Foresight, PlannedSizes, StepRequest, TreeSizes
+from server.engine.tree_sizes import FixedSizes, Foresight, PlannedSizes, TreeSizes
 from tests.engine_tools import make_sequence, random_heads, wide_profile
 
 VOCAB = 16
