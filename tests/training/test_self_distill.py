@@ -124,7 +124,7 @@ def test_a_turn_that_does_not_fit_ends_its_conversation() -> None:
 def test_a_prompt_that_is_wrong_in_another_way_is_an_error() -> None:
     engine = make_engine(heads="none")
     distiller = SelfDistiller(engine, SHORT, method="medusa")
-    with pytest.raises(InvalidRequestError, match="no draft heads"):
+    with pytest.raises(InvalidRequestError, match="'medusa', but this server has auto, none"):
         list(distiller.run(prompts(1), lambda _: None))
 
 

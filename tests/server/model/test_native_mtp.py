@@ -93,10 +93,21 @@ def test_it_drafts_from_the_whole_vocabulary_by_the_bases_own_matrix(
     assert module.draft_vocab_ids.tolist() == list(range(VOCAB_SIZE))
 
 
-def test_it_is_frozen_and_in_the_dtype_of_the_base(tmp_path: Path) -> None:
+def test_it_is_frozen_and_in_the_dtypes_of_the_base(tmp_path: Path) -> None:
     save_native("glm4_moe", tmp_path)
-    native = load_native_mtp(load_model(str(tmp_path), "cpu", "bfloat16"))
-    assert {weight.dtype for weight in native.module.parameters()} == {torch.bfloat16}
+    loaded = load_model(str(tmp_path), "cpu", "bfloat16")
+    native = load_native_mtp(loaded)
+    last = f"layers.{loaded.num_layers - 1}."
+    # transformers keeps a router in float32, from 5.24 on its weight too. Packed linear layers of
+    # the base have no parameters any more.
+    of_base = {
+        f"block.{name.partition(last)[2]}": weight.dtype
+        for name, weight in loaded.model.named_parameters()
+        if last in name
+    }
+    dtypes = {name: weight.dtype for name, weight in native.module.named_parameters()}
+    assert of_base.keys() <= dtypes.keys()
+    assert dtypes == {name: of_base.get(name, torch.bfloat16) for name in dtypes}
     assert not any(weight.requires_grad for weight in native.module.parameters())
     assert not native.module.training
 

@@ -11,7 +11,6 @@ from transformers import (
     BartConfig,
     BertConfig,
     BloomConfig,
-    CodeGenConfig,
     Cohere2Config,
     DeepseekV3Config,
     DiffLlamaConfig,
@@ -100,7 +99,6 @@ REFUSED_CONFIGS: list[tuple[Callable[[], PreTrainedConfig], str]] = [
     (lambda: Gemma2Config(**LLAMA_SIZES, head_dim=8), "attn_logit_softcapping"),
     (lambda: BloomConfig(vocab_size=64), "BloomForCausalLM"),
     (lambda: MptConfig(vocab_size=64), "MptForCausalLM"),
-    (lambda: CodeGenConfig(vocab_size=64), "CodeGenForCausalLM"),
     (
         lambda: LlamaConfig(**LLAMA_SIZES | {"quantization_config": {"quant_method": "gptq"}}),
         "quantised checkpoint",
