@@ -28,7 +28,7 @@ _LOOKUP_PRIOR = (0.2, 0.5, 0.6, 0.68, 0.72, 0.76, 0.79, 0.81, 0.83, 0.84, 0.85, 
 _LONGEST_PRIOR = 0.95
 # Where a further match goes on differently; there the length hardly matters.
 _FURTHER_PRIOR = 0.12
-_MAX_PROBABILITY = 0.99
+MAX_PROBABILITY = 0.99
 # Expected hits that the prior of a cell, or of a request, counts as.
 CELL_PRIOR = 10.0
 _REQUEST_PRIOR = 4.0
@@ -137,7 +137,7 @@ class Calibrator:
 
     def probability(self, cell: int, raw: float) -> float:
         """Correct a raw probability."""
-        return min(_MAX_PROBABILITY, raw * self.ratios[cell])
+        return min(MAX_PROBABILITY, raw * self.ratios[cell])
 
     def learn(self, outcomes: Iterable[Outcome]) -> None:
         """Count drafts whose parents were accepted."""

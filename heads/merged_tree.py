@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from heads.calibration import (
+    MAX_PROBABILITY,
     Calibrator,
     DraftSource,
     Estimate,
@@ -25,8 +26,6 @@ from heads.candidates import DraftTokens
 from heads.lookup import Match
 from heads.proposals import ROOT_STATE, HeadProposal
 from heads.tree import NO_PARENT, DraftTree
-
-_MAX_PROBABILITY = 0.99
 
 
 @dataclass(slots=True, eq=False)
@@ -192,7 +191,7 @@ class _Drafts:
         raw = 1.0 - (1.0 - min(1.0, draft.probability)) * (1.0 - min(1.0, twin.probability))
         cell = both_cell(raw)
         corrected = self._correct(cell, raw) * self._factors[DraftSource.BOTH]
-        probability = min(_MAX_PROBABILITY, corrected)
+        probability = min(MAX_PROBABILITY, corrected)
         return _Draft(draft.token_id, probability, raw, cell, draft.state, twin.copied)
 
 
