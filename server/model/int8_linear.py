@@ -11,13 +11,12 @@ Shapes: T rows, I input features, O output features; 2T stands for first parts, 
 """
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from server.model.shared_input import SIBLINGS, SharedInput, Sibling
+from server.model.shared_input import joined_bias, replace_linears
 
 # Largest weight; -128 stays unused.
 _MAX_WEIGHT = 127
@@ -65,7 +64,7 @@ class Int8Linear(nn.Module):
         self._zero_O = torch.zeros(self.out_features, dtype=torch.int64)
         # What a row of ones gives: a row's minimum counts once for each input feature.
         self._ones_O = codes_OI.sum(1) * scale_O
-        self._bias = _joined_bias(linears)
+        self._bias = joined_bias(linears)
 
     def forward(self, input_I: Tensor) -> Tensor:
         """Map float32 `[..., I]` to `[..., O]`."""
@@ -152,10 +151,7 @@ def can_quantize() -> bool:
 
 
 def quantize_linears(model: nn.Module) -> int:
-    """Replace every `nn.Linear` by one with int8 weights; siblings are computed together.
-
-    A layer's plain weight is freed unless something else holds it, like a tied embedding.
-    Subclasses of `nn.Linear` stay, as they may compute something else.
+    """Replace every `nn.Linear` by one with int8 weights; see `replace_linears`.
 
     Args:
         model: In float32 on the CPU; changed in place.
@@ -163,30 +159,4 @@ def quantize_linears(model: nn.Module) -> int:
     Returns:
         The number of layers replaced.
     """
-    num_quantized = 0
-    for parent in list(model.modules()):
-        plain = {name: child for name, child in parent.named_children() if type(child) is nn.Linear}
-        num_quantized += len(plain)
-        for names in SIBLINGS:
-            if all(name in plain for name in names):
-                _join(parent, names, [plain.pop(name) for name in names])
-        for name, linear in plain.items():
-            setattr(parent, name, Int8Linear(linear))
-    return num_quantized
-
-
-def _join(parent: nn.Module, names: Sequence[str], linears: Sequence[nn.Linear]) -> None:
-    shared = SharedInput(Int8Linear(*linears), [linear.out_features for linear in linears])
-    for index, name in enumerate(names):
-        setattr(parent, name, Sibling(shared, index))
-
-
-def _joined_bias(linears: Sequence[nn.Linear]) -> Tensor | None:
-    if all(linear.bias is None for linear in linears):
-        return None
-    return torch.cat(
-        [
-            torch.zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
-            for linear in linears
-        ]
-    )
+    return replace_linears(model, Int8Linear)

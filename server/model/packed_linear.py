@@ -4,8 +4,12 @@ With packed weights a step of a few tokens costs nearly as little as a step of o
 prompts gain too. Shape suffixes: I input features, O output features.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
+
+from server.model.shared_input import joined_bias, replace_linears
 
 # The number of rows that oneDNN is told to choose the layout for; any number of rows works.
 _ROWS_HINT = 8
@@ -15,14 +19,17 @@ class PackedLinear(nn.Module):
     """Computes what an `nn.Linear` computes, without autograd.
 
     The packed weight is neither a parameter nor in the state dict, and `to` does not move it.
+
+    Args:
+        linears: With the same number of inputs; their outputs come side by side.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, *linears: nn.Linear) -> None:
         super().__init__()
-        self.in_features = linear.in_features
-        self.out_features = linear.out_features
-        self._weight = _pack(linear.weight.detach())
-        self._bias = None if linear.bias is None else linear.bias.detach()
+        self.in_features = linears[0].in_features
+        self.out_features = sum(linear.out_features for linear in linears)
+        self._weight = _pack([linear.weight.detach() for linear in linears])
+        self._bias = joined_bias(linears)
 
     def forward(self, input_I: Tensor) -> Tensor:
         """Map `[..., I]` to `[..., O]`."""
@@ -36,7 +43,9 @@ class PackedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
-def _pack(weight_OI: Tensor) -> Tensor:
+def _pack(weights_OI: Sequence[Tensor]) -> Tensor:
+    # A single weight is not copied first: an unembedding may be the largest tensor there is.
+    weight_OI = weights_OI[0] if len(weights_OI) == 1 else torch.cat(list(weights_OI))
     packed_OI: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_OI, _ROWS_HINT)
     return packed_OI
 
@@ -51,18 +60,11 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def pack_linears(model: nn.Module) -> int:
-    """Replace every `nn.Linear` by a packed one; does nothing where `can_pack` says no.
-
-    A layer's plain weight is freed unless something else holds it, like a tied embedding.
-    Subclasses of `nn.Linear` stay, as they may compute something else.
+    """Replace every `nn.Linear` for which `can_pack` holds; see `replace_linears`.
 
     Returns:
         The number of layers replaced.
     """
-    num_packed = 0
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and can_pack(child.weight.device, child.weight.dtype):
-                setattr(parent, name, PackedLinear(child))
-                num_packed += 1
-    return num_packed
+    return replace_linears(
+        model, PackedLinear, lambda linear: can_pack(linear.weight.device, linear.weight.dtype)
+    )

@@ -5,8 +5,9 @@ The first call computes all of them and the others hand out their share, so the 
 as it is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 # Siblings in the decoder blocks of `transformers`, by attribute name. A wrong guess would cost
@@ -57,3 +58,55 @@ class Sibling(nn.Module):
     def extra_repr(self) -> str:
         """Name the layer that computes it."""
         return f"{self._index} of {self._shared.layer!r}"
+
+
+def joined_bias(linears: Sequence[nn.Linear]) -> Tensor | None:
+    """The biases side by side, zeros for a layer that has none; None if no layer has one."""
+    if all(linear.bias is None for linear in linears):
+        return None
+    return torch.cat(
+        [
+            linear.weight.new_zeros(linear.out_features)
+            if linear.bias is None
+            else linear.bias.detach()
+            for linear in linears
+        ]
+    )
+
+
+def replace_linears(
+    model: nn.Module,
+    make: Callable[..., nn.Module],
+    is_wanted: Callable[[nn.Linear], bool] = lambda linear: True,
+) -> int:
+    """Replace every `nn.Linear`; siblings are computed together.
+
+    A layer's plain weight is freed unless something else holds it, like a tied embedding.
+    Subclasses of `nn.Linear` stay, as they may compute something else.
+
+    Args:
+        model: Changed in place.
+        make: Builds one layer from linear layers of the same input, whose outputs it puts side by
+            side.
+        is_wanted: Says which to replace.
+
+    Returns:
+        The number of layers replaced.
+    """
+    num_replaced = 0
+    for parent in list(model.modules()):
+        plain = {
+            name: child
+            for name, child in parent.named_children()
+            if type(child) is nn.Linear and is_wanted(child)
+        }
+        num_replaced += len(plain)
+        for names in SIBLINGS:
+            if all(name in plain for name in names):
+                linears = [plain.pop(name) for name in names]
+                shared = SharedInput(make(*linears), [one.out_features for one in linears])
+                for index, name in enumerate(names):
+                    setattr(parent, name, Sibling(shared, index))
+        for name, linear in plain.items():
+            setattr(parent, name, make(linear))
+    return num_replaced
