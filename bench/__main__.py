@@ -14,6 +14,7 @@ from bench import (
     latency,
     overhead,
     peers,
+    prefill,
     quality,
     quantization,
     serving,
@@ -33,6 +34,7 @@ _RUN: dict[str, Callable[[BenchOptions], Outcome]] = {
     "quality": quality.run,
     "quantization": quantization.run,
     "serving": serving.run,
+    "prefill": prefill.run,
     "peers": peers.run,
 }
 

@@ -19,6 +19,7 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from time import perf_counter
 
 import numpy as np
@@ -80,6 +81,14 @@ class Percentiles:
     p50: float
     p95: float
     p99: float
+
+
+@dataclass(frozen=True, slots=True)
+class GapFigures:
+    """Time per token and time between chunks."""
+
+    itl_ms: Percentiles
+    chunk_gap_ms: Percentiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,11 +182,7 @@ async def _together(clients: Sequence[Awaitable[None]]) -> None:
 
 def load_figures(answers: Sequence[Answer]) -> LoadFigures:
     """Pool the answers of a run, of which there is at least one."""
-    gaps = [
-        (later.at_s - earlier.at_s, later.num_tokens)
-        for answer in answers
-        for earlier, later in zip(answer.chunks, answer.chunks[1:], strict=False)
-    ]
+    gaps = gap_figures([answer.chunks for answer in answers])
     num_output_tokens = sum(answer.num_output_tokens for answer in answers)
     seconds = max(a.ended_s for a in answers) - min(a.arrived_s for a in answers)
     num_steps = sum(answer.num_steps for answer in answers)
@@ -188,15 +193,29 @@ def load_figures(answers: Sequence[Answer]) -> LoadFigures:
         num_output_tokens=num_output_tokens,
         seconds=seconds,
         tokens_per_s=num_output_tokens / seconds,
-        ttft_ms=_percentiles([a.chunks[0].at_s - a.arrived_s for a in answers if a.chunks]),
-        itl_ms=_percentiles([gap / count for gap, count in gaps for _ in range(count)]),
-        chunk_gap_ms=_percentiles([gap for gap, _ in gaps]),
+        ttft_ms=percentiles_ms([a.chunks[0].at_s - a.arrived_s for a in answers if a.chunks]),
+        itl_ms=gaps.itl_ms,
+        chunk_gap_ms=gaps.chunk_gap_ms,
         mean_acceptance_length=num_emitted_tokens / num_steps if num_steps else NAN,
         nodes_per_step=1 + num_draft_tokens / num_steps if num_steps else NAN,
     )
 
 
-def _percentiles(seconds: Sequence[float]) -> Percentiles:
+def gap_figures(streams: Sequence[Sequence[Chunk]]) -> GapFigures:
+    """Pool the gaps between the chunks of each stream."""
+    gaps = [
+        (later.at_s - earlier.at_s, later.num_tokens)
+        for chunks in streams
+        for earlier, later in pairwise(chunks)
+    ]
+    return GapFigures(
+        itl_ms=percentiles_ms([gap / count for gap, count in gaps for _ in range(count)]),
+        chunk_gap_ms=percentiles_ms([gap for gap, _ in gaps]),
+    )
+
+
+def percentiles_ms(seconds: Sequence[float]) -> Percentiles:
+    """Percentiles of seconds, in milliseconds."""
     if not seconds:
         return Percentiles(NAN, NAN, NAN)
     return Percentiles(*(1e3 * np.percentile(seconds, (50, 95, 99))).tolist())

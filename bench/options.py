@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from server.config import MAX_TREE_NODES, METHODS, DeviceName, DtypeName, Method, QuantizationName
 
@@ -19,6 +19,7 @@ COMMANDS = {
     "quantization": "quantised weights against plain ones: step seconds, perplexity, agreement",
     "overhead": "share of a step that the engine spends outside the model",
     "serving": "a server under load, speculation on against off: throughput and latencies",
+    "prefill": "what a cached prefix saves, and what a long prompt costs the streams beside it",
     "peers": "tokens per second at batch 1 beside transformers and llama.cpp",
 }
 # Commands that keep several requests in flight; the others measure batch 1.
@@ -54,6 +55,25 @@ class LoadOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillOptions:
+    """Sizes of the prefill bench.
+
+    Attributes:
+        prompt_tokens: Of a conversation's first message.
+        long_prompt_tokens: Of the prompt that arrives while streams decode.
+        streams: Requests that decode when it arrives.
+        rounds: Counted rounds.
+        max_prefill_tokens: As `EngineConfig.max_prefill_tokens`.
+    """
+
+    prompt_tokens: int = 2000
+    long_prompt_tokens: int = 4000
+    streams: int = 8
+    rounds: int = 5
+    max_prefill_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BenchOptions:
     """What a bench was asked to do.
 
@@ -74,6 +94,7 @@ class BenchOptions:
         num_threads: CPU threads; None leaves torch's choice.
         concurrency: Requests in flight; 1 for commands that measure batch 1.
         load: Of the serving bench.
+        prefill: Of the prefill bench.
         llama_server: llama.cpp's server for the peers bench; None looks for it on PATH.
         output: File that also gets the JSON object.
     """
@@ -94,6 +115,7 @@ class BenchOptions:
     num_threads: int | None = None
     concurrency: int = 1
     load: LoadOptions = LoadOptions()
+    prefill: PrefillOptions = PrefillOptions()
     llama_server: Path | None = None
     output: Path | None = None
 
@@ -125,6 +147,8 @@ def parse_options(argv: Sequence[str]) -> BenchOptions:
             )
         if name == "serving":
             _add_load(command)
+        if name == "prefill":
+            _add_prefill(command)
         if name in _BATCHED:
             command.add_argument(
                 "--concurrency",
@@ -134,8 +158,15 @@ def parse_options(argv: Sequence[str]) -> BenchOptions:
                 help="requests in flight",
             )
     values = vars(parser.parse_args(argv))
-    names = [field.name for field in fields(LoadOptions) if field.name in values]
-    return BenchOptions(load=LoadOptions(**{name: values.pop(name) for name in names}), **values)
+    if values["command"] == "serving":
+        values["load"] = LoadOptions(**_take(values, LoadOptions))
+    if values["command"] == "prefill":
+        values["prefill"] = PrefillOptions(**_take(values, PrefillOptions))
+    return BenchOptions(**values)
+
+
+def _take(values: dict[str, Any], kind: type[LoadOptions] | type[PrefillOptions]) -> dict[str, Any]:
+    return {field.name: values.pop(field.name) for field in fields(kind)}
 
 
 def _add_load(parser: argparse.ArgumentParser) -> None:
@@ -166,6 +197,19 @@ def _add_load(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=default.seed, help="of the draws")
     add("--engine", action="store_true", help="drive the asynchronous engine, without HTTP")
     add("--plot", type=_plot, metavar="FILE", help="draw the ratios over the concurrency")
+
+
+def _add_prefill(parser: argparse.ArgumentParser) -> None:
+    default = PrefillOptions()
+    counts = {
+        "--prompt-tokens": (default.prompt_tokens, "tokens of a conversation's first message"),
+        "--long-prompt-tokens": (default.long_prompt_tokens, "tokens of the prompt beside streams"),
+        "--streams": (default.streams, "requests that decode when it arrives"),
+        "--rounds": (default.rounds, "counted rounds"),
+        "--max-prefill-tokens": (None, "as of euryale serve"),
+    }
+    for name, (count, meaning) in counts.items():
+        parser.add_argument(name, type=_positive, default=count, metavar="N", help=meaning)
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:

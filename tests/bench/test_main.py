@@ -20,9 +20,13 @@ STABLE_FIELDS = {
     "quantization": {"prompts", "answers", "same_share", "steps", "num_speculation_differences"},
     "overhead": {"overhead_share", "draft_share", "step_ms"},
     "serving": {"rounds", "by_concurrency"},
+    "prefill": {"ttft_per_token_ratio", "itl_p95_rise_ms", "chunk_cost_p95_ms"},
     "peers": {"tokens_per_s", "ratios", "not_installed"},
 }
-QUICK = {"serving": ["--rounds", "1", "--concurrency", "2", "--requests-per-round", "2"]}
+QUICK = {
+    "serving": ["--rounds", "1", "--concurrency", "2", "--requests-per-round", "2"],
+    "prefill": ["--rounds", "1", "--prompt-tokens", "90", "--long-prompt-tokens", "80"],
+}
 COMMON_FIELDS = {"command", "model", "heads", "data", "num_rows", "num_prompts", "context"}
 
 
@@ -164,7 +168,7 @@ def test_a_failed_check_ends_with_one(
 def test_a_bench_runs_on_cuda(
     command: str, arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    on_cuda = [*arguments, "--device", "cuda", "--dtype", "float32"]
+    on_cuda = [*arguments, *QUICK.get(command, []), "--device", "cuda", "--dtype", "float32"]
     status, report = run_main([command, *on_cuda], capsys)
     assert status == 0
     assert report["context"]["device"] == "cuda"

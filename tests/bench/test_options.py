@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.options import COMMANDS, BenchOptions, LoadOptions, parse_options
+from bench.options import COMMANDS, BenchOptions, LoadOptions, PrefillOptions, parse_options
 
 
 @pytest.mark.parametrize("command", list(COMMANDS))
@@ -103,6 +103,37 @@ def test_the_load_has_defaults() -> None:
     options = parse_options(["serving"])
     assert options.load == LoadOptions()
     assert options.load.concurrencies == (1, 2, 4, 8, 16, 32, 64)
+
+
+def test_every_size_of_the_prefill_bench_is_read() -> None:
+    line = (
+        "prefill --prompt-tokens 100 --long-prompt-tokens 300 --streams 3 --rounds 2"
+        " --max-prefill-tokens 32"
+    )
+    assert parse_options(line.split()).prefill == PrefillOptions(
+        prompt_tokens=100,
+        long_prompt_tokens=300,
+        streams=3,
+        rounds=2,
+        max_prefill_tokens=32,
+    )
+
+
+def test_the_prefill_bench_has_default_sizes() -> None:
+    options = parse_options(["prefill"])
+    assert options.prefill == PrefillOptions()
+    assert (options.prefill.prompt_tokens, options.prefill.long_prompt_tokens) == (2000, 4000)
+    assert (options.prefill.streams, options.prefill.rounds) == (8, 5)
+    assert options.load == LoadOptions()
+
+
+@pytest.mark.parametrize("option", ["--streams", "--prompt-tokens", "--max-prefill-tokens"])
+def test_sizes_of_the_prefill_bench_are_counts(
+    option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse_options(["prefill", option, "0"])
+    assert "'0' is no count" in capsys.readouterr().err
 
 
 def test_llama_server_is_an_option_of_peers_alone() -> None:
