@@ -6,7 +6,8 @@ Where two outputs differ, the first difference is judged from the logits that th
 transformers model gives for the tokens before it. Fails if a difference is no proven tie.
 
 The engine keeps several requests in flight, and their trees have different sizes: `--max-nodes`,
-a half, a quarter and an eighth of it. So mixed batches are part of what is checked.
+a half, a quarter and an eighth of it, or less where `--budget auto` has the planner size them. So
+mixed batches are part of what is checked.
 """
 
 from collections.abc import Sequence

@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from server.config import MAX_TREE_NODES, METHODS, DeviceName, DtypeName, Method, QuantizationName
 
@@ -88,6 +88,7 @@ class BenchOptions:
         method: Draft source of the runs with speculation.
         max_nodes: Largest tree, root included.
         static: Whether trees are the heads' own, without prompt lookup.
+        budget: As `EngineConfig.budget`; None takes what suits the bench.
         dtype: As `EngineConfig.dtype`.
         quantization: As `EngineConfig.quantization`.
         device: As `EngineConfig.device`.
@@ -109,6 +110,7 @@ class BenchOptions:
     method: Method = "auto"
     max_nodes: int = 32
     static: bool = False
+    budget: Literal["auto"] | int | None = None
     dtype: DtypeName = "auto"
     quantization: QuantizationName = "none"
     device: DeviceName = "auto"
@@ -229,6 +231,13 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     add("--method", choices=METHODS, default=default.method, help="draft source")
     add("--max-nodes", type=_tree_size, default=default.max_nodes, metavar="N", help="largest tree")
     add("--static", action="store_true", help="the heads' own tree of --max-nodes nodes every time")
+    add(
+        "--budget",
+        type=_budget,
+        metavar="N",
+        help="nodes of every tree, or auto: as the planner sizes them; what suits the bench if not "
+        "given",
+    )
     add("--dtype", choices=get_args(DtypeName), default=default.dtype, help="weights' type")
     add(
         "--quantization",
@@ -239,6 +248,10 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=get_args(DeviceName), default=default.device, help="where to run")
     add("--num-threads", type=_positive, metavar="N", help="CPU threads")
     add("--output", type=Path, metavar="FILE", help="also write the JSON object there")
+
+
+def _budget(text: str) -> Literal["auto"] | int:
+    return "auto" if text == "auto" else _tree_size(text)
 
 
 def _positive(text: str) -> int:

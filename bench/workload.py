@@ -44,12 +44,15 @@ def load_workload(options: BenchOptions) -> Workload:
 def engine_config(
     options: BenchOptions, nodes: Literal["auto"] | int, dtype: DtypeName | None = None
 ) -> EngineConfig:
-    """Options of the engine under test, whose trees have so many nodes.
+    """Options of the engine under test, whose trees have so many nodes unless the options say.
 
     Prefix caching is off, so that no run starts with what an earlier one computed. The step is
     large enough for a full tree of every request in flight: the scheduler keeps a quarter of it
     for prompts and would shrink the trees otherwise.
     """
+    budget: Literal["auto"] | int = "auto" if options.static else nodes
+    if options.budget is not None:
+        budget = options.budget
     tree_tokens = options.concurrency * options.max_nodes
     return EngineConfig(
         model=options.model,
@@ -61,7 +64,7 @@ def engine_config(
         max_tokens_per_step=max(_DEFAULT_STEP_TOKENS, -(-tree_tokens * 4 // 3)),
         max_nodes=options.max_nodes,
         tree=(options.max_nodes if nodes == "auto" else nodes) if options.static else "auto",
-        budget="auto" if options.static else nodes,
+        budget=budget,
         prefix_caching=False,
         num_threads=options.num_threads,
     )

@@ -161,3 +161,12 @@ def test_a_wrong_load_is_refused(
     with pytest.raises(SystemExit):
         parse_options(["serving", *arguments.split()])
     assert message in capsys.readouterr().err
+
+
+def test_a_budget_is_a_tree_size_or_auto(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse_options(["exactness"]).budget is None
+    assert parse_options(["exactness", "--budget", "auto"]).budget == "auto"
+    assert parse_options(["latency", "--budget", "16"]).budget == 16
+    with pytest.raises(SystemExit):
+        parse_options(["latency", "--budget", "0"])
+    assert "'0' is no tree size" in capsys.readouterr().err

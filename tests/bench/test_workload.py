@@ -1,5 +1,6 @@
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -49,6 +50,15 @@ def test_trees_are_made_for_each_step_unless_they_are_static() -> None:
     assert (config.tree, config.budget) == ("auto", 32)
     static = engine_config(replace(OPTIONS, static=True), nodes=32)
     assert (static.tree, static.budget) == (32, "auto")
+
+
+@pytest.mark.parametrize("budget", ["auto", 8])
+def test_a_budget_that_was_asked_for_comes_before_the_benchs_own(
+    budget: Literal["auto"] | int,
+) -> None:
+    options = replace(OPTIONS, budget=budget)
+    assert engine_config(options, nodes="auto").budget == budget
+    assert engine_config(options, nodes=32).budget == budget
 
 
 def test_no_run_reuses_an_earlier_prompt() -> None:
