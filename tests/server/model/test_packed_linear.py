@@ -51,6 +51,20 @@ def test_leading_dimensions_are_kept(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(PackedLinear(plain)(rows), plain(rows), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("num_rows", [1, 9])
+def test_joined_layers_come_side_by_side_each_with_its_own_bias(num_rows: int) -> None:
+    torch.manual_seed(num_rows)
+    layers = [nn.Linear(16, 8), nn.Linear(16, 3, bias=False), nn.Linear(16, 5)]
+    for layer in layers:
+        layer.requires_grad_(False)
+    rows = torch.randn(num_rows, 16)
+
+    packed = PackedLinear(*layers)(rows)
+
+    expected = torch.cat([layer(rows) for layer in layers], dim=-1)
+    torch.testing.assert_close(packed, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_view_that_is_not_contiguous_is_read_right() -> None:
     plain = nn.Linear(16, 8).requires_grad_(False)
     rows = torch.randn(16, 5).T
