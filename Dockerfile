@@ -1,8 +1,8 @@
-# GPU image; the same image serves on CPU with `--device cpu`.
+# GPU image; the same image serves on CPU with `--device cpu`, where g++ compiles the model's blocks.
 FROM nvidia/cuda:12.8.1-base-ubuntu24.04
 
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends python3 python3-venv \
+    && apt-get install --yes --no-install-recommends g++ python3 python3-venv \
     && rm -rf /var/lib/apt/lists/*
 
 RUN useradd --create-home --uid 10001 euryale \

@@ -9,7 +9,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from server.config import MAX_TREE_NODES, METHODS, DeviceName, DtypeName, Method, QuantizationName
+from server.config import (
+    MAX_TREE_NODES,
+    METHODS,
+    CompileName,
+    DeviceName,
+    DtypeName,
+    Method,
+    QuantizationName,
+)
 
 COMMANDS = {
     "latency": "tokens per second at batch 1: speculation on, off, and transformers' generate",
@@ -91,6 +99,7 @@ class BenchOptions:
         budget: As `EngineConfig.budget`; None takes what suits the bench.
         dtype: As `EngineConfig.dtype`.
         quantization: As `EngineConfig.quantization`.
+        compile: As `EngineConfig.compile`.
         device: As `EngineConfig.device`.
         num_threads: CPU threads; None leaves torch's choice.
         concurrency: Requests in flight; 1 for commands that measure batch 1.
@@ -113,6 +122,7 @@ class BenchOptions:
     budget: Literal["auto"] | int | None = None
     dtype: DtypeName = "auto"
     quantization: QuantizationName = "none"
+    compile: CompileName = "auto"
     device: DeviceName = "auto"
     num_threads: int | None = None
     concurrency: int = 1
@@ -244,6 +254,12 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         choices=get_args(QuantizationName),
         default=default.quantization,
         help="8-bit weights",
+    )
+    add(
+        "--compile",
+        choices=get_args(CompileName),
+        default=default.compile,
+        help="compile the model's blocks, on CPU",
     )
     add("--device", choices=get_args(DeviceName), default=default.device, help="where to run")
     add("--num-threads", type=_positive, metavar="N", help="CPU threads")

@@ -130,18 +130,18 @@ class Campaign:
         self._arms = arms
         self._options = options
 
-    async def run(self, into: list[RoundPair], on_run: Callable[[], None]) -> None:
+    async def run(self, on_pair: Callable[[RoundPair], None], on_run: Callable[[], None]) -> None:
         """Run all rounds, the first of which warms up and is not counted.
 
         Args:
-            into: Gets each counted pair as soon as it is complete.
+            on_pair: Called with each counted pair as soon as it is complete.
             on_run: Called after each arm's run.
         """
         for number in range(self._options.rounds + 1):
             for level in levels(self._options):
                 pair = await self._pair(level, number, on_run)
                 if number:
-                    into.append(pair)
+                    on_pair(pair)
 
     async def _pair(self, level: Level, number: int, on_run: Callable[[], None]) -> RoundPair:
         asks = self._draws.draw(num_requests(level, self._options))

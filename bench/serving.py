@@ -137,6 +137,18 @@ def level_result(level: Level, pairs: Sequence[RoundPair]) -> LevelResult:
     )
 
 
+def one_line(pair: RoundPair) -> str:
+    """What a round says, so that a long bench can be watched."""
+    level, auto, off = pair.level, pair.auto.figures, pair.off.figures
+    load = f"{level.concurrency} clients" if isinstance(level, Closed) else f"{level.rate} a second"
+    throughput = _ratio(auto.tokens_per_s, off.tokens_per_s)
+    itl = _ratio(auto.itl_ms.p95, off.itl_ms.p95)
+    return (
+        f"{load}: {auto.tokens_per_s:.1f} against {off.tokens_per_s:.1f} tokens/s "
+        f"({throughput:.2f}), p95 time per token {itl:.2f}"
+    )
+
+
 def planner_accuracy(pairs: Sequence[RoundPair]) -> float:
     """Predicted by measured tokens per second of the auto arm; not a number without a planner."""
     total = Foresight()
@@ -167,11 +179,16 @@ async def _measure(
         "auto": speculation_on(options),
         "off": speculation_off(),
     }
+
+    def keep(pair: RoundPair) -> None:
+        into.append(pair)
+        note(one_line(pair))
+
     opened = engine_target(engine) if options.load.engine else http_target(engine)
     async with opened as target:
         campaign = Campaign(engine, target, draws, arms, options.load)
         with progress("serving", num_runs(options.load)) as advance:
-            await campaign.run(into, advance)
+            await campaign.run(keep, advance)
 
 
 def run(options: BenchOptions) -> Outcome:

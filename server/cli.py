@@ -41,6 +41,8 @@ ENGINE_OPTIONS: Mapping[str, str] = {
     "device": "Where the model runs; auto takes CUDA if there is a device.",
     "dtype": "Weight type; auto is float32 on CPU and bfloat16 on CUDA.",
     "quantization": "int8 stores weights in 8 bits, on CPU only; faster and a little less exact.",
+    "compile": "Compile the model's blocks, on CPU, which needs a C++ compiler once; auto where it "
+    "can.",
     "block_size": "Tokens per KV block.",
     "num_blocks": "KV blocks in all; derived from --kv-cache-bytes if not given.",
     "kv_cache_bytes": "Memory of the KV cache; a share of the free memory if not given.",
@@ -210,7 +212,7 @@ def version() -> None:
 @_one_line_errors
 @_takes("api_config", ApiConfig, API_OPTIONS)
 @_takes("server_config", ServerConfig, SERVER_OPTIONS)
-@_takes("engine_config", EngineConfig, ENGINE_OPTIONS)
+@_takes("engine_config", EngineConfig, ENGINE_OPTIONS, compile="auto")
 def serve(
     *, engine_config: EngineConfig, api_config: ApiConfig, server_config: ServerConfig
 ) -> None:
@@ -232,7 +234,7 @@ def serve(
 
 @app.command()
 @_one_line_errors
-@_takes("engine_config", EngineConfig, ENGINE_OPTIONS)
+@_takes("engine_config", EngineConfig, ENGINE_OPTIONS, compile="auto")
 @_takes("speculation", SpeculationParams, SPECULATION_OPTIONS)
 @_takes("sampling", SamplingParams, SAMPLING_OPTIONS, temperature=0.0)
 def generate(

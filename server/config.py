@@ -13,6 +13,7 @@ from server.errors import ConfigError, InvalidRequestError
 DeviceName = Literal["auto", "cpu", "cuda"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 QuantizationName = Literal["none", "int8"]
+CompileName = Literal["auto", "on", "off"]
 DraftMethod = Literal["medusa", "mtp"]
 # Spelt out: the command line cannot read a union.
 Method = Literal["auto", "none", "medusa", "mtp", "lookup"]
@@ -20,6 +21,7 @@ AcceptanceName = Literal["auto", "exact", "typical"]
 
 SHIPPED_HEADS: tuple[DraftMethod, ...] = ("medusa", "mtp")
 METHODS: tuple[Method, ...] = ("auto", "none", "medusa", "mtp", "lookup")
+COMPILES: tuple[CompileName, ...] = ("auto", "on", "off")
 ACCEPTANCES: tuple[AcceptanceName, ...] = ("auto", "exact", "typical")
 # As `heads`: the MTP layer that the base checkpoint ships.
 NATIVE_HEADS = "native"
@@ -184,6 +186,8 @@ class EngineConfig:
         dtype: Weight and activation type; `auto` is float32 on CPU and bfloat16 on CUDA.
         quantization: `int8` stores the weights of the model's linear layers in 8 bits, on CPU in
             float32; heads stay as they are.
+        compile: `on` compiles the model's blocks, on CPU only, which needs a C++ compiler at the
+            first start; `auto` does so where it can.
         block_size: Tokens per KV block.
         num_blocks: KV blocks in all; None derives them from `kv_cache_bytes`.
         kv_cache_bytes: Memory of the KV cache; None takes a share of what is free.
@@ -214,6 +218,7 @@ class EngineConfig:
     device: DeviceName = "auto"
     dtype: DtypeName = "auto"
     quantization: QuantizationName = "none"
+    compile: CompileName = "off"
     block_size: int = 16
     num_blocks: int | None = None
     kv_cache_bytes: int | None = None
@@ -247,6 +252,8 @@ class EngineConfig:
         if not 1 <= self.max_nodes <= MAX_TREE_NODES:
             raise ConfigError(f"max_nodes is {self.max_nodes}; give 1 to {MAX_TREE_NODES}")
         self._check_trees()
+        if self.compile not in COMPILES:
+            raise ConfigError(f"compile is {self.compile!r}; give one of {COMPILES}")
         if self.acceptance not in ACCEPTANCES:
             raise ConfigError(f"acceptance is {self.acceptance!r}; give one of {ACCEPTANCES}")
         # A step must have room for one full tree of every running sequence's root at least.

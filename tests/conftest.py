@@ -6,6 +6,8 @@ from pathlib import Path
 # Before torch loads its OpenMP runtime: threads that spin while they wait make tests beside another
 # busy process many times as slow.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# A command line compiles the model by default, which takes longer than most tests.
+os.environ.setdefault("EURYALE_COMPILE", "off")
 
 import pytest
 import torch

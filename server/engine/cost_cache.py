@@ -108,7 +108,12 @@ def cached_costs(
 
 
 def cost_key(
-    loaded: LoadedModel, draft: DraftHeads | None, block_size: int, max_nodes: int, probes: Probes
+    loaded: LoadedModel,
+    draft: DraftHeads | None,
+    block_size: int,
+    max_nodes: int,
+    probes: Probes,
+    is_compiled: bool = False,
 ) -> dict[str, object]:
     """Name all that the costs of a server hang on.
 
@@ -118,6 +123,7 @@ def cost_key(
         block_size: Tokens of a KV block.
         max_nodes: Of a tree; an MTP module grows so many.
         probes: Their sizes count.
+        is_compiled: Whether the base model's blocks are.
     """
     is_cuda = loaded.device.type == "cuda"
     return {
@@ -126,6 +132,7 @@ def cost_key(
         "heads": None if draft is None else _shapes_of(draft),
         "dtype": str(loaded.dtype),
         "quantization": loaded.quantization,
+        "is_compiled": is_compiled,
         "device": torch.cuda.get_device_name(loaded.device) if is_cuda else _cpu_name(),
         "num_threads": torch.get_num_threads(),
         "num_cpus": os.cpu_count(),

@@ -21,6 +21,8 @@ STEP_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 128)
 _NUM_REPEATS = 5
 # How far one step moves what is believed of steps of its size.
 _LEARNING_RATE = 0.05
+# How much of that goes to the size where a step had several sequences.
+_SIZE_SHARE = 0.2
 # A step that took this many times what was foretold was disturbed by something else.
 _OUTLIER = 3.0
 _MIN_RATIO, _MAX_RATIO = 0.2, 5.0
@@ -65,6 +67,10 @@ class StepLoad:
 class StepCosts:
     """A cost model that learns from the steps that are taken.
 
+    There is a correction for each measured size and, beyond one sequence, one for each power of two
+    of sequences. Without the latter, what many sequences cost would be taken for the cost of their
+    tokens, and mislead a single sequence later.
+
     Attributes:
         measured: What was measured before the first one.
     """
@@ -73,6 +79,7 @@ class StepCosts:
         self.measured = measured
         self._sizes = np.array(measured.num_tokens, dtype=np.float64)
         self._ratios = [1.0] * len(measured.num_tokens)
+        self._load_ratios: dict[int, float] = {}
         self._draft_ratio = 1.0
         self._steps_s = self._corrected()
 
@@ -86,7 +93,7 @@ class StepCosts:
         seconds_N = np.interp(sizes_N, self._sizes, self._steps_s)
         slope = (self._steps_s[-1] - self._steps_s[-2]) / (self._sizes[-1] - self._sizes[-2])
         seconds_N += slope * np.maximum(0.0, sizes_N - self._sizes[-1])
-        return seconds_N + self._further_s(load)
+        return (seconds_N + self._further_s(load)) * self._load_ratio(load)
 
     def draft_seconds(self, num_sequences: int) -> float:
         """Expected seconds of one run of the draft heads."""
@@ -100,12 +107,14 @@ class StepCosts:
         if not 0.0 < step_s < _OUTLIER * expected:
             return
         error = step_s / expected - 1.0
+        if load.num_sequences > 1:
+            self._load_ratios[_load_class(load)] = _moved(self._load_ratio(load), error)
+            error *= _SIZE_SHARE
         right = min(max(bisect.bisect_left(self.measured.num_tokens, num_tokens), 1), self._last)
         span = self._sizes[right] - self._sizes[right - 1]
         share = min(1.0, max(0.0, float((num_tokens - self._sizes[right - 1]) / span)))
         for index, weight in ((right - 1, 1.0 - share), (right, share)):
-            moved = self._ratios[index] * (1.0 + _LEARNING_RATE * weight * error)
-            self._ratios[index] = min(_MAX_RATIO, max(_MIN_RATIO, moved))
+            self._ratios[index] = _moved(self._ratios[index], weight * error)
         self._steps_s = self._corrected()
 
     def learn_draft(self, num_sequences: int, draft_s: float) -> None:
@@ -122,11 +131,23 @@ class StepCosts:
         steps_N = np.array(self.measured.step_s) * np.array(self._ratios)
         return np.maximum.accumulate(steps_N)
 
+    def _load_ratio(self, load: StepLoad) -> float:
+        return self._load_ratios.get(_load_class(load), 1.0)
+
     def _further_s(self, load: StepLoad) -> float:
         measured = self.measured
         further_tokens = max(0, load.num_kv_tokens - measured.context_len * load.num_sequences)
         further_sequences = max(0, load.num_sequences - 1)
         return measured.sequence_s * further_sequences + measured.kv_token_s * further_tokens
+
+
+def _moved(ratio: float, error: float) -> float:
+    return min(_MAX_RATIO, max(_MIN_RATIO, ratio * (1.0 + _LEARNING_RATE * error)))
+
+
+def _load_class(load: StepLoad) -> int:
+    """Loads that are corrected alike: 1 sequence, 2, 3 to 4, 5 to 8 and so on."""
+    return (max(1, load.num_sequences) - 1).bit_length()
 
 
 @dataclass(frozen=True, slots=True)

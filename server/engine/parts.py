@@ -22,10 +22,11 @@ from server.engine.step_probes import step_probes
 from server.engine.tree_builders import MergedTrees, OwnTrees
 from server.engine.tree_sizes import FixedSizes, PlannedSizes
 from server.engine.validate import RequestLimits
-from server.errors import ConfigError
+from server.errors import CompilationError, ConfigError
 from server.kv.block_manager import BlockManager
 from server.kv.kv_cache import KVCache, KVLayout
 from server.model.cache import cache_dir
+from server.model.compiled_blocks import compile_blocks
 from server.model.draft_heads import DraftHeads, load_draft_heads, native_draft_heads
 from server.model.loading import LoadedModel, load_model
 
@@ -84,10 +85,13 @@ def build_parts(
     kv_cache = KVCache(layout, num_blocks)
     blocks = BlockManager(num_blocks, config.block_size, config.prefix_caching)
     runner = ModelRunner(loaded, kv_cache)
+    is_compiled = _compile(config, loaded, report)
     speculator = make_speculator(config, loaded_heads, kv_cache, blocks)
     if len(speculator.methods) > 2 and config.tree == "auto" and config.budget == "auto":
         probes = step_probes(runner, loaded, speculator.drafter, layout, num_blocks)
-        key = cost_key(loaded, loaded_heads, config.block_size, config.max_nodes, probes)
+        key = cost_key(
+            loaded, loaded_heads, config.block_size, config.max_nodes, probes, is_compiled
+        )
         cache = CostCache(cache_dir() / "costs", key)
         costs = cached_costs(cache, probes, report, config.remeasure)
         speculator.sizes = PlannedSizes(StepCosts(costs), config.latency_weight)
@@ -100,6 +104,27 @@ def build_parts(
         limits=RequestLimits(max_len, loaded.vocab_size, speculator.methods),
         heads_name=_heads_name(config, heads_dir),
     )
+
+
+def _compile(config: EngineConfig, loaded: LoadedModel, report: Callable[[str], None]) -> bool:
+    """Compile the base model's blocks if that is asked for and possible; say whether."""
+    if config.compile == "off" or (config.compile == "auto" and loaded.device.type != "cpu"):
+        return False
+    if loaded.device.type != "cpu":
+        raise ConfigError(
+            f"compile is 'on', but the model is on {loaded.device}; it is for cpu, give 'off'"
+        )
+    try:
+        compile_blocks(loaded.model, report)
+    except CompilationError as error:
+        if config.compile == "on":
+            raise ConfigError(
+                f"compile is 'on', but {error}; install a C++ compiler if there is none, or give "
+                "'off'"
+            ) from error
+        report(f"running uncompiled, which is slower: {error}")
+        return False
+    return True
 
 
 def kv_layout(

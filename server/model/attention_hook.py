@@ -1,12 +1,20 @@
 """Our paged tree attention as a `transformers` attention implementation.
 
 `transformers` calls it for every layer and passes on unknown keywords of the model's forward, so
-the step's context travels as one keyword and no model code of ours exists.
+the step's context travels as one keyword and no model code of ours exists. In an exported graph it
+is one operator that no compiler looks into; whoever runs the graph says with `attending` what it
+attends with.
+
+Shapes: T flat tokens, H attention heads, G KV heads, C channels per head.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
@@ -26,6 +34,69 @@ class AttentionContext:
     metadata: Any
 
 
+@dataclass(frozen=True, slots=True)
+class _LayerCall:
+    context: AttentionContext
+    layer: int
+
+    def attend(
+        self,
+        query_1HTC: Tensor,
+        key_1GTC: Tensor,
+        value_1GTC: Tensor,
+        scaling: float,
+        sliding_window: int | None,
+    ) -> Tensor:
+        output_THC = self.context.backend.forward(
+            query_1HTC[0],
+            key_1GTC[0],
+            value_1GTC[0],
+            self.layer,
+            scaling,
+            sliding_window,
+            self.context.metadata,
+        )
+        return output_THC.unsqueeze(0)
+
+
+# NOTE: An operator takes tensors and numbers only, so the rest reaches it this way.
+_layer_call: ContextVar[_LayerCall] = ContextVar("_layer_call")
+_OPERATOR = "euryale::attend"
+_NO_WINDOW = -1
+
+
+@contextmanager
+def attending(context: AttentionContext, layer: int) -> Iterator[None]:
+    """Let the attention of an exported graph that runs inside attend as this layer."""
+    token = _layer_call.set(_LayerCall(context, layer))
+    try:
+        yield
+    finally:
+        _layer_call.reset(token)
+
+
+def _attend(
+    query_1HTC: Tensor, key_1GTC: Tensor, value_1GTC: Tensor, scaling: float, window: int
+) -> Tensor:
+    call = _layer_call.get()
+    sliding_window = None if window == _NO_WINDOW else window
+    return call.attend(query_1HTC, key_1GTC, value_1GTC, scaling, sliding_window)
+
+
+def _attended_shape(
+    query_1HTC: Tensor, key_1GTC: Tensor, value_1GTC: Tensor, scaling: float, window: int
+) -> Tensor:
+    _, num_heads, num_tokens, num_channels = query_1HTC.shape
+    return query_1HTC.new_empty(1, num_tokens, num_heads, num_channels)
+
+
+torch.library.define(
+    _OPERATOR, "(Tensor query, Tensor key, Tensor value, float scaling, int window) -> Tensor"
+)
+torch.library.impl(_OPERATOR, "CPU", _attend)
+torch.library.register_fake(_OPERATOR, _attended_shape)
+
+
 def _attention(
     module: nn.Module,
     query: Tensor,
@@ -37,7 +108,8 @@ def _attention(
     attention_context: AttentionContext | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    if attention_context is None:
+    is_exporting = torch.compiler.is_exporting()
+    if attention_context is None and not is_exporting:
         raise ModelError("the attention implementation 'euryale' only runs inside the engine")
     for name in UNSUPPORTED_KEYWORDS:
         if kwargs.get(name) is not None:
@@ -45,16 +117,13 @@ def _attention(
                 f"{type(module).__name__} uses {name}, which the paged attention does not support; "
                 "serve a model without it"
             )
-    output_THC = attention_context.backend.forward(
-        query[0],
-        key[0],
-        value[0],
-        int(module.layer_idx),  # type: ignore[arg-type]  # nn.Module types attributes as tensors
-        float(query.shape[-1] ** -0.5 if scaling is None else scaling),
-        sliding_window,
-        attention_context.metadata,
-    )
-    return output_THC.unsqueeze(0), None
+    factor = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if attention_context is None:
+        window = _NO_WINDOW if sliding_window is None else sliding_window
+        return torch.ops.euryale.attend(query, key, value, factor, window), None
+    layer = int(module.layer_idx)  # type: ignore[arg-type]  # nn.Module types attributes as tensors
+    call = _LayerCall(attention_context, layer)
+    return call.attend(query, key, value, factor, sliding_window), None
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:

@@ -16,10 +16,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from server.model.packed_product import int8_product, traceable_int8_product
 from server.model.shared_input import joined_bias, replace_linears
 
 # Largest weight; -128 stays unused.
 _MAX_WEIGHT = 127
+# Codes of an activation's part, before any bit is left out.
+_NUM_CODES = 256
+# What `embedding_bag_byte_prepack` adds to a row's range before it divides by it.
+_RANGE_FLOOR = 1e-8
 # The number of rows that oneDNN is told to choose the layout for; any number of rows works.
 _ROWS_HINT = 8
 _quantize_rows = torch.ops.quantized.embedding_bag_byte_prepack
@@ -31,7 +36,7 @@ class _Rows:
     """Rows as `codes * scale + minimum`, where two parts add up to one row.
 
     Attributes:
-        codes: Uint8 `[2T, I]`, within what this machine multiplies exactly.
+        codes: Whole numbers `[2T, I]`, within what this machine multiplies exactly.
         scale: Float32 `[2T, 1]`.
         minimum: Float32 `[T, 1]`, of both parts together.
     """
@@ -44,12 +49,19 @@ class _Rows:
 class Int8Linear(nn.Module):
     """Computes what an `nn.Linear` with weights rounded to 8 bits computes, without autograd.
 
-    The weight is neither a parameter nor in the state dict, and `to` does not move it.
+    The weight is no parameter and not in the state dict. When the layer is exported, it computes
+    the same from operations that a compiler can fuse.
 
     Args:
         linears: In float32 on the CPU, with the same number of inputs; their outputs come side by
             side.
     """
+
+    _weight: Tensor
+    _scale_O: Tensor
+    _zero_O: Tensor
+    _ones_O: Tensor
+    _bias_O: Tensor | None
 
     def __init__(self, *linears: nn.Linear) -> None:
         super().__init__()
@@ -59,27 +71,51 @@ class Int8Linear(nn.Module):
         weight_OI = torch.cat([linear.weight.detach() for linear in linears])
         scale_O = (weight_OI.abs().amax(1) / _MAX_WEIGHT).clamp_min(torch.finfo().tiny)
         codes_OI = (weight_OI / scale_O[:, None]).round().to(torch.int8)
-        self._weight = torch.ops.onednn.qlinear_prepack(codes_OI, [_ROWS_HINT, self.in_features])
-        self._scale_O = scale_O
-        self._zero_O = torch.zeros(self.out_features, dtype=torch.int64)
+        packed = torch.ops.onednn.qlinear_prepack(codes_OI, [_ROWS_HINT, self.in_features])
+        self.register_buffer("_weight", packed, persistent=False)
+        self.register_buffer("_scale_O", scale_O, persistent=False)
+        zero_O = torch.zeros(self.out_features, dtype=torch.int64)
+        self.register_buffer("_zero_O", zero_O, persistent=False)
         # What a row of ones gives: a row's minimum counts once for each input feature.
-        self._ones_O = codes_OI.sum(1) * scale_O
-        self._bias = joined_bias(linears)
+        self.register_buffer("_ones_O", codes_OI.sum(1) * scale_O, persistent=False)
+        self.register_buffer("_bias_O", joined_bias(linears), persistent=False)
 
     def forward(self, input_I: Tensor) -> Tensor:
         """Map float32 `[..., I]` to `[..., O]`."""
         input_TI = input_I.reshape(-1, self.in_features)
         num_rows = input_TI.shape[0]
-        if num_rows == 0:
-            return input_I.new_zeros(*input_I.shape[:-1], self.out_features)
+        if torch.compiler.is_exporting():
+            output_TO = self._traceable(input_TI)
+        elif num_rows == 0:
+            output_TO = input_TI.new_zeros(0, self.out_features)
+        else:
+            output_TO = self._eager(input_TI)
+        return output_TO.view(*input_I.shape[:-1], self.out_features)
+
+    def _eager(self, input_TI: Tensor) -> Tensor:
+        num_rows = input_TI.shape[0]
         rows = _split(input_TI.contiguous(), self._shift)
-        parts = _multiply(rows.codes, self._weight, self._scale_O, self._zero_O)
+        parts = int8_product(rows.codes, self._weight, self._scale_O, self._zero_O)
         output_TO = parts[:num_rows].mul_(rows.scale[:num_rows])
         output_TO.addcmul_(parts[num_rows:], rows.scale[num_rows:])
         output_TO.addcmul_(rows.minimum, self._ones_O)
-        if self._bias is not None:
-            output_TO.add_(self._bias)
-        return output_TO.view(*input_I.shape[:-1], self.out_features)
+        if self._bias_O is not None:
+            output_TO.add_(self._bias_O)
+        return output_TO
+
+    def _traceable(self, input_TI: Tensor) -> Tensor:
+        num_rows = input_TI.shape[0]
+        first = _quantize_traceably(input_TI, self._shift)
+        rest_TI = input_TI - (first.codes * first.scale + first.minimum)
+        second = _quantize_traceably(rest_TI, self._shift)
+        codes = torch.cat((first.codes, second.codes)).to(torch.uint8)
+        parts: Tensor = traceable_int8_product(codes, self._weight, self._scale_O, self._zero_O)
+        minimum = first.minimum + second.minimum
+        output_TO = parts[:num_rows] * first.scale + parts[num_rows:] * second.scale
+        output_TO = output_TO + minimum * self._ones_O
+        if self._bias_O is not None:
+            output_TO = output_TO + self._bias_O
+        return output_TO
 
     def extra_repr(self) -> str:
         """Name the sizes, as `nn.Linear` does."""
@@ -109,12 +145,14 @@ def _quantize(input_TI: Tensor, shift: int) -> Tensor:
     return packed
 
 
-def _multiply(codes: Tensor, weight: Tensor, scale_O: Tensor, zero_O: Tensor) -> Tensor:
-    """Integer products of all codes with a packed weight, times the weight's scales."""
-    product: Tensor = torch.ops.onednn.qlinear_pointwise(
-        codes, 1.0, 0, weight, scale_O, zero_O, None, 1.0, 0, torch.float32, "none", [], ""
-    )
-    return product
+def _quantize_traceably(input_TI: Tensor, shift: int) -> _Rows:
+    """One part of rows as `_quantize` finds it, the codes still as float32."""
+    minimum = input_TI.amin(1, keepdim=True)
+    spread = input_TI.amax(1, keepdim=True) - minimum
+    step = 1 << shift
+    codes = torch.round((input_TI - minimum) * ((_NUM_CODES - 1) / (spread + _RANGE_FLOOR)))
+    scale = spread / (_NUM_CODES - 1) * step
+    return _Rows(torch.floor(codes / step) if shift else codes, scale, minimum)
 
 
 @functools.cache
@@ -133,7 +171,7 @@ def _code_shift() -> int:
     for shift in (0, 1):
         largest = 0xFF >> shift
         codes = torch.full((2, num_features), largest, dtype=torch.uint8)
-        product = _multiply(codes, packed, torch.ones(16), torch.zeros(16, dtype=torch.int64))
+        product = int8_product(codes, packed, torch.ones(16), torch.zeros(16, dtype=torch.int64))
         if bool((product == largest * _MAX_WEIGHT * num_features).all()):
             return shift
     raise RuntimeError("integer products are wrong")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from server.model.packed_product import packed_product, traceable_packed_product
 from server.model.shared_input import joined_bias, replace_linears
 
 # The number of rows that oneDNN is told to choose the layout for; any number of rows works.
@@ -18,24 +19,27 @@ _ROWS_HINT = 8
 class PackedLinear(nn.Module):
     """Computes what an `nn.Linear` computes, without autograd.
 
-    The packed weight is neither a parameter nor in the state dict, and `to` does not move it.
+    The packed weight is no parameter and not in the state dict.
 
     Args:
         linears: With the same number of inputs; their outputs come side by side.
     """
 
+    _weight: Tensor
+    _bias_O: Tensor | None
+
     def __init__(self, *linears: nn.Linear) -> None:
         super().__init__()
         self.in_features = linears[0].in_features
         self.out_features = sum(linear.out_features for linear in linears)
-        self._weight = _pack([linear.weight.detach() for linear in linears])
-        self._bias = joined_bias(linears)
+        packed = _pack([linear.weight.detach() for linear in linears])
+        self.register_buffer("_weight", packed, persistent=False)
+        self.register_buffer("_bias_O", joined_bias(linears), persistent=False)
 
     def forward(self, input_I: Tensor) -> Tensor:
         """Map `[..., I]` to `[..., O]`."""
-        output_O: Tensor = torch.ops.mkldnn._linear_pointwise(
-            input_I, self._weight, self._bias, "none", [], ""
-        )
+        product = traceable_packed_product if torch.compiler.is_exporting() else packed_product
+        output_O: Tensor = product(input_I, self._weight, self._bias_O, self.out_features)
         return output_O
 
     def extra_repr(self) -> str:

@@ -44,12 +44,17 @@ class SharedInput:
 
 
 class Sibling(nn.Module):
-    """Stands where the model calls a layer that is computed together with others."""
+    """Stands where the model calls a layer that is computed together with others.
+
+    The first of them has the common layer as a submodule.
+    """
 
     def __init__(self, shared: SharedInput, index: int) -> None:
         super().__init__()
         self._shared = shared
         self._index = index
+        if index == 0:
+            self.layer = shared.layer
 
     def forward(self, input_I: Tensor) -> Tensor:
         """Map `[..., I]` to this sibling's `[..., O]`."""

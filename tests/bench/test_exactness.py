@@ -13,7 +13,7 @@ from bench.workload import load_workload
 from server.engine.engine import Engine
 from tests.bench.traces import make_trace, make_turn
 
-OPTIONS = BenchOptions(command="exactness", max_new_tokens=24, max_nodes=6, limit=4)
+OPTIONS = BenchOptions(command="exactness", max_new_tokens=24, max_nodes=6, limit=4, compile="off")
 
 
 @pytest.fixture(scope="module")

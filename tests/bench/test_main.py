@@ -32,7 +32,7 @@ COMMON_FIELDS = {"command", "model", "heads", "data", "num_rows", "num_prompts",
 
 @pytest.fixture
 def arguments(model_dir: Path, heads_dir: Path) -> list[str]:
-    options = "--device cpu --max-new-tokens 16 --max-nodes 8 --limit 3"
+    options = "--device cpu --compile off --max-new-tokens 16 --max-nodes 8 --limit 3"
     return ["--model", str(model_dir), "--heads", str(heads_dir), *options.split()]
 
 

@@ -15,7 +15,7 @@ def test_every_common_option_is_read() -> None:
     line = (
         "latency --data d.jsonl.gz --limit 3 --max-new-tokens 9 --model m --heads h --method medusa"
         " --max-nodes 16 --dtype float32 --quantization int8 --device cpu --num-threads 2"
-        " --output o.json"
+        " --compile off --output o.json"
     )
     assert parse_options(line.split()) == BenchOptions(
         command="latency",
@@ -28,6 +28,7 @@ def test_every_common_option_is_read() -> None:
         max_nodes=16,
         dtype="float32",
         quantization="int8",
+        compile="off",
         device="cpu",
         num_threads=2,
         output=Path("o.json"),

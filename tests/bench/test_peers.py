@@ -110,7 +110,7 @@ def test_all_peers_race(
     monkeypatch.setattr(bench.peers, "gguf_file", lambda model: tmp_path / "m.gguf")
     arguments = ["peers", "--model", str(model_dir), "--heads", str(heads_dir)]
     arguments += ["--llama-server", str(fake_llama_server(tmp_path))]
-    arguments += ["--device", "cpu", "--max-new-tokens", "6", "--limit", "2"]
+    arguments += ["--device", "cpu", "--compile", "off", "--max-new-tokens", "6", "--limit", "2"]
     assert main(arguments) == 0
     report: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
     names = {"off", "transformers", "transformers_lookup", "transformers_serve", "llama_cpp"}

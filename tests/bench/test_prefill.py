@@ -94,7 +94,7 @@ def test_a_second_turn_takes_the_first_from_the_cache(
 
 @pytest.fixture
 def arguments(model_dir: Path, heads_dir: Path) -> list[str]:
-    common = "--device cpu --max-new-tokens 8 --max-nodes 8 --limit 4"
+    common = "--device cpu --compile off --max-new-tokens 8 --max-nodes 8 --limit 4"
     sizes = "--rounds 2 --streams 3 --prompt-tokens 90 --long-prompt-tokens 80"
     return ["--model", str(model_dir), "--heads", str(heads_dir), *common.split(), *sizes.split()]
 

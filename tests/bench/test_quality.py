@@ -76,6 +76,7 @@ def test_bench_reports_three_ways_at_each_temperature(model_dir: Path, heads_dir
         model=str(model_dir),
         heads=str(heads_dir),
         device="cpu",
+        compile="off",
     )
     result = quality.run(options).result
     assert [entry.temperature for entry in result.by_temperature] == list(quality.TEMPERATURES)

@@ -51,7 +51,7 @@ def run(target: NotedTarget, options: LoadOptions) -> list[RoundPair]:
     pairs: list[RoundPair] = []
     done: list[int] = []
     campaign = Campaign(make_engine(), target, draws(), ARMS, options)
-    asyncio.run(campaign.run(pairs, lambda: done.append(1)))
+    asyncio.run(campaign.run(pairs.append, lambda: done.append(1)))
     assert len(done) == num_runs(options)
     return pairs
 
@@ -134,7 +134,7 @@ def test_what_the_planner_foretold_is_counted_run_by_run() -> None:
 
     pairs: list[RoundPair] = []
     options = replace(SMALL, rounds=2)
-    asyncio.run(Campaign(engine, Steps(), draws(), ARMS, options).run(pairs, lambda: None))
+    asyncio.run(Campaign(engine, Steps(), draws(), ARMS, options).run(pairs.append, lambda: None))
     assert len(pairs) == 4
     for pair in pairs:
         for arm in (pair.auto, pair.off):

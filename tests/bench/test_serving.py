@@ -8,7 +8,7 @@ import pytest
 from bench.__main__ import main
 from bench.load import LoadFigures, Percentiles
 from bench.rounds import ArmRun, Campaign, Closed, Level, Open, RoundPair
-from bench.serving import planner_accuracy, summarise
+from bench.serving import one_line, planner_accuracy, summarise
 from server.engine.tree_sizes import Foresight
 
 
@@ -68,6 +68,12 @@ def test_rounds_are_those_that_every_load_has() -> None:
     assert (result.rounds, result.is_complete, result.open_loop) == (1, False, None)
 
 
+def test_a_round_is_told_in_a_line() -> None:
+    line = one_line(pair_of(Closed(4), 15.0, itl=8.0))
+    assert line == "4 clients: 15.0 against 10.0 tokens/s (1.50), p95 time per token 0.40"
+    assert one_line(pair_of(Open(2.5), 15.0)).startswith("2.5 a second: ")
+
+
 def test_the_planner_is_judged_by_tokens_per_second_of_the_auto_arm() -> None:
     pairs = [
         pair_of(Closed(1), 10.0, foresight=Foresight(30.0, 1.0, 30, 2.0)),
@@ -81,8 +87,8 @@ def test_the_planner_is_judged_by_tokens_per_second_of_the_auto_arm() -> None:
 
 @pytest.fixture
 def arguments(model_dir: Path, heads_dir: Path) -> list[str]:
-    options = "--device cpu --max-new-tokens 8 --max-nodes 8 --limit 4 --requests-per-round 3"
-    load = "--concurrency 1,3 --rounds 2"
+    options = "--device cpu --compile off --max-new-tokens 8 --max-nodes 8 --limit 4"
+    load = "--concurrency 1,3 --rounds 2 --requests-per-round 3"
     return ["--model", str(model_dir), "--heads", str(heads_dir), *options.split(), *load.split()]
 
 

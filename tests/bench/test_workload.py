@@ -67,7 +67,14 @@ def test_no_run_reuses_an_earlier_prompt() -> None:
 
 def test_options_reach_the_engine() -> None:
     options = BenchOptions(
-        command="latency", model="m", heads="h", device="cpu", dtype="bfloat16", num_threads=2
+        command="latency",
+        model="m",
+        heads="h",
+        device="cpu",
+        dtype="bfloat16",
+        quantization="int8",
+        compile="off",
+        num_threads=2,
     )
     config = engine_config(options, nodes="auto")
     assert (config.model, config.heads, config.device, config.dtype) == (
@@ -76,6 +83,7 @@ def test_options_reach_the_engine() -> None:
         "cpu",
         "bfloat16",
     )
+    assert (config.compile, config.quantization) == ("off", "int8")
     assert (config.num_threads, config.tree, config.max_num_seqs) == (2, "auto", 1)
     assert engine_config(options, nodes="auto", dtype="float32").dtype == "float32"
 

@@ -54,7 +54,9 @@ def test_every_option_of_the_engine_and_the_server_can_be_given() -> None:
     for config_type in (EngineConfig, ApiConfig, ServerConfig):
         for item in dataclasses.fields(config_type):
             option = options[item.name]
-            assert option.default == item.default, item.name
+            # Whoever types a command has time for a compiler; who builds an engine may not.
+            expected = "auto" if item.name == "compile" else item.default
+            assert option.default == expected, item.name
             assert f"--{item.name.replace('_', '-')}" in option.opts
             assert option.envvar == f"EURYALE_{item.name.upper()}"
             assert option.help

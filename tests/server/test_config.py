@@ -210,6 +210,14 @@ class TestEngineConfig:
         with pytest.raises(ConfigError, match=r"latency_weight is 1\.0, but budget 4 fixes"):
             EngineConfig(latency_weight=1.0, budget=4)
 
+    def test_compiling_is_off_unless_it_is_asked_for(self) -> None:
+        assert EngineConfig().compile == "off"
+        arguments: dict[str, Any] = {"compile": "yes"}
+        with pytest.raises(
+            ConfigError, match=r"compile is 'yes'; give one of \('auto', 'on', 'off'"
+        ):
+            EngineConfig(**arguments)
+
     def test_an_unknown_rule_is_refused(self) -> None:
         arguments: dict[str, Any] = {"acceptance": "lossy"}
         with pytest.raises(ConfigError, match="acceptance is 'lossy'"):

@@ -138,14 +138,16 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
 
 
 class TestKey:
-    def key(self, **options: int) -> dict[str, object]:
+    def key(
+        self, block_size: int = 4, max_nodes: int = 8, is_compiled: bool = False
+    ) -> dict[str, object]:
         loaded = make_engine().loaded
-        sizes = {"block_size": 4, "max_nodes": 8, **options}
-        return cost_key(loaded, None, probes=Timed().probes(), **sizes)
+        return cost_key(loaded, None, block_size, max_nodes, Timed().probes(), is_compiled)
 
     def test_is_json_and_the_same_for_the_same_server(self) -> None:
         assert json.dumps(self.key()) == json.dumps(self.key())
 
     def test_tells_what_costs_hang_on(self) -> None:
         assert self.key() != self.key(block_size=8) != self.key(max_nodes=7)
+        assert self.key() != self.key(is_compiled=True)
         assert {"model", "heads", "dtype", "device", "num_threads", "torch"} <= set(self.key())

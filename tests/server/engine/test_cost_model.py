@@ -90,6 +90,25 @@ class TestLearning:
         costs.learn(4, ONE, 28.0)
         assert costs.seconds(4, ONE) == pytest.approx(14.0 * 1.05)
 
+    def test_what_many_sequences_cost_does_not_mislead_a_single_one(self) -> None:
+        costs = StepCosts(COSTS)
+        many = StepLoad(8)
+        for _ in range(300):
+            for num_tokens in (8, 12, 16):
+                costs.learn(num_tokens, many, 1.5 * StepCosts(COSTS).seconds(num_tokens, many))
+        assert costs.seconds(12, many) == pytest.approx(45.0, rel=0.02)
+        assert costs.seconds(8, ONE) == pytest.approx(22.0, rel=0.15)
+        assert costs.seconds(4, ONE) == pytest.approx(14.0, rel=0.02)
+
+    def test_loads_of_one_class_learn_together_and_others_apart(self) -> None:
+        costs = StepCosts(COSTS)
+        for _ in range(300):
+            costs.learn(8, StepLoad(3), 33.0)
+        assert costs.seconds(8, StepLoad(4)) == costs.seconds(8, StepLoad(3))
+        assert costs.seconds(8, StepLoad(4)) == pytest.approx(33.0, rel=0.02)
+        assert costs.seconds(8, StepLoad(5)) < 26.0
+        assert costs.seconds(8, StepLoad(2)) < 26.0
+
     def test_drafting_is_learned_too(self) -> None:
         costs = StepCosts(COSTS)
         for _ in range(300):

@@ -1,0 +1,262 @@
+"""Compiled blocks against the same blocks as they are."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._inductor.config
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from server.attention.backend import AttentionBatch, AttentionSpan
+from server.attention.sdpa import SDPABackend
+from server.config import EngineConfig
+from server.engine.completion import Completion
+from server.engine.engine import Engine
+from server.errors import CompilationError, ConfigError
+from server.kv.kv_cache import KVCache, KVLayout
+from server.model.attention_hook import AttentionContext, install_attention
+from server.model.cache import CACHE_VARIABLE
+from server.model.compiled_blocks import CompiledForward, compile_blocks
+from server.model.loading import LoadedModel, load_model
+from tests.engine_tools import SlowModel, assert_as_expected, make_request, random_prompt
+from tests.tiny_heads import save_tiny_heads
+from tests.tiny_models import TinyKind, save_tiny_model
+
+NUM_SLOTS = 128
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """An empty cache for all tests of this file: each kind of block is compiled once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield Path(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TinyKind], Path]:
+    def save(kind: TinyKind) -> Path:
+        return save_tiny_model(kind, tmp_path_factory.mktemp("model") / kind)
+
+    return save
+
+
+class Runner:
+    """Runs ragged steps through a model over a KV cache of its own."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        layout = KVLayout(
+            num_layers=loaded.num_layers,
+            num_kv_heads=loaded.num_kv_heads,
+            head_dim=loaded.head_dim,
+            block_size=16,
+            dtype=loaded.dtype,
+            device=loaded.device,
+        )
+        self.model = loaded.model
+        self._backend = SDPABackend(KVCache(layout, NUM_SLOTS // 16))
+        install_attention(loaded.model)
+
+    @torch.inference_mode()
+    def logits(self, token_ids: list[int], first: int, mask: Tensor | None = None) -> Tensor:
+        """Logits of tokens behind `first` others of one sequence, a tree's if there is a mask."""
+        num_tokens = len(token_ids)
+        depths = None if mask is None else mask.sum(1) - 1
+        span = AttentionSpan(0, num_tokens, first, list(range(NUM_SLOTS // 16)), mask, depths)
+        slots_T = torch.arange(first, first + num_tokens)
+        positions_T = slots_T if depths is None else first + depths
+        context = AttentionContext(
+            self._backend, self._backend.prepare(AttentionBatch((span,), slots_T))
+        )
+        output = self.model(
+            input_ids=torch.tensor([token_ids]),
+            position_ids=positions_T.unsqueeze(0),
+            use_cache=False,
+            attention_context=context,
+        )
+        logits_TV: Tensor = output.logits[0]
+        return logits_TV
+
+
+def all_steps(runner: Runner) -> list[Tensor]:
+    """A prompt, a token, a tree, and many tokens: what an engine's steps are like."""
+    tree = torch.eye(4, dtype=torch.bool)
+    tree[:, 0] = True
+    tree[3, 1] = True
+    prompt = list(random_prompt(1, 30))
+    return [
+        runner.logits(prompt, 0),
+        runner.logits([5], 30),
+        runner.logits([7, 8, 9, 10], 31, tree),
+        runner.logits(list(random_prompt(2, 70)), 31),
+    ]
+
+
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+    layers = model.base_model.layers
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
+def is_compiled(model: PreTrainedModel) -> bool:
+    return all(isinstance(layer.forward, CompiledForward) for layer in layers_of(model))
+
+
+def loaded_pair(directory: Path, quantization: str) -> tuple[LoadedModel, LoadedModel]:
+    return (
+        load_model(str(directory), "cpu", "float32", quantization=quantization),
+        load_model(str(directory), "cpu", "float32", quantization=quantization),
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "quantization", "num_packages"),
+    [("llama", "none", 1), ("llama", "int8", 2), ("gemma3", "none", 2), ("mixtral", "none", 1)],
+)
+def test_logits_are_those_of_the_plain_model(
+    kind: TinyKind,
+    quantization: str,
+    num_packages: int,
+    model_dir: Callable[[TinyKind], Path],
+) -> None:
+    plain, compiled = loaded_pair(model_dir(kind), quantization)
+    lines: list[str] = []
+    compile_blocks(compiled.model, lines.append)
+    assert len([line for line in lines if line.startswith("compiling")]) == num_packages
+    tolerance = 1e-4 if quantization == "none" else 0.1
+    for ours, theirs in zip(all_steps(Runner(compiled)), all_steps(Runner(plain)), strict=True):
+        assert ours.shape == theirs.shape
+        assert float((ours - theirs).norm() / theirs.norm()) < tolerance
+
+    # Another start finds what this one compiled.
+    again, lines = plain, []
+    compile_blocks(again.model, lines.append)
+    assert lines == []
+    for ours, theirs in zip(all_steps(Runner(again)), all_steps(Runner(compiled)), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_the_compiled_code_runs_in_the_engine_and_not_outside(
+    model_dir: Callable[[TinyKind], Path],
+) -> None:
+    loaded = load_model(str(model_dir("llama")), "cpu", "float32")
+    compile_blocks(loaded.model, lambda line: None)
+    assert is_compiled(loaded.model)
+    runner = Runner(loaded)
+    inside = runner.logits([3, 4, 5], 0)
+    loaded.model.set_attn_implementation("sdpa")
+    with torch.inference_mode():
+        outside = loaded.model(input_ids=torch.tensor([[3, 4, 5]]), use_cache=False).logits[0]
+    torch.testing.assert_close(inside, outside, atol=1e-4, rtol=1e-4)
+
+
+def engine(directory: Path, heads: Path, **options: Any) -> Engine:
+    sizes: dict[str, Any] = {"num_blocks": 64, "max_num_seqs": 4, "max_tokens_per_step": 32}
+    return Engine.from_config(
+        EngineConfig(
+            model=str(directory),
+            heads=str(heads),
+            device="cpu",
+            dtype="float32",
+            max_nodes=8,
+            budget=8,
+            **(sizes | options),
+        )
+    )
+
+
+def test_an_engine_generates_the_same_texts_with_trees_and_chunks(
+    model_dir: Callable[[TinyKind], Path], tmp_path: Path
+) -> None:
+    directory = model_dir("llama")
+    compiled = engine(directory, save_tiny_heads(directory, tmp_path), compile="on")
+    assert is_compiled(compiled.loaded.model)
+    oracle = SlowModel()
+    requests = [make_request(random_prompt(i, 9 * i), max_tokens=12) for i in range(1, 7)]
+    completions: list[Completion] = compiled.generate(requests)
+    for request, completion in zip(requests, completions, strict=True):
+        assert_as_expected(completion, oracle.complete(request))
+
+
+class TestFailures:
+    @pytest.fixture(autouse=True)
+    def _no_compiler(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+        monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+        with torch._inductor.config.patch({"cpp.cxx": (str(tmp_path / "no-g++"),)}):
+            yield
+
+    def test_without_a_compiler_auto_runs_the_model_as_it_is(
+        self, model_dir: Callable[[TinyKind], Path], tmp_path: Path
+    ) -> None:
+        directory = model_dir("qwen2")
+        lines: list[str] = []
+        config = EngineConfig(
+            model=str(directory), heads="none", num_blocks=8, device="cpu", compile="auto"
+        )
+        built = Engine.from_config(config, lines.append)
+        assert not is_compiled(built.loaded.model)
+        assert any("running uncompiled" in line and "no-g++" in line for line in lines)
+        (completion,) = built.generate([make_request((3, 4, 5), max_tokens=3)])
+        assert completion.finish_reason in ("length", "stop")
+
+    def test_without_a_compiler_on_is_an_error_with_the_remedy(
+        self, model_dir: Callable[[TinyKind], Path]
+    ) -> None:
+        config = EngineConfig(
+            model=str(model_dir("qwen2")), heads="none", num_blocks=8, device="cpu", compile="on"
+        )
+        with pytest.raises(ConfigError, match="install a C\\+\\+ compiler if there is none"):
+            Engine.from_config(config)
+
+
+def test_a_damaged_package_is_compiled_again(
+    model_dir: Callable[[TinyKind], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    loaded, again = loaded_pair(model_dir("llama"), "none")
+    compile_blocks(loaded.model, lambda line: None)
+    (package,) = (tmp_path / "compiled").glob("*.pt2")
+    package.write_bytes(package.read_bytes()[:100])
+    lines: list[str] = []
+    compile_blocks(again.model, lines.append)
+    assert lines[0] == f"{package} is damaged"
+    assert torch.equal(Runner(loaded).logits([3, 4], 0), Runner(again).logits([3, 4], 0))
+
+
+def test_code_that_computes_something_else_is_refused(
+    model_dir: Callable[[TinyKind], Path],
+) -> None:
+    loaded = load_model(str(model_dir("llama")), "cpu", "float32")
+    layers = layers_of(loaded.model)
+    forwards = [layer.forward for layer in layers]
+
+    class Odd(nn.Module):
+        """Its plain attributes do not tell what it computes."""
+
+        def __init__(self, factor: list[Tensor]) -> None:
+            super().__init__()
+            self._factor = factor
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            return hidden * float(self._factor[0])
+
+    for index, layer in enumerate(layers):
+        layer.mlp = Odd([torch.tensor(1.0 + index)])
+    with pytest.raises(CompilationError, match="computes something else"):
+        compile_blocks(loaded.model, lambda line: None)
+    assert [layer.forward for layer in layers] == forwards
+
+
+def test_a_model_without_blocks_is_refused(model_dir: Callable[[TinyKind], Path]) -> None:
+    loaded = load_model(str(model_dir("llama")), "cpu", "float32")
+    del loaded.model.base_model.layers
+    with pytest.raises(CompilationError, match="no plain list of decoder blocks"):
+        compile_blocks(loaded.model, lambda line: None)
