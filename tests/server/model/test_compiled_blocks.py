@@ -143,6 +143,16 @@ def test_logits_are_those_of_the_plain_model(
         assert torch.equal(ours, theirs)
 
 
+def test_blocks_in_bfloat16_are_compiled_too(model_dir: Callable[[TinyKind], Path]) -> None:
+    directory = str(model_dir("llama"))
+    plain, compiled = (load_model(directory, "cpu", "bfloat16") for _ in range(2))
+    compile_blocks(compiled.model, lambda line: None)
+    assert is_compiled(compiled.model)
+    for ours, theirs in zip(all_steps(Runner(compiled)), all_steps(Runner(plain)), strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert float((ours - theirs).norm() / theirs.norm()) < 0.1
+
+
 def test_the_compiled_code_runs_in_the_engine_and_not_outside(
     model_dir: Callable[[TinyKind], Path],
 ) -> None:
