@@ -33,6 +33,7 @@ class CompiledForward:
     def __init__(self, call: ModuleCall, run: Runner) -> None:
         self._form = call.form
         self._layer = call.layer
+        self._sizes, self._dtype = _token_sizes(call.inputs[0]), call.inputs[0].dtype
         self._tensors = call.tensors
         self._run = run
         self._plain = call.module.forward
@@ -46,6 +47,8 @@ class CompiledForward:
     ) -> Any:
         """Map a hidden state of at least one token as the module does."""
         is_known = not args and (attention_context is None) == (self._layer is None)
+        # Compiled code does not look at sizes, so what it was not made for must not reach it.
+        is_known = is_known and _token_sizes(hidden) == self._sizes and hidden.dtype == self._dtype
         inputs = self._form.flatten(hidden, keywords) if is_known else None
         if inputs is None or not hidden.numel():
             if attention_context is not None:
@@ -81,9 +84,30 @@ def compile_blocks(model: PreTrainedModel, report: Callable[[str], None]) -> Non
     unembedding = model.get_output_embeddings()
     if isinstance(unembedding, Int8Linear):
         modules.append(unembedding)
+    try:
+        forwards = _compiled(model, modules, len(layers), report)
+    except CompilationError:
+        raise
+    except Exception as error:  # What a server can do without must not keep it from starting.
+        raise CompilationError(
+            f"{type(model).__name__} cannot be compiled: {type(error).__name__}: {error}"
+        ) from error
+    for module, forward in zip(modules, forwards, strict=True):
+        module.forward = forward
+
+
+def _compiled(
+    model: PreTrainedModel,
+    modules: list[nn.Module],
+    num_blocks: int,
+    report: Callable[[str], None],
+) -> list[CompiledForward]:
     found: list[tuple[object, Runner]] = []
     forwards: list[CompiledForward] = []
-    for call in record_calls(model, modules):
+    calls = record_calls(model, modules)
+    if any(call.layer is None for call in calls[:num_blocks]):
+        raise CompilationError(f"not every block of {type(model).__name__} attends once")
+    for call in calls:
         signature = call.signature
         run = next((run for known, run in found if known == signature), None)
         if run is None:
@@ -91,8 +115,12 @@ def compile_blocks(model: PreTrainedModel, report: Callable[[str], None]) -> Non
             found.append((signature, run))
         forwards.append(CompiledForward(call, run))
         _check(call, forwards[-1])
-    for module, forward in zip(modules, forwards, strict=True):
-        module.forward = forward
+    return forwards
+
+
+def _token_sizes(hidden_1TD: Tensor) -> tuple[int, ...]:
+    """All sizes but the number of tokens."""
+    return (*hidden_1TD.shape[:1], *hidden_1TD.shape[2:])
 
 
 def _check(call: ModuleCall, forward: CompiledForward) -> None:

@@ -119,7 +119,8 @@ def _load_kept(path: Path, report: Callable[[str], None]) -> Runner | None:
         return _load(path)
     except RuntimeError:
         report(f"{path} is damaged")
-        path.unlink()
+        # Another process may have found it out as well.
+        path.unlink(missing_ok=True)
         return None
 
 

@@ -154,17 +154,40 @@ def test_blocks_in_bfloat16_are_compiled_too(model_dir: Callable[[TinyKind], Pat
 
 
 def test_the_compiled_code_runs_in_the_engine_and_not_outside(
-    model_dir: Callable[[TinyKind], Path],
+    model_dir: Callable[[TinyKind], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = load_model(str(model_dir("llama")), "cpu", "float32")
     compile_blocks(loaded.model, lambda line: None)
-    assert is_compiled(loaded.model)
+    runs: list[int] = []
+    run = CompiledForward.run
+
+    def counted(
+        self: CompiledForward, inputs: list[Tensor], context: AttentionContext | None
+    ) -> Tensor:
+        runs.append(inputs[0].shape[1])
+        return run(self, inputs, context)
+
+    monkeypatch.setattr(CompiledForward, "run", counted)
     runner = Runner(loaded)
     inside = runner.logits([3, 4, 5], 0)
+    assert runs == [3] * loaded.num_layers
     loaded.model.set_attn_implementation("sdpa")
     with torch.inference_mode():
         outside = loaded.model(input_ids=torch.tensor([[3, 4, 5]]), use_cache=False).logits[0]
+    assert len(runs) == loaded.num_layers
     torch.testing.assert_close(inside, outside, atol=1e-4, rtol=1e-4)
+
+
+def test_rows_of_other_sizes_or_types_take_the_plain_way(
+    model_dir: Callable[[TinyKind], Path],
+) -> None:
+    plain, compiled = loaded_pair(model_dir("llama"), "int8")
+    compile_blocks(compiled.model, lambda line: None)
+    ours, theirs = (pair.model.get_output_embeddings() for pair in (compiled, plain))
+    assert isinstance(ours.forward, CompiledForward)
+    width = compiled.hidden_size
+    for rows in (torch.randn(2, 3, width), torch.randn(4, width), torch.randn(1, 0, width)):
+        assert torch.equal(ours(rows), theirs(rows))
 
 
 def engine(directory: Path, heads: Path, **options: Any) -> Engine:
