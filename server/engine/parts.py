@@ -84,8 +84,8 @@ def build_parts(
         config = replace(config, max_prefill_tokens=_CPU_PREFILL_TOKENS)
     kv_cache = KVCache(layout, num_blocks)
     blocks = BlockManager(num_blocks, config.block_size, config.prefix_caching)
-    runner = ModelRunner(loaded, kv_cache)
     is_compiled = _compile(config, loaded, report)
+    runner = ModelRunner(loaded, kv_cache)
     speculator = make_speculator(config, loaded_heads, kv_cache, blocks)
     if len(speculator.methods) > 2 and config.tree == "auto" and config.budget == "auto":
         probes = step_probes(runner, loaded, speculator.drafter, layout, num_blocks)

@@ -3,6 +3,7 @@
 Blocks that compute the same but for their tensors have equal signatures.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -128,7 +129,8 @@ class _EchoBackend:
         self.layers.append(layer)
         num_groups = queries_HTC.shape[0] // keys_HTC.shape[0]
         kv_HTC = (keys_HTC + values_HTC).repeat_interleave(num_groups, dim=0)
-        output_HTC = (queries_HTC + kv_HTC) * scaling + 1.0 / (sliding_window or torch.inf)
+        # A wrong window must show beside the rest, however wide it is, and not hide it.
+        output_HTC = (queries_HTC + kv_HTC) * scaling + math.log1p(sliding_window or 0)
         return output_HTC.transpose(0, 1).contiguous()
 
 

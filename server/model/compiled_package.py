@@ -75,12 +75,10 @@ def _export(call: ModuleCall) -> ExportedProgram:
         for x in call.inputs
     ]
     tensors = call.tensors
-    # Tensors made in inference mode cannot be traced.
-    inputs = [x.clone() for x in call.inputs]
     with torch.no_grad():
         program = torch.export.export(
             _Exported(call),
-            (inputs, tensors),
+            (call.inputs, tensors),
             dynamic_shapes=(shapes, [None] * len(tensors)),
             strict=False,
         )
