@@ -32,6 +32,7 @@ from bench.workload import (
 )
 from server.config import SpeculationParams
 from server.engine.engine import Engine
+from server.engine.own_thread import in_own_thread
 from server.engine.tree_sizes import Foresight
 
 
@@ -204,7 +205,7 @@ def run(options: BenchOptions) -> Outcome:
         check_plots()
     workload = load_workload(options)
     config = replace(engine_config(options, nodes="auto"), max_num_seqs=max(load.concurrencies))
-    engine = build_engine(config)
+    engine = in_own_thread(lambda: build_engine(config))
     turns, skipped = first_turns(engine, workload.conversations, greedy(options))
     draws = Draws(turns, options.max_new_tokens, load.seed)
     pairs: list[RoundPair] = []

@@ -102,6 +102,7 @@ def describe_engine(engine: Engine) -> dict[str, Any]:
         "heads": engine.heads_name,
         "quantization": config.quantization,
         "compile": config.compile,
+        "is_compiled": engine.is_compiled,
         "max_nodes": config.max_nodes,
         "tree": config.tree,
         "budget": config.budget,

@@ -222,12 +222,14 @@ def serve(
     from server.api.serving import serve as serve_http
     from server.engine.async_engine import AsyncEngine
     from server.engine.engine import Engine
+    from server.engine.own_thread import in_own_thread
 
     logging.basicConfig(
         level=server_config.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s"
     )
     with listen(server_config) as taken:
-        engine = Engine.from_config(engine_config, logging.getLogger("euryale").info)
+        report = logging.getLogger("euryale").info
+        engine = in_own_thread(lambda: Engine.from_config(engine_config, report))
         async_engine = AsyncEngine(engine, server_config.max_queue)
         asyncio.run(serve_http(async_engine, api_config, server_config, taken))
 

@@ -187,6 +187,7 @@ def make_engine(
             speculator=speculator,
             limits=RequestLimits(max_len, loaded.vocab_size, speculator.methods),
             heads_name=None if draft is None else "random",
+            is_compiled=False,
         ),
         on_hidden,
     )

@@ -89,5 +89,5 @@ class AttentionBackend(Protocol):
             metadata: What `prepare` returned for this step.
 
         Returns:
-            `[T, H, C]`, contiguous.
+            `[T, H, C]`, contiguous: compiled blocks read it without a look at its strides.
         """

@@ -29,7 +29,7 @@ class _SequencePlan:
     """
 
     span: AttentionSpan
-    where: slice | Tensor
+    where: range | Tensor
     masks: dict[int | None, Tensor | None] = field(default_factory=dict)
 
 
@@ -48,6 +48,9 @@ class SDPABackend:
     def __init__(self, kv_cache: KVCache) -> None:
         self._kv = kv_cache
         self._layout = kv_cache.layout
+        # As SDPA takes them; a view made anew in every layer would take as long as the attention.
+        self._keys_1HSC = [keys_SHC.transpose(0, 1).unsqueeze(0) for keys_SHC in kv_cache.keys]
+        self._values_1HSC = [values.transpose(0, 1).unsqueeze(0) for values in kv_cache.values]
 
     def prepare(self, batch: AttentionBatch) -> SDPAMetadata:
         """Find each sequence's KV; see `AttentionBackend.prepare`."""
@@ -71,8 +74,7 @@ class SDPABackend:
             self._attend(plan, queries_HTC, layer, scaling, sliding_window)
             for plan in metadata.plans
         ]
-        output_HTC = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-        return output_HTC.transpose(0, 1).contiguous()
+        return outputs[0].contiguous() if len(outputs) == 1 else torch.cat(outputs)
 
     def _attend(
         self,
@@ -82,42 +84,48 @@ class SDPABackend:
         scaling: float,
         sliding_window: int | None,
     ) -> Tensor:
-        span = plan.span
-        num_kv_heads, num_channels = self._layout.num_kv_heads, self._layout.head_dim
-        queries_HQC = queries_HTC[:, span.start : span.start + span.num_queries]
+        """The output of one sequence, `[Q, H, C]`."""
+        span, num_kv_heads = plan.span, self._layout.num_kv_heads
+        queries_HQC = queries_HTC.narrow(1, span.start, span.num_queries)
         # The heads of a group share their KV, so they can pass as further queries of one head.
         num_groups = queries_HQC.shape[0] // num_kv_heads
         if span.num_queries > _MAX_GROUPED_QUERIES:
             num_groups = 1
-        if sliding_window not in plan.masks:
+        # A whole prompt needs no mask, and half of the work.
+        is_whole = num_groups == 1 and span.context_len == 0 and span.ancestor_mask_QS is None
+        is_whole = is_whole and (sliding_window is None or span.num_queries <= sliding_window)
+        if not is_whole and sliding_window not in plan.masks:
             mask = self._build_mask(span, sliding_window)
             plan.masks[sliding_window] = None if mask is None else mask.repeat(num_groups, 1)
-        keys_SHC = self._read(self._kv.keys[layer], plan)
-        values_SHC = self._read(self._kv.values[layer], plan)
-        output = F.scaled_dot_product_attention(
-            queries_HQC.reshape(1, -1, num_groups * span.num_queries, num_channels),
-            keys_SHC.transpose(0, 1).unsqueeze(0),
-            values_SHC.transpose(0, 1).unsqueeze(0),
-            attn_mask=plan.masks[sliding_window],
+        output_1HXC = F.scaled_dot_product_attention(
+            queries_HQC.reshape(1, -1, num_groups * span.num_queries, self._layout.head_dim),
+            self._read(self._keys_1HSC[layer], self._kv.keys[layer], plan),
+            self._read(self._values_1HSC[layer], self._kv.values[layer], plan),
+            attn_mask=None if is_whole else plan.masks[sliding_window],
+            is_causal=is_whole and span.num_queries > 1,
             scale=scaling,
             enable_gqa=True,
         )
-        return output.reshape(queries_HQC.shape)
+        if num_groups == 1:
+            return output_1HXC[0].transpose(0, 1)
+        output_HGQC = output_1HXC[0].unflatten(1, (num_groups, span.num_queries))
+        return output_HGQC.permute(2, 0, 1, 3).flatten(1, 2)
 
-    def _read(self, slots_XHC: Tensor, plan: _SequencePlan) -> Tensor:
-        """The keys or values of a sequence, from all slots of a layer."""
-        if isinstance(plan.where, slice):
-            return slots_XHC[plan.where]
+    def _read(self, all_1HSC: Tensor, slots_XHC: Tensor, plan: _SequencePlan) -> Tensor:
+        """The keys or values of a sequence, `[1, H, S, C]`, from all slots of a layer."""
+        if isinstance(plan.where, range):
+            return all_1HSC.narrow(2, plan.where.start, len(plan.where))
         # Whole blocks are copied several times faster than single slots.
         blocks = slots_XHC.view(-1, self._layout.block_size, *slots_XHC.shape[1:])
-        return blocks.index_select(0, plan.where).flatten(0, 1)[: plan.span.num_slots]
+        found_SHC = blocks.index_select(0, plan.where).flatten(0, 1)[: plan.span.num_slots]
+        return found_SHC.transpose(0, 1).unsqueeze(0)
 
-    def _find_kv(self, span: AttentionSpan) -> slice | Tensor:
+    def _find_kv(self, span: AttentionSpan) -> range | Tensor:
         block_size, num_slots = self._layout.block_size, span.num_slots
         table = span.block_table[: -(-num_slots // block_size)]
         first = table[0]
         if table[-1] - first == len(table) - 1 and table == list(range(first, table[-1] + 1)):
-            return slice(first * block_size, first * block_size + num_slots)
+            return range(first * block_size, first * block_size + num_slots)
         return torch.tensor(table, device=self._layout.device)
 
     def _build_mask(self, span: AttentionSpan, sliding_window: int | None) -> Tensor | None:

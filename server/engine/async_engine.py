@@ -3,6 +3,9 @@
 The event loop never waits for a step: it puts commands into an inbox, the engine thread takes them
 before each step and hands each step's outputs back in one call. All methods belong to the event
 loop's thread.
+
+NOTE: On CPU no other living thread may have computed, or steps take twice the time: build the
+engine by `in_own_thread`.
 """
 
 import asyncio

@@ -69,6 +69,7 @@ class Engine:
         self.tokenizer = parts.loaded.tokenizer
         self.limits = parts.limits
         self.heads_name = parts.heads_name
+        self.is_compiled = parts.is_compiled
         self.speculator = parts.speculator
         self.blocks = parts.blocks
         self.counters = EngineCounters()
@@ -270,7 +271,9 @@ class Engine:
             for item, emission in zip(verified, emissions, strict=True)
             if item.is_decoding
         )
-        load = StepLoad(len(plan), num_kv_tokens)
+        # As the planner counts them: prompts are known to it by their tokens alone.
+        num_decoding = sum(item.is_decoding for item in plan)
+        load = StepLoad(max(1, num_decoding), num_kv_tokens)
         self.speculator.sizes.learn_step(num_tokens, load, num_emitted, step_s)
         for item, verdict in zip(verified, verdicts, strict=True):
             self.speculator.trees.learn(item.sequence, item.drafts, verdict.path)

@@ -44,7 +44,11 @@ _CPU_PREFILL_TOKENS = 64
 
 @dataclass(frozen=True, slots=True)
 class EngineParts:
-    """What an engine is assembled from."""
+    """What an engine is assembled from.
+
+    Attributes:
+        is_compiled: Whether the base model's blocks run compiled.
+    """
 
     config: EngineConfig
     loaded: LoadedModel
@@ -53,6 +57,7 @@ class EngineParts:
     speculator: Speculator
     limits: RequestLimits
     heads_name: str | None
+    is_compiled: bool
 
 
 def build_parts(
@@ -103,6 +108,7 @@ def build_parts(
         speculator=speculator,
         limits=RequestLimits(max_len, loaded.vocab_size, speculator.methods),
         heads_name=_heads_name(config, heads_dir),
+        is_compiled=is_compiled,
     )
 
 

@@ -7,6 +7,7 @@ these are a handful of loops; only products and attention are still called.
 The model's own code calls its blocks as before; each has a forward of ours in place of its own.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +34,9 @@ class CompiledForward:
     def __init__(self, call: ModuleCall, run: Runner) -> None:
         self._form = call.form
         self._layer = call.layer
-        self._sizes, self._dtype = _token_sizes(call.inputs[0]), call.inputs[0].dtype
+        hidden_1TD = call.inputs[0]
+        self._num_axes, self._width = hidden_1TD.ndim, hidden_1TD.shape[-1]
+        self._dtype = hidden_1TD.dtype
         self._tensors = call.tensors
         self._run = run
         self._plain = call.module.forward
@@ -46,15 +49,25 @@ class CompiledForward:
         **keywords: Any,
     ) -> Any:
         """Map a hidden state of at least one token as the module does."""
-        is_known = not args and (attention_context is None) == (self._layer is None)
-        # Compiled code does not look at sizes, so what it was not made for must not reach it.
-        is_known = is_known and _token_sizes(hidden) == self._sizes and hidden.dtype == self._dtype
-        inputs = self._form.flatten(hidden, keywords) if is_known else None
-        if inputs is None or not hidden.numel():
+        inputs = None
+        if not args and (attention_context is None) == (self._layer is None) and self._fits(hidden):
+            inputs = self._form.flatten(hidden, keywords)
+        if inputs is None:
             if attention_context is not None:
                 keywords["attention_context"] = attention_context
             return self._plain(hidden, *args, **keywords)
         return self.run(inputs, attention_context)
+
+    def _fits(self, hidden: Tensor) -> bool:
+        """Compiled code does not look at sizes, so what it was not made for must not reach it."""
+        sizes = hidden.shape
+        return (
+            len(sizes) == self._num_axes
+            and sizes[0] == 1
+            and sizes[1] > 0
+            and sizes[-1] == self._width
+            and hidden.dtype is self._dtype
+        )
 
     def run(self, inputs: list[Tensor], context: AttentionContext | None) -> Tensor:
         """Run the compiled code."""
@@ -68,7 +81,8 @@ class CompiledForward:
 def compile_blocks(model: PreTrainedModel, report: Callable[[str], None]) -> None:
     """Compile a model's decoder blocks, and its unembedding if that has int8 weights.
 
-    Each compiled module is run on what it got in a plain pass and must give the same.
+    Each compiled module is run on what it got in a plain pass and must give the same. It holds the
+    module's tensors themselves, so the model must not be moved or cast afterwards.
 
     Args:
         model: On the CPU, its layers packed or quantised; unchanged if an error is raised.
@@ -109,36 +123,41 @@ def _compiled(
         raise CompilationError(f"not every block of {type(model).__name__} attends once")
     for call in calls:
         signature = call.signature
+        check = functools.partial(check_compiled, call)
         run = next((run for known, run in found if known == signature), None)
         if run is None:
-            run = compile_call(call, report)
+            run = compile_call(call, check, report)
             found.append((signature, run))
+        else:
+            check(run)
         forwards.append(CompiledForward(call, run))
-        _check(call, forwards[-1])
     return forwards
 
 
-def _token_sizes(hidden_1TD: Tensor) -> tuple[int, ...]:
-    """All sizes but the number of tokens."""
-    return (*hidden_1TD.shape[:1], *hidden_1TD.shape[2:])
-
-
-def _check(call: ModuleCall, forward: CompiledForward) -> None:
-    """Run the compiled code on all tokens of the recorded pass, and on the first one alone.
+def check_compiled(call: ModuleCall, run: Runner) -> None:
+    """Compare compiled code with a recorded call, on all its tokens and on the first one alone.
 
     No token of that pass sees another, so each of them has the same output in any company.
+
+    Raises:
+        CompilationError: If any token's output is another than the recorded one.
     """
     context = None if call.layer is None else echo_context()
+    forward = CompiledForward(call, run)
     for inputs, output in (call.inputs, call.output), call.first_token():
         found, expected = forward.run(list(inputs), context), output
         if call.layer is not None:
             # The hidden state that passes by would hide a difference.
             found, expected = found - inputs[0], expected - inputs[0]
-        distance, norm = float((found - expected).norm()), float(expected.norm())
-        rounding = _ROUNDINGS * torch.finfo(output.dtype).eps * float(output.norm())
-        if not distance <= _TOLERANCE * norm + rounding:
+        distance_1T = (found - expected).float().norm(dim=-1)
+        norm_1T = expected.float().norm(dim=-1)
+        rounding_1T = output.float().norm(dim=-1) * torch.finfo(output.dtype).eps * _ROUNDINGS
+        is_same_1T = distance_1T <= _TOLERANCE * norm_1T + rounding_1T
+        if not bool(is_same_1T.all()):
+            worst = int((~is_same_1T[0]).int().argmax())
             raise CompilationError(
                 f"{type(call.module).__name__} computes something else when it is compiled: at a "
-                f"distance of {distance:.3g}, where the norm is {norm:.3g}, for layer {call.layer} "
-                f"and {output.shape[1]} tokens"
+                f"distance of {float(distance_1T[0, worst]):.3g}, where the norm is "
+                f"{float(norm_1T[0, worst]):.3g}, for layer {call.layer} and token {worst} of "
+                f"{output.shape[1]}"
             )

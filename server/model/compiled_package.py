@@ -2,16 +2,17 @@
 
 The module is exported with its tensors as inputs and compiled ahead of time by torch's inductor,
 which needs a C++ compiler once. Packages stay in the cache under a digest of all that they hang
-on: the graph itself, sizes, torch, the CPU and the number of threads.
+on: the graph itself, sizes, torch and its settings, the CPU and the number of threads.
 
 NOTE: A package is machine code. The cache directory must be as safe as the installation.
 """
 
 import hashlib
+import os
 import platform
-import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,13 @@ from torch.export import Dim, ExportedProgram
 from server.errors import CompilationError
 from server.model.block_calls import NUM_TOKENS, ModuleCall
 from server.model.cache import cache_dir, partial_directory
+from server.model.product_lowerings import register_product_lowerings
 
 # Maps the inputs of a call and the module's tensors, in one list, to the output.
 Runner = Callable[[list[Tensor]], Tensor]
+# To be raised whenever packages come out otherwise for a reason that the digest does not see.
+_RECIPE = 3
+_INDUCTOR_DIRECTORY = "TORCHINDUCTOR_CACHE_DIR"
 
 
 class _Exported(nn.Module):
@@ -38,15 +43,19 @@ class _Exported(nn.Module):
         return self._call.compute(inputs, tensors)
 
 
-def compile_call(call: ModuleCall, report: Callable[[str], None]) -> Runner:
+def compile_call(
+    call: ModuleCall, check: Callable[[Runner], None], report: Callable[[str], None]
+) -> Runner:
     """Compile a module, or load what an earlier start compiled.
 
     Args:
         call: Stands for all calls of the same signature.
+        check: Raises a `CompilationError` if the compiled code computes something else than the
+            call; a kept package that fails is compiled anew.
         report: Called with a short line if it must be compiled, which takes a while.
 
     Raises:
-        CompilationError: If it cannot be exported or compiled.
+        CompilationError: If it cannot be exported or compiled, or fails the check.
     """
     kind = type(call.module).__name__
     with warnings.catch_warnings():
@@ -55,17 +64,30 @@ def compile_call(call: ModuleCall, report: Callable[[str], None]) -> Runner:
         try:
             program = _export(call)
             path = cache_dir() / "compiled" / f"{_digest(program, call)}.pt2"
-            kept = _load_kept(path, report)
-            if kept is not None:
-                return kept
+            version = _version(path)
+            if version is not None:
+                try:
+                    return _checked(_load(path), check)
+                except (CompilationError, RuntimeError) as error:
+                    report(f"{path} cannot be used, so it is made anew: {_first_line(error)}")
             report(f"compiling {kind} (once; kept in {path})")
-            _compile(program, path)
-            return _load(path)
+            _compile(program, path, version)
+            return _checked(_load(path), check)
+        except CompilationError:
+            raise
         except Exception as error:  # A compiler fails in many ways.
-            message = str(error).strip().partition("\n")[0]
             raise CompilationError(
-                f"{kind} cannot be compiled: {type(error).__name__}: {message}"
+                f"{kind} cannot be compiled: {type(error).__name__}: {_first_line(error)}"
             ) from error
+
+
+def _checked(run: Runner, check: Callable[[Runner], None]) -> Runner:
+    check(run)
+    return run
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _export(call: ModuleCall) -> ExportedProgram:
@@ -89,37 +111,59 @@ def _export(call: ModuleCall) -> ExportedProgram:
 
 def _digest(program: ExportedProgram, call: ModuleCall) -> str:
     parts = (
-        program.graph,
+        _RECIPE,
+        program.graph_module.print_readable(print_output=False),
         [
             (tuple(x.shape), x.stride() if x.layout is torch.strided else None, x.dtype)
             for x in (*call.inputs, *call.tensors)
         ],
         torch.__version__,
+        sorted(torch._inductor.config.save_config_portable().items()),
         torch.get_num_threads(),
         _cpu_features(),
     )
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:32]
 
 
-def _compile(program: ExportedProgram, path: Path) -> None:
-    with partial_directory(path) as partial:
-        # Another process may have been faster.
-        if not path.is_file():
-            package = partial / path.name
-            torch._inductor.aoti_compile_and_package(program, package_path=str(package))
-            shutil.move(package, path)
-
-
-def _load_kept(path: Path, report: Callable[[str], None]) -> Runner | None:
-    if not path.is_file():
-        return None
+def _version(path: Path) -> tuple[int, int] | None:
+    """Changes when another package takes a package's place; None if there is none."""
     try:
-        return _load(path)
-    except RuntimeError:
-        report(f"{path} is damaged")
-        # Another process may have found it out as well.
-        path.unlink(missing_ok=True)
+        status = path.stat()
+    except FileNotFoundError:
         return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def _compile(program: ExportedProgram, path: Path, useless: tuple[int, int] | None) -> None:
+    """Put a package there, unless another process was faster.
+
+    Args:
+        program: To be compiled.
+        path: Of the package.
+        useless: Version of the package that is to be replaced; None if there was none.
+    """
+    with partial_directory(path) as partial:
+        if _version(path) != useless:
+            return
+        package = partial / path.name
+        # Left alone, inductor writes to a directory of a known name below /tmp.
+        with _environment(_INDUCTOR_DIRECTORY, str(partial / "inductor")):
+            register_product_lowerings()
+            torch._inductor.aoti_compile_and_package(program, package_path=str(package))
+        package.replace(path)
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _load(path: Path) -> Runner:

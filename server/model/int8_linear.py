@@ -1,16 +1,17 @@
 """Linear layers with int8 weights, for CPU inference.
 
 A weight is stored as 8 bits with one scale per output channel, a quarter of float32's bytes, and
-multiplied in integers. Activations stay as good as exact: each row is split into two parts of 8
-bits, the second one quantising what the first one left, with scales and minima of the row's own.
-So a token depends on no other token of the step, outliers need no care, and a layer's error is
-that of its weights. The two parts are two rows of the same product, which costs little where
-reading the weights is what takes the time.
+multiplied in integers. Activations stay as good as exact: each row is written in codes of 16 bits,
+with a scale and a minimum of the row's own, and the high and the low 8 bits are two rows of the
+same product. So a token depends on no other token of the step, outliers need no care, and a
+layer's error is that of its weights. A second row costs little where reading the weights is what
+takes the time.
 
-Shapes: T rows, I input features, O output features; 2T stands for first parts, then second ones.
+Shapes: T rows, I input features, O output features; 2T stands for high parts, then low ones.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,27 +22,23 @@ from server.model.shared_input import joined_bias, replace_linears
 
 # Largest weight; -128 stays unused.
 _MAX_WEIGHT = 127
-# Codes of an activation's part, before any bit is left out.
-_NUM_CODES = 256
-# What `embedding_bag_byte_prepack` adds to a row's range before it divides by it.
-_RANGE_FLOOR = 1e-8
+# The least scale, so that nothing is divided by zero.
+_TINY = torch.finfo(torch.float32).tiny
 # The number of rows that oneDNN is told to choose the layout for; any number of rows works.
 _ROWS_HINT = 8
-_quantize_rows = torch.ops.quantized.embedding_bag_byte_prepack
-_dequantize_rows = torch.ops.quantized.embedding_bag_byte_unpack
 
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """Rows as `codes * scale + minimum`, where two parts add up to one row.
+    """Rows as `(high * base + low) * scale + minimum`, where the base is 2 to the bits of a part.
 
     Attributes:
-        codes: Whole numbers `[2T, I]`, within what this machine multiplies exactly.
-        scale: Float32 `[2T, 1]`.
-        minimum: Float32 `[T, 1]`, of both parts together.
+        parts: Uint8 `[2T, I]`.
+        scale: Float32 `[T, 1]`.
+        minimum: Float32 `[T, 1]`.
     """
 
-    codes: Tensor
+    parts: Tensor
     scale: Tensor
     minimum: Tensor
 
@@ -49,8 +46,7 @@ class _Rows:
 class Int8Linear(nn.Module):
     """Computes what an `nn.Linear` with weights rounded to 8 bits computes, without autograd.
 
-    The weight is no parameter and not in the state dict. When the layer is exported, it computes
-    the same from operations that a compiler can fuse.
+    The weight is no parameter and not in the state dict.
 
     Args:
         linears: In float32 on the CPU, with the same number of inputs; their outputs come side by
@@ -67,9 +63,9 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.in_features = linears[0].in_features
         self.out_features = sum(linear.out_features for linear in linears)
-        self._shift = _code_shift()
+        self._part_bits = _part_bits()
         weight_OI = torch.cat([linear.weight.detach() for linear in linears])
-        scale_O = (weight_OI.abs().amax(1) / _MAX_WEIGHT).clamp_min(torch.finfo().tiny)
+        scale_O = (weight_OI.abs().amax(1) / _MAX_WEIGHT).clamp_min(_TINY)
         codes_OI = (weight_OI / scale_O[:, None]).round().to(torch.int8)
         packed = torch.ops.onednn.qlinear_prepack(codes_OI, [_ROWS_HINT, self.in_features])
         self.register_buffer("_weight", packed, persistent=False)
@@ -83,81 +79,42 @@ class Int8Linear(nn.Module):
     def forward(self, input_I: Tensor) -> Tensor:
         """Map float32 `[..., I]` to `[..., O]`."""
         input_TI = input_I.reshape(-1, self.in_features)
-        num_rows = input_TI.shape[0]
         if torch.compiler.is_exporting():
-            output_TO = self._traceable(input_TI)
-        elif num_rows == 0:
+            output_TO = self._compute(input_TI, traceable_int8_product)
+        elif input_TI.shape[0] == 0:
             output_TO = input_TI.new_zeros(0, self.out_features)
         else:
-            output_TO = self._eager(input_TI)
+            output_TO = self._compute(input_TI, int8_product)
         return output_TO.view(*input_I.shape[:-1], self.out_features)
 
-    def _eager(self, input_TI: Tensor) -> Tensor:
+    def _compute(self, input_TI: Tensor, product: Callable[..., Tensor]) -> Tensor:
         num_rows = input_TI.shape[0]
-        rows = _split(input_TI.contiguous(), self._shift)
-        parts = int8_product(rows.codes, self._weight, self._scale_O, self._zero_O)
-        output_TO = parts[:num_rows].mul_(rows.scale[:num_rows])
-        output_TO.addcmul_(parts[num_rows:], rows.scale[num_rows:])
-        output_TO.addcmul_(rows.minimum, self._ones_O)
-        if self._bias_O is not None:
-            output_TO.add_(self._bias_O)
-        return output_TO
-
-    def _traceable(self, input_TI: Tensor) -> Tensor:
-        num_rows = input_TI.shape[0]
-        first = _quantize_traceably(input_TI, self._shift)
-        rest_TI = input_TI - (first.codes * first.scale + first.minimum)
-        second = _quantize_traceably(rest_TI, self._shift)
-        codes = torch.cat((first.codes, second.codes)).to(torch.uint8)
-        parts: Tensor = traceable_int8_product(codes, self._weight, self._scale_O, self._zero_O)
-        minimum = first.minimum + second.minimum
-        output_TO = parts[:num_rows] * first.scale + parts[num_rows:] * second.scale
-        output_TO = output_TO + minimum * self._ones_O
-        if self._bias_O is not None:
-            output_TO = output_TO + self._bias_O
-        return output_TO
+        rows = _split(input_TI, self._part_bits)
+        parts_2TO = product(rows.parts, self._weight, self._scale_O, self._zero_O)
+        output_TO = parts_2TO[:num_rows] * float(1 << self._part_bits) + parts_2TO[num_rows:]
+        output_TO = output_TO * rows.scale + rows.minimum * self._ones_O
+        return output_TO if self._bias_O is None else output_TO + self._bias_O
 
     def extra_repr(self) -> str:
         """Name the sizes, as `nn.Linear` does."""
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
-def _split(input_TI: Tensor, shift: int) -> _Rows:
-    """Quantise rows and what that leaves of them; codes have 8 bits less `shift`."""
-    num_rows, num_features = input_TI.shape
-    first = _quantize(input_TI, shift)
-    second = _quantize(input_TI - _dequantize_rows(first), shift)
-    packed = torch.cat((first, second))
-    codes = packed[:, :num_features].contiguous()
-    ranges = packed[:, num_features:].contiguous().view(torch.float32)
-    scale, minimum = ranges[:, :1], ranges[:, 1:]
-    if shift:
-        codes >>= shift
-        scale = scale * (1 << shift)
-    return _Rows(codes, scale, minimum[:num_rows] + minimum[num_rows:])
-
-
-def _quantize(input_TI: Tensor, shift: int) -> Tensor:
-    """Rows of codes, each with its scale and minimum as float32 behind them; see `_split`."""
-    packed: Tensor = _quantize_rows(input_TI)
-    if shift:
-        packed[:, : input_TI.shape[1]] &= 0xFF ^ ((1 << shift) - 1)
-    return packed
-
-
-def _quantize_traceably(input_TI: Tensor, shift: int) -> _Rows:
-    """One part of rows as `_quantize` finds it, the codes still as float32."""
+def _split(input_TI: Tensor, part_bits: int) -> _Rows:
+    """Write rows in codes of two parts; a row of equal values has codes of 0."""
     minimum = input_TI.amin(1, keepdim=True)
     spread = input_TI.amax(1, keepdim=True) - minimum
-    step = 1 << shift
-    codes = torch.round((input_TI - minimum) * ((_NUM_CODES - 1) / (spread + _RANGE_FLOOR)))
-    scale = spread / (_NUM_CODES - 1) * step
-    return _Rows(torch.floor(codes / step) if shift else codes, scale, minimum)
+    scale = (spread / ((1 << 2 * part_bits) - 1)).clamp_min(_TINY)
+    base = float(1 << part_bits)
+    codes_TI = torch.round((input_TI - minimum) * (1.0 / scale))
+    high_TI = torch.floor(codes_TI * (1.0 / base))
+    parts = torch.cat((high_TI, codes_TI - high_TI * base)).to(torch.uint8)
+    return _Rows(parts, scale, minimum)
 
 
 @functools.cache
-def _code_shift() -> int:
-    """How many low bits of an activation's code this machine must leave out: 0 or 1.
+def _part_bits() -> int:
+    """How many bits of an activation this machine multiplies at once: 8 or 7.
 
     Without VNNI, x86 adds pairs of products in 16 bits, which overflow with codes of 8 bits and
     not with codes of 7: 2 * 127 * 127 is less than 2**15.
@@ -168,12 +125,12 @@ def _code_shift() -> int:
     num_features = 64
     weight = torch.full((16, num_features), _MAX_WEIGHT, dtype=torch.int8)
     packed = torch.ops.onednn.qlinear_prepack(weight, [_ROWS_HINT, num_features])
-    for shift in (0, 1):
-        largest = 0xFF >> shift
+    for part_bits in (8, 7):
+        largest = (1 << part_bits) - 1
         codes = torch.full((2, num_features), largest, dtype=torch.uint8)
         product = int8_product(codes, packed, torch.ones(16), torch.zeros(16, dtype=torch.int64))
         if bool((product == largest * _MAX_WEIGHT * num_features).all()):
-            return shift
+            return part_bits
     raise RuntimeError("integer products are wrong")
 
 
@@ -182,7 +139,7 @@ def can_quantize() -> bool:
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     try:
-        _code_shift()
+        _part_bits()
     except RuntimeError:
         return False
     return True

@@ -1,6 +1,9 @@
 """Compiled blocks against the same blocks as they are."""
 
+import functools
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +22,9 @@ from server.engine.engine import Engine
 from server.errors import CompilationError, ConfigError
 from server.kv.kv_cache import KVCache, KVLayout
 from server.model.attention_hook import AttentionContext, install_attention
+from server.model.block_calls import NUM_TOKENS, record_calls
 from server.model.cache import CACHE_VARIABLE
-from server.model.compiled_blocks import CompiledForward, compile_blocks
+from server.model.compiled_blocks import CompiledForward, check_compiled, compile_blocks
 from server.model.loading import LoadedModel, load_model
 from tests.engine_tools import SlowModel, assert_as_expected, make_request, random_prompt
 from tests.tiny_heads import save_tiny_heads
@@ -36,7 +40,6 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """An empty cache for all tests of this file: each kind of block is compiled once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
         yield Path(tmp_path_factory.getbasetemp())
 
 
@@ -118,7 +121,13 @@ def loaded_pair(directory: Path, quantization: str) -> tuple[LoadedModel, Loaded
 
 @pytest.mark.parametrize(
     ("kind", "quantization", "num_packages"),
-    [("llama", "none", 1), ("llama", "int8", 2), ("gemma3", "none", 2), ("mixtral", "none", 1)],
+    [
+        ("llama", "none", 1),
+        ("llama", "int8", 2),
+        ("qwen2", "int8", 2),
+        ("gemma3", "none", 2),
+        ("mixtral", "none", 1),
+    ],
 )
 def test_logits_are_those_of_the_plain_model(
     kind: TinyKind,
@@ -221,7 +230,6 @@ def test_an_engine_generates_the_same_texts_with_trees_and_chunks(
 class TestFailures:
     @pytest.fixture(autouse=True)
     def _no_compiler(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
         monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
         with torch._inductor.config.patch({"cpp.cxx": (str(tmp_path / "no-g++"),)}):
             yield
@@ -250,18 +258,97 @@ class TestFailures:
             Engine.from_config(config)
 
 
-def test_a_damaged_package_is_compiled_again(
-    model_dir: Callable[[TinyKind], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_activations_of_fewer_bits_are_compiled_too(
+    model_dir: Callable[[TinyKind], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("server.model.int8_linear._part_bits", lambda: 7)
+    plain, compiled = loaded_pair(model_dir("llama"), "int8")
+    compile_blocks(compiled.model, lambda line: None)
+    assert is_compiled(compiled.model)
+    for ours, theirs in zip(all_steps(Runner(compiled)), all_steps(Runner(plain)), strict=True):
+        assert float((ours - theirs).norm() / theirs.norm()) < 0.1
+
+
+def test_another_process_finds_the_same_package(model_dir: Callable[[TinyKind], Path]) -> None:
+    directory = model_dir("llama")
+    compile_blocks(load_model(str(directory), "cpu", "float32").model, lambda line: None)
+    program = f"""
+import torch
+from server.model.compiled_blocks import compile_blocks
+from server.model.loading import load_model
+
+torch.set_num_threads({torch.get_num_threads()})
+compile_blocks(load_model({str(directory)!r}, "cpu", "float32").model, print)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+
+
+@pytest.fixture
+def own_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache for one test alone."""
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    return tmp_path / "compiled"
+
+
+def test_a_damaged_package_is_compiled_again(
+    model_dir: Callable[[TinyKind], Path], own_packages: Path
+) -> None:
     loaded, again = loaded_pair(model_dir("llama"), "none")
     compile_blocks(loaded.model, lambda line: None)
-    (package,) = (tmp_path / "compiled").glob("*.pt2")
+    (package,) = own_packages.glob("*.pt2")
     package.write_bytes(package.read_bytes()[:100])
     lines: list[str] = []
     compile_blocks(again.model, lines.append)
-    assert lines[0] == f"{package} is damaged"
+    assert lines[0].startswith(f"{package} cannot be used, so it is made anew: ")
     assert torch.equal(Runner(loaded).logits([3, 4], 0), Runner(again).logits([3, 4], 0))
+
+
+def test_a_kept_package_that_computes_something_else_is_compiled_again(
+    model_dir: Callable[[TinyKind], Path], own_packages: Path
+) -> None:
+    plain, loaded = loaded_pair(model_dir("llama"), "none")
+    other = load_model(str(model_dir("llama")), "cpu", "float32")
+    for layer in layers_of(other.model):
+        layer.get_submodule("mlp").act_fn = nn.Tanh()
+    compile_blocks(other.model, lambda line: None)
+    (wrong,) = own_packages.glob("*.pt2")
+    compile_blocks(plain.model, lambda line: None)
+    (right,) = set(own_packages.glob("*.pt2")) - {wrong}
+    shutil.copy(wrong, right)
+
+    lines: list[str] = []
+    compile_blocks(loaded.model, lines.append)
+    assert "LlamaDecoderLayer computes something else when it is compiled" in lines[0]
+    assert torch.equal(Runner(loaded).logits([3, 4], 0), Runner(plain).logits([3, 4], 0))
+
+
+def test_a_cache_that_cannot_be_written_leaves_the_model_as_it_is(
+    model_dir: Callable[[TinyKind], Path], own_packages: Path
+) -> None:
+    own_packages.write_text("in the way")
+    loaded = load_model(str(model_dir("llama")), "cpu", "float32")
+    with pytest.raises(CompilationError, match="LlamaDecoderLayer cannot be compiled: "):
+        compile_blocks(loaded.model, lambda line: None)
+    assert not is_compiled(loaded.model)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_wrong_token_among_many_is_seen(
+    dtype: str, model_dir: Callable[[TinyKind], Path]
+) -> None:
+    loaded = load_model(str(model_dir("llama")), "cpu", dtype)
+    call = record_calls(loaded.model, list(layers_of(loaded.model)))[0]
+
+    def run(tensors: list[Tensor], factor: float) -> Tensor:
+        change = (call.output - call.inputs[0])[:, : tensors[0].shape[1]]
+        change[:, -1] *= factor
+        return tensors[0] + change
+
+    check_compiled(call, functools.partial(run, factor=1.0))
+    with pytest.raises(CompilationError, match=f"token {NUM_TOKENS - 1} of {NUM_TOKENS}"):
+        check_compiled(call, functools.partial(run, factor=1.1))
 
 
 def test_code_that_computes_something_else_is_refused(
