@@ -108,8 +108,8 @@ class SDPABackend:
         )
         if num_groups == 1:
             return output_1HXC[0].transpose(0, 1)
-        output_HGQC = output_1HXC[0].unflatten(1, (num_groups, span.num_queries))
-        return output_HGQC.permute(2, 0, 1, 3).flatten(1, 2)
+        sizes = (num_kv_heads, num_groups, span.num_queries, self._layout.head_dim)
+        return output_1HXC.reshape(sizes).permute(2, 0, 1, 3).flatten(1, 2)
 
     def _read(self, all_1HSC: Tensor, slots_XHC: Tensor, plan: _SequencePlan) -> Tensor:
         """The keys or values of a sequence, `[1, H, S, C]`, from all slots of a layer."""

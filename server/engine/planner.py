@@ -1,16 +1,18 @@
 """How many nodes each sequence's tree gets: one budget for all, spent where it brings most.
 
-Every node has a value, the probability that it is accepted, and nodes of all sequences compete. In
-a step without prompts the n most valuable nodes are taken, for the n that makes most tokens per
-second of the whole server, the drafting counted:
+Every node has a value, the probability that it is accepted, and nodes of all sequences compete: the
+n most valuable ones are taken. A second of a step is worth what the server makes in it on average,
+its *pace* in tokens per second, so n is the one of the highest
 
-    speed(n) = (sequences + values of the n best nodes) / (step seconds(n) + draft seconds)
+    sequences + values of the n best nodes - pace * step seconds(n)
 
-Larger steps make more tokens a second but come less often. A latency weight w takes the n of the
-highest speed(n) / (step seconds(n) + draft seconds) ** w instead.
+Many tokens in little time are what is wanted over all steps, not in each of them: a step whose
+drafts are poor must not cost more than they bring elsewhere, and one whose drafts are good may take
+longer. Where nodes are chosen so and the pace is what came of it, no other choice makes more tokens
+per second over all steps (W. Dinkelbach, On Nonlinear Fractional Programming, 1967). While the pace
+is unknown, the n of the highest tokens per second of this step is taken.
 
-Prompt tokens in the step are work of another kind, so there the n best nodes are taken for the n
-that brings most over what the same seconds, weighted alike, would bring at that speed.
+Larger steps come less often. A latency weight w counts a second as 1 + w.
 
 Shape suffixes: N numbers of draft tokens, from 0.
 """
@@ -37,17 +39,32 @@ class StepRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class Worth:
+    """What time is worth.
+
+    Attributes:
+        pace: Tokens per second that steps of this load make on average; None if it is unknown.
+        latency_weight: 0 for most tokens per second; larger for shorter steps.
+    """
+
+    pace: float | None = None
+    latency_weight: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Trees of a step.
 
     Attributes:
         sizes: Nodes of each sequence's tree, root included.
-        speed: Tokens per second that such steps make without prompts.
+        num_tokens: Expected tokens of such a step without prompts.
+        seconds: That this step and its drafting would take.
         node_price: Tokens that the next node's seconds would bring; nodes worth less do not pay.
     """
 
     sizes: tuple[int, ...]
-    speed: float
+    num_tokens: float
+    seconds: float
     node_price: float
 
 
@@ -57,7 +74,7 @@ def plan_trees(
     load: StepLoad,
     request: StepRequest,
     draft_s: float,
-    latency_weight: float,
+    worth: Worth,
 ) -> Plan:
     """Choose the trees of decoding sequences.
 
@@ -67,7 +84,7 @@ def plan_trees(
         load: Of the decoding sequences.
         request: Room for prompts and drafts.
         draft_s: What drafting cost.
-        latency_weight: 0 for most tokens per second; larger for shorter steps.
+        worth: Of a second.
     """
     num_roots = len(values)
     # Sorting is stable: equal values stay in the order of their trees, so sizes are prefixes.
@@ -80,25 +97,48 @@ def plan_trees(
     # One more than can be drafted, for the price of the next node.
     seconds_N = costs.all_seconds(num_roots, num_roots + len(ranked) + 1, load)
     whole_N = seconds_N[:-1] + draft_s
-    speeds_N = (num_roots + gains_N) / whole_N
-    best = int((speeds_N / whole_N**latency_weight).argmax())
-    speed = float(speeds_N[best])
-    # At the best n, what a second more costs in tokens.
-    second_price = speed * (1.0 + latency_weight)
+    pace = worth.pace
+    if pace is None:
+        weighted_N = (num_roots + gains_N) / whole_N ** (1.0 + worth.latency_weight)
+        best = int(weighted_N.argmax())
+        pace = float((num_roots + gains_N[best]) / whole_N[best])
+    second_price = pace * (1.0 + worth.latency_weight)
+    best = int((gains_N - second_price * whole_N).argmax())
+    num_tokens, seconds = num_roots + float(gains_N[best]), float(whole_N[best])
     node_price = second_price * float(seconds_N[best + 1] - seconds_N[best])
     if request.num_prompt_tokens:
-        num_tokens = num_roots + request.num_prompt_tokens
-        seconds_N = costs.all_seconds(num_tokens, num_tokens + len(ranked), load)
+        num_others = num_roots + request.num_prompt_tokens
+        seconds_N = costs.all_seconds(num_others, num_others + len(ranked), load)
         best = int((gains_N - second_price * seconds_N).argmax())
     sizes = [1] * num_roots
     for _, owner in ranked[:best]:
         sizes[owner] += 1
-    return Plan(tuple(sizes), speed, node_price)
+    return Plan(tuple(sizes), num_tokens, seconds, node_price)
+
+
+@dataclass(slots=True)
+class Pace:
+    """Tokens per second that the recent steps of one load were planned to make."""
+
+    _num_tokens: float = 0.0
+    _seconds: float = 0.0
+
+    @property
+    def speed(self) -> float | None:
+        """Tokens per second; None before the first step."""
+        return self._num_tokens / self._seconds if self._seconds else None
+
+    def note(self, plan: Plan) -> None:
+        """Take note of a step."""
+        self._num_tokens += plan.num_tokens - _PACE_FADING * self._num_tokens
+        self._seconds += plan.seconds - _PACE_FADING * self._seconds
 
 
 # Steps without the heads (or with them, while they do not pay) after which the other way is tried.
 _FIRST_PROBE, _LAST_PROBE = 16, 256
 _FADING = 0.2
+# The share of what a pace knows that each step takes the place of.
+_PACE_FADING = 0.02
 
 
 @dataclass(slots=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from server.engine.cost_model import StepCosts, StepLoad
-from server.engine.planner import HeadGate, Plan, StepRequest, plan_trees
+from server.engine.planner import HeadGate, Pace, Plan, StepRequest, Worth, plan_trees
 from server.engine.sequence import Sequence
 
 _PRICE_FADING = 0.1
@@ -104,6 +104,7 @@ class PlannedSizes:
         self._latency_weight = latency_weight
         self._foresight = Foresight()
         self._gates: dict[int, HeadGate] = {}
+        self._paces: dict[int, Pace] = {}
         self._node_price = 0.0
 
     @property
@@ -122,16 +123,18 @@ class PlannedSizes:
         values = [_values(sequence) for sequence in decoding]
         num_headed = sum(sequence.head_proposal is not None for sequence in decoding)
         load = StepLoad(num_roots, sum(sequence.num_computed_tokens for sequence in decoding))
+        pace = self._paces.setdefault(_load_class(num_roots), Pace())
         plan = plan_trees(
             values,
             self._costs,
             load,
             request,
             self._costs.draft_seconds(num_headed) if num_headed else 0.0,
-            self._latency_weight,
+            Worth(pace.speed, self._latency_weight),
         )
+        pace.note(plan)
         if any(sequence.sources.heads is not None for sequence in decoding):
-            self._gate(num_roots).note(num_headed > 0, plan.speed)
+            self._gate(num_roots).note(num_headed > 0, plan.num_tokens / plan.seconds)
         self._node_price += _PRICE_FADING * (plan.node_price - self._node_price)
         self._foretell(values, plan)
         return list(plan.sizes)
@@ -158,13 +161,16 @@ class PlannedSizes:
         self._costs.learn_draft(num_sequences, draft_s)
 
     def _gate(self, num_decoding: int) -> HeadGate:
-        # Loads that are alike share a gate, so that each learns from many steps.
-        load = num_decoding if num_decoding <= 8 else -(-num_decoding // 8) * 8
-        return self._gates.setdefault(load, HeadGate())
+        return self._gates.setdefault(_load_class(num_decoding), HeadGate())
 
     def _foretell(self, values: Seq[Seq[float]], plan: Plan) -> None:
         chosen = zip(values, plan.sizes, strict=True)
         self._foresight.num_tokens += sum(1.0 + sum(own[: size - 1]) for own, size in chosen)
+
+
+def _load_class(num_decoding: int) -> int:
+    """Loads that are alike go together, so that each class learns from many steps."""
+    return num_decoding if num_decoding <= 8 else -(-num_decoding // 8) * 8
 
 
 def _values(sequence: Sequence) -> list[float]:

@@ -37,27 +37,15 @@ def register_product_lowerings() -> None:
             inputs=[input_I, *(kernel.realize_input(x) for x in tensors)],
             constant_args=[*([None] if bias_O is None else []), "none", [-1], ""],
         )
-        return ir.TensorBox.create(mkldnn_ir._create_output_node(product))
+        create_output: Any = mkldnn_ir._create_output_node
+        return ir.TensorBox.create(create_output(product))
 
     def int8_product(codes_TI: Any, weight: Any, scale_O: Any, zero_O: Any) -> Any:
         scale = V.graph.add_tensor_constant(torch.tensor(1.0), name="code_scale")
         zero = V.graph.add_tensor_constant(torch.tensor(0, dtype=torch.int32), name="code_zero")
-        product = mkldnn_ir.QLinearPointwisePT2E.create(
-            codes_TI,
-            scale,
-            zero,
-            weight,
-            scale_O,
-            zero_O,
-            None,
-            1.0,
-            0,
-            torch.float32,
-            "none",
-            [],
-            "",
-        )
-        return ir.TensorBox.create(product)
+        create: Any = mkldnn_ir.QLinearPointwisePT2E.create
+        tensors = (codes_TI, scale, zero, weight, scale_O, zero_O, None)
+        return ir.TensorBox.create(create(*tensors, 1.0, 0, torch.float32, "none", [], ""))
 
     register_lowering(traceable_packed_product.default, type_promotion_kind=None)(packed_product)
     register_lowering(traceable_int8_product.default, type_promotion_kind=None)(int8_product)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.engine.cost_model import CostModel, StepCosts, StepLoad
-from server.engine.planner import HeadGate, StepRequest, plan_trees
+from server.engine.planner import HeadGate, Pace, Plan, StepRequest, Worth, plan_trees
 
 # Cheap up to 4 tokens, then every token has its price.
 COSTS = CostModel((1, 4, 8, 16), (10.0, 11.0, 20.0, 60.0), draft_s=1.0)
@@ -29,10 +29,12 @@ def sizes(
     max_draft_tokens: int = 100,
     draft_s: float = 0.0,
     latency_weight: float = 0.0,
+    pace: float | None = None,
 ) -> tuple[int, ...]:
     request = StepRequest(num_prompt_tokens, max_draft_tokens)
     steps = StepCosts(costs)
-    return plan_trees(values, steps, load(len(values)), request, draft_s, latency_weight).sizes
+    worth = Worth(pace, latency_weight)
+    return plan_trees(values, steps, load(len(values)), request, draft_s, worth).sizes
 
 
 class TestPlanTrees:
@@ -41,22 +43,53 @@ class TestPlanTrees:
         values=st.lists(_values, min_size=1, max_size=4),
         draft_s=st.floats(0.0, 10.0),
         weight=st.sampled_from((0.0, 0.5, 2.0)),
+        pace=st.sampled_from((None, 0.01, 0.1, 0.5)),
     )
-    def test_no_other_plan_makes_more_tokens_per_weighted_second(
-        self, values: list[list[float]], draft_s: float, weight: float
+    def test_no_other_plan_brings_more_over_what_its_seconds_are_worth(
+        self, values: list[list[float]], draft_s: float, weight: float, pace: float | None
     ) -> None:
         costs = StepCosts(COSTS)
         num_roots = len(values)
 
-        def speed(plan: tuple[int, ...], weight: float) -> float:
+        def tokens_and_seconds(plan: tuple[int, ...]) -> tuple[float, float]:
             gain = sum(sum(own[: size - 1]) for own, size in zip(values, plan, strict=True))
-            seconds = costs.seconds(sum(plan), load(num_roots)) + draft_s
-            return (num_roots + gain) / float(seconds ** (1.0 + weight))
+            return num_roots + gain, costs.seconds(sum(plan), load(num_roots)) + draft_s
 
-        found = plan_trees(values, costs, load(num_roots), ROOM, draft_s, weight)
-        every = product(*(range(1, len(own) + 2) for own in values))
-        assert speed(found.sizes, weight) == pytest.approx(max(speed(p, weight) for p in every))
-        assert speed(found.sizes, 0.0) == pytest.approx(found.speed)
+        every = [
+            tokens_and_seconds(plan)
+            for plan in product(*(range(1, len(own) + 2) for own in values))
+        ]
+        if pace is None:
+            tokens, seconds = max(every, key=lambda one: one[0] / one[1] ** (1.0 + weight))
+            price = tokens / seconds * (1.0 + weight)
+        else:
+            price = pace * (1.0 + weight)
+        found = plan_trees(values, costs, load(num_roots), ROOM, draft_s, Worth(pace, weight))
+
+        assert (found.num_tokens, found.seconds) == pytest.approx(tokens_and_seconds(found.sizes))
+        surplus = found.num_tokens - price * found.seconds
+        best = max(tokens - price * seconds for tokens, seconds in every)
+        assert surplus == pytest.approx(best, abs=1e-6)
+
+    def test_poor_drafts_get_fewer_nodes_where_others_bring_more(self) -> None:
+        poor, good = [0.2, 0.1], [0.9, 0.8, 0.7, 0.6]
+        pace = 0.2
+        assert sizes([poor], COSTS, pace=pace)[0] <= sizes([poor], COSTS)[0]
+        assert sizes([good], COSTS, pace=pace)[0] >= sizes([good], COSTS)[0]
+
+    def test_by_the_pace_steps_of_all_kinds_make_more_tokens_together(self) -> None:
+        drafts = [[[0.3, 0.2, 0.1, 0.05]], [[0.95, 0.9, 0.85, 0.8, 0.7, 0.6]]] * 200
+        totals = []
+        for keeps_pace in (False, True):
+            pace, tokens, seconds = Pace(), 0.0, 0.0
+            for values in drafts:
+                worth = Worth(pace.speed if keeps_pace else None)
+                plan = plan_trees(values, StepCosts(COSTS), load(1), ROOM, 0.0, worth)
+                pace.note(plan)
+                tokens += plan.num_tokens
+                seconds += plan.seconds
+            totals.append(tokens / seconds)
+        assert totals[1] > totals[0]
 
     def test_a_latency_weight_makes_steps_shorter(self) -> None:
         own = [0.5, 0.4, 0.3, 0.25, 0.2, 0.1]
@@ -90,9 +123,12 @@ class TestPlanTrees:
 
     def test_the_price_of_a_node_is_what_its_seconds_would_bring(self) -> None:
         for weight in (0.0, 1.0):
-            plan = plan_trees([[0.9, 0.05]], StepCosts(LINEAR), load(1), ROOM, 0.0, weight)
-            assert plan.node_price == pytest.approx(plan.speed * (1.0 + weight))
-        assert plan_trees([[0.9]], StepCosts(FLAT), load(1), ROOM, 0.0, 0.0).node_price == 0.0
+            worth = Worth(None, weight)
+            plan = plan_trees([[0.9, 0.05]], StepCosts(LINEAR), load(1), ROOM, 0.0, worth)
+            speed = plan.num_tokens / plan.seconds
+            assert plan.node_price == pytest.approx(speed * (1.0 + weight))
+        free = plan_trees([[0.9]], StepCosts(FLAT), load(1), ROOM, 0.0, Worth())
+        assert free.node_price == 0.0
 
     @pytest.mark.parametrize("most", [0, 1, 3])
     def test_room_is_never_exceeded(self, most: int) -> None:
@@ -109,6 +145,21 @@ class TestPlanTrees:
     def test_a_dear_draft_asks_for_larger_trees_or_none(self) -> None:
         own = list(accumulate([0.5] * 8, lambda value, rate: value * rate))
         assert sizes([own], COSTS, draft_s=30.0)[0] >= sizes([own], COSTS)[0]
+
+
+class TestPace:
+    def test_is_unknown_before_the_first_step(self) -> None:
+        assert Pace().speed is None
+
+    def test_follows_what_steps_make_in_all_and_not_their_mean_speed(self) -> None:
+        pace = Pace()
+        for _ in range(500):
+            pace.note(Plan((1,), 1.0, 1.0, 0.0))
+            pace.note(Plan((1,), 6.0, 2.0, 0.0))
+        assert pace.speed == pytest.approx(7.0 / 3.0, rel=0.02)
+        for _ in range(500):
+            pace.note(Plan((1,), 5.0, 1.0, 0.0))
+        assert pace.speed == pytest.approx(5.0, rel=0.01)
 
 
 class TestHeadGate:
