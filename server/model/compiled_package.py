@@ -2,7 +2,7 @@
 
 The module is exported with its tensors as inputs and compiled ahead of time by torch's inductor,
 which needs a C++ compiler once. Packages stay in the cache under a digest of all that they hang
-on: the graph itself, sizes, torch and its settings, the CPU and the number of threads.
+on: the graph itself, sizes, torch, the CPU and the number of threads.
 
 NOTE: A package is machine code. The cache directory must be as safe as the installation.
 """
@@ -118,7 +118,6 @@ def _digest(program: ExportedProgram, call: ModuleCall) -> str:
             for x in (*call.inputs, *call.tensors)
         ],
         torch.__version__,
-        sorted(torch._inductor.config.save_config_portable().items()),
         torch.get_num_threads(),
         _cpu_features(),
     )
