@@ -1,7 +1,7 @@
 """How large the trees of a step are: fixed, or planned by what steps cost here and now."""
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from server.engine.cost_model import StepCosts, StepLoad
@@ -92,6 +92,14 @@ class FixedSizes:
         """See `TreeSizes.learn_draft`; nothing hangs on it."""
 
 
+@dataclass(slots=True)
+class _Load:
+    """What was learned at one number of decoding sequences."""
+
+    gate: HeadGate = field(default_factory=HeadGate)
+    pace: Pace = field(default_factory=Pace)
+
+
 class PlannedSizes:
     """One budget for all sequences, by what steps cost here and now.
 
@@ -103,8 +111,7 @@ class PlannedSizes:
         self._costs = costs
         self._latency_weight = latency_weight
         self._foresight = Foresight()
-        self._gates: dict[int, HeadGate] = {}
-        self._paces: dict[int, Pace] = {}
+        self._loads: dict[int, _Load] = {}
         self._node_price = 0.0
 
     @property
@@ -122,26 +129,27 @@ class PlannedSizes:
         num_roots = len(decoding)
         values = [_values(sequence) for sequence in decoding]
         num_headed = sum(sequence.head_proposal is not None for sequence in decoding)
-        load = StepLoad(num_roots, sum(sequence.num_computed_tokens for sequence in decoding))
-        pace = self._paces.setdefault(_load_class(num_roots), Pace())
+        learned = self._load(num_roots)
         plan = plan_trees(
             values,
             self._costs,
-            load,
+            StepLoad(num_roots, sum(sequence.num_computed_tokens for sequence in decoding)),
             request,
             self._costs.draft_seconds(num_headed) if num_headed else 0.0,
-            Worth(pace.speed, self._latency_weight),
+            Worth(learned.pace.speed, self._latency_weight),
         )
-        pace.note(plan)
+        # Requests that want no drafts would make time look cheap to the next one that does.
+        if any(sequence.sources.any for sequence in decoding):
+            learned.pace.note(plan)
         if any(sequence.sources.heads is not None for sequence in decoding):
-            self._gate(num_roots).note(num_headed > 0, plan.num_tokens / plan.seconds)
+            learned.gate.note(num_headed > 0, plan.num_tokens / plan.seconds)
         self._node_price += _PRICE_FADING * (plan.node_price - self._node_price)
         self._foretell(values, plan)
         return list(plan.sizes)
 
     def wants_heads(self, num_decoding: int) -> bool:
         """See `TreeSizes.wants_heads`."""
-        return self._gate(num_decoding).is_open()
+        return self._load(num_decoding).gate.is_open()
 
     def least_value(self) -> float:
         """See `TreeSizes.least_value`; loads change, so half of the present price."""
@@ -160,17 +168,14 @@ class PlannedSizes:
         self._foresight.measured_seconds += draft_s
         self._costs.learn_draft(num_sequences, draft_s)
 
-    def _gate(self, num_decoding: int) -> HeadGate:
-        return self._gates.setdefault(_load_class(num_decoding), HeadGate())
+    def _load(self, num_decoding: int) -> _Load:
+        # Numbers that are alike go together, so that each learns from many steps.
+        rounded = num_decoding if num_decoding <= 8 else -(-num_decoding // 8) * 8
+        return self._loads.setdefault(rounded, _Load())
 
     def _foretell(self, values: Seq[Seq[float]], plan: Plan) -> None:
         chosen = zip(values, plan.sizes, strict=True)
         self._foresight.num_tokens += sum(1.0 + sum(own[: size - 1]) for own, size in chosen)
-
-
-def _load_class(num_decoding: int) -> int:
-    """Loads that are alike go together, so that each class learns from many steps."""
-    return num_decoding if num_decoding <= 8 else -(-num_decoding // 8) * 8
 
 
 def _values(sequence: Sequence) -> list[float]:

@@ -248,6 +248,15 @@ class TestAgainstTheOracle:
         for window in (None, 5):
             assert_same(build_step([Case(6, num_queries, parents)], seed=14), window)
 
+    @pytest.mark.parametrize("num_kv_heads", [2, 4])
+    @pytest.mark.parametrize("is_scattered", [False, True])
+    @pytest.mark.parametrize("window", [None, 5, 64, 65, 66])
+    def test_a_whole_prompt_sees_what_comes_before(
+        self, window: int | None, is_scattered: bool, num_kv_heads: int
+    ) -> None:
+        cases = [Case(0, 65, None, is_scattered)]
+        assert_same(build_step(cases, seed=15, num_kv_heads=num_kv_heads), window)
+
     @pytest.mark.parametrize("window", [9, 10, 11])
     def test_decoding_at_the_edge_of_the_window(self, window: int) -> None:
         assert_same(build_step([Case(9, 1, None, is_scattered=True)], seed=7), window)
@@ -259,6 +268,14 @@ class TestContract:
         output = step.run(None)
         assert output.shape == (5, 6, HEAD_DIM)
         assert output.is_contiguous()
+
+    @pytest.mark.parametrize("num_kv_heads", [2, 4])
+    @pytest.mark.parametrize("num_queries", [1, 2, 9, 65])
+    def test_the_output_of_one_sequence_alone_is_contiguous_too(
+        self, num_queries: int, num_kv_heads: int
+    ) -> None:
+        step = build_step([Case(3, num_queries, None)], seed=9, num_kv_heads=num_kv_heads)
+        assert step.run(None).is_contiguous()
 
     def test_the_step_is_written_to_its_slots_of_its_layer_and_nowhere_else(self) -> None:
         step = build_step([Case(3, 2, None, is_scattered=True), Case(2, 3, (-1, 0, 0))], seed=9)

@@ -197,6 +197,29 @@ class TestPlannedSizes:
         propose(made, rooted)
         assert made.sizes.choose([plain, rooted], REQUEST) == [1, 8]
 
+    @pytest.mark.parametrize("num_plain_steps", [0, 500])
+    def test_requests_without_drafts_do_not_make_time_look_cheap(
+        self, num_plain_steps: int
+    ) -> None:
+        made = self.planned(CostModel((1, 8), (1.0, 2.0), draft_s=0.0))
+        plain, rooted = sequence(made, "none", drafts_allowed=1), sequence(made)
+        propose(made, rooted)
+        drafted = rooted.proposal
+        assert drafted is not None
+
+        def sizes_for(value: float) -> list[int]:
+            estimates = tuple(one._replace(value=value) for one in drafted.estimates)
+            rooted.proposal = replace(drafted, estimates=estimates)
+            return made.sizes.choose([rooted], REQUEST)
+
+        # Seven nodes of 0.9 bring 7.3 tokens in 2 seconds, so a node's seventh of a second is
+        # worth half a token.
+        assert [sizes_for(0.9) for _ in range(50)][-1] == [8]
+        for _ in range(num_plain_steps):
+            made.sizes.choose([plain], REQUEST)
+        assert sizes_for(0.4) == [1]
+        assert sizes_for(0.6) == [8]
+
     def test_the_heads_rest_where_they_do_not_pay(self) -> None:
         made = self.planned(LINEAR)
         drafter = made.drafter

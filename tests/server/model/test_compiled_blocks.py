@@ -123,8 +123,8 @@ def loaded_pair(directory: Path, quantization: str) -> tuple[LoadedModel, Loaded
     ("kind", "quantization", "num_packages"),
     [
         ("llama", "none", 1),
-        ("llama", "int8", 2),
-        ("qwen2", "int8", 2),
+        ("llama", "int8", 1),
+        ("qwen2", "int8", 1),
         ("gemma3", "none", 2),
         ("mixtral", "none", 1),
     ],
@@ -138,7 +138,12 @@ def test_logits_are_those_of_the_plain_model(
     plain, compiled = loaded_pair(model_dir(kind), quantization)
     lines: list[str] = []
     compile_blocks(compiled.model, lines.append)
-    assert len([line for line in lines if line.startswith("compiling")]) == num_packages
+    # Models of the same size share the unembedding's package, so only those of blocks are counted.
+    made = [line for line in lines if line.startswith("compiling") and "DecoderLayer" in line]
+    assert len(made) == num_packages
+    assert is_compiled(compiled.model)
+    unembedding = compiled.model.get_output_embeddings()
+    assert isinstance(unembedding.forward, CompiledForward) == (quantization == "int8")
     tolerance = 1e-4 if quantization == "none" else 0.1
     for ours, theirs in zip(all_steps(Runner(compiled)), all_steps(Runner(plain)), strict=True):
         assert ours.shape == theirs.shape
