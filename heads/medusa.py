@@ -13,7 +13,7 @@ Shape suffixes: B sequences, T flat tokens, D model width, K draft heads, R top-
 V vocabulary, U draft vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,9 @@ from torch.nn import functional as F
 from heads.candidates import Candidates
 from heads.frozen_linear import FrozenLinear
 from heads.seen_rows import SeenRows, gather_seen_rows, top_candidates
+
+# Makes a product with the transpose of a matrix [outputs, inputs] that nobody writes to any more.
+MakeProduct = Callable[[Tensor], Callable[[Tensor], Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +134,7 @@ class MedusaHeads(nn.Module):
         self.register_buffer("draft_rows_UD", rows_UD, persistent=False)
         self._draft_vocab = frozenset(self.draft_vocab_ids.tolist())
         self._unembed: FrozenLinear | None = None
+        self._frozen: _FrozenProducts | None = None
 
     def forward(self, hidden_TD: Tensor, root_tokens_T: Tensor) -> Tensor:
         """Return the hidden state of every head, KTD, in the weights' dtype.
@@ -160,6 +164,14 @@ class MedusaHeads(nn.Module):
     def draft_rows(self, head: int) -> Tensor:
         """Return the unembedding UD of one head, in the order of `draft_vocab_ids`; no copy."""
         return self.draft_rows_UD if self.unembedding_KVD is None else self.unembedding_KVD[head]
+
+    def freeze(self, make_product: MakeProduct) -> None:
+        """Let `propose` compute with faster products, until other weights are loaded.
+
+        The weights must not be written to, and the module must not move. Products may be less
+        exact than the plain ones: what is drafted decides about speed alone.
+        """
+        self._frozen = _FrozenProducts(self, make_product)
 
     def _frozen_unembedding(self) -> FrozenLinear:
         # Built on first use, and again when the module has moved to another device or dtype.
@@ -205,13 +217,55 @@ class MedusaHeads(nn.Module):
             raise ValueError(f"num_ranks is {num_ranks}; give at least 1")
         if len(seen) != len(hidden_BD):
             raise ValueError(f"seen has {len(seen)} entries; give {len(hidden_BD)}, one a sequence")
-        head_hidden_KBD = self(hidden_BD, root_tokens_B)
+        frozen = self._frozen
+        if frozen is None:
+            head_hidden_KBD = self(hidden_BD, root_tokens_B)
+        else:
+            root_BD = F.embedding(root_tokens_B, self._input_embedding_VD)
+            head_hidden_KBD = frozen.hidden(hidden_BD, root_BD)
         head_hidden_BKD = head_hidden_KBD.transpose(0, 1)
-        if self.unembedding_KVD is None:
+        if frozen is not None and frozen.unembed is not None:
+            logits_BKU = frozen.unembed(head_hidden_BKD)
+        elif self.unembedding_KVD is None:
             logits_BKU = self._frozen_unembedding()(head_hidden_BKD)
         else:
             logits_BKU = self.draft_logits(head_hidden_KBD).transpose(0, 1)
         return top_candidates(head_hidden_BKD, logits_BKU, self.draft_vocab_ids, num_ranks, seen)
+
+
+class _FrozenProducts:
+    """What heads compute, by products with matrices that nobody writes to.
+
+    Attributes:
+        unembed: Logits over the draft vocabulary; None if heads have matrices of their own.
+    """
+
+    def __init__(self, heads: MedusaHeads, make_product: MakeProduct) -> None:
+        self._num_heads = heads.config.num_heads
+        root_weights = heads.root_weights
+        self._map_root = (
+            None if root_weights is None else make_product(root_weights.detach().flatten(0, 1))
+        )
+        self._biases = heads.block_biases.detach().unsqueeze(2)
+        self._blocks = [
+            [make_product(weight_DD) for weight_DD in weight_KDD]
+            for weight_KDD in heads.block_weights.detach()
+        ]
+        has_own = heads.unembedding_KVD is not None
+        self.unembed = None if has_own else make_product(heads.draft_rows_UD)
+
+    def hidden(self, hidden_BD: Tensor, root_BD: Tensor) -> Tensor:
+        """See `MedusaHeads.forward`; takes the embeddings of the root tokens."""
+        x_KBD = hidden_BD.expand(self._num_heads, -1, -1)
+        if self._map_root is not None:
+            mapped_BX = self._map_root(root_BD)
+            x_KBD = x_KBD + mapped_BX.view(len(root_BD), *x_KBD.shape[::2]).transpose(0, 1)
+        for map_heads, bias_K1D in zip(self._blocks, self._biases, strict=True):
+            inner_KBD = torch.stack(
+                [map_head(x_BD) for map_head, x_BD in zip(map_heads, x_KBD, strict=True)]
+            )
+            x_KBD = x_KBD + F.silu(inner_KBD + bias_K1D)
+        return x_KBD
 
 
 def _check_matrix(name: str, matrix_VD: Tensor, config: MedusaConfig) -> None:

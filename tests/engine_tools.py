@@ -39,6 +39,7 @@ from server.engine.validate import RequestLimits
 from server.kv.block_manager import BlockManager
 from server.kv.kv_cache import KVCache, KVLayout
 from server.model.draft_heads import DraftHeads
+from server.model.int8_kernel import Int8Kernel
 from server.model.loading import LoadedModel, load_model
 from server.tokenizer import Tokenizer
 from tests.slow_sampling import adjust_slowly, draw_slowly, filter_slowly, greedy_slowly
@@ -140,6 +141,7 @@ def make_engine(
     costs: CostModel | None = None,
     draft: DraftHeads | None = None,
     on_hidden: OnHidden | None = None,
+    int8_kernel: Int8Kernel | None = None,
     **options: Any,
 ) -> Engine:
     """An engine over a tiny model with small sizes.
@@ -150,6 +152,7 @@ def make_engine(
             own and as large as the options allow.
         draft: Heads instead of untrained Medusa heads.
         on_hidden: As `Engine` takes it.
+        int8_kernel: Computes the heads; None leaves them in float.
         options: Of `EngineConfig`; `heads="none"` serves without drafts.
     """
     sizes: dict[str, Any] = {
@@ -171,7 +174,7 @@ def make_engine(
     layout = kv_layout(loaded, config.block_size, draft, on_hidden is not None)
     runner, cache = _tiny_runner(kind, layout)
     blocks = BlockManager(config.num_blocks, config.block_size, config.prefix_caching)
-    speculator = make_speculator(config, draft, cache, blocks)
+    speculator = make_speculator(config, draft, cache, blocks, int8_kernel)
     if script is not None and draft is not None:
         tree = best_tree(wide_profile(), config.max_nodes)
         speculator.drafter = ScriptedDrafter(heads_for(loaded), tree, script)

@@ -132,6 +132,7 @@ def cost_key(
         "heads": None if draft is None else _shapes_of(draft),
         "dtype": str(loaded.dtype),
         "quantization": loaded.quantization,
+        "has_int8_kernel": loaded.has_int8_kernel,
         "is_compiled": is_compiled,
         "device": torch.cuda.get_device_name(loaded.device) if is_cuda else _cpu_name(),
         "num_threads": torch.get_num_threads(),

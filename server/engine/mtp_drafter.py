@@ -35,6 +35,8 @@ from server.kv.block_manager import BlockManager
 from server.kv.kv_cache import KVCache
 from server.model.attention_hook import AttentionContext
 from server.model.decoder_block import DecoderBlock
+from server.model.int8_kernel import Int8Kernel
+from server.model.int8_linear import Int8Product, quantize_linears
 from server.model.packed_linear import pack_linears
 
 
@@ -73,12 +75,13 @@ class MTPDrafter:
     """Grows trees from an MTP module's own output.
 
     Args:
-        module: In the model's dtype, on its device; its linear layers are packed on CPU.
+        module: In the model's dtype, on its device; its linear layers are replaced on CPU.
         block: Runs `module.block`.
         cache: Has the module's layer behind the base model's, and hidden states.
         blocks: Gives the slots of growing trees.
         growth: Sizes.
         max_tokens: Tokens of one pass that catches up.
+        kernel: Computes the module with int8 weights, for float32 on CPU; None packs them.
     """
 
     method: DraftMethod = "mtp"
@@ -91,8 +94,12 @@ class MTPDrafter:
         blocks: BlockManager,
         growth: Growth,
         max_tokens: int,
+        kernel: Int8Kernel | None = None,
     ) -> None:
-        pack_linears(module)
+        if kernel is None:
+            pack_linears(module)
+        else:
+            quantize_linears(module, kernel)
         self._module = module
         self._block = block
         self._cache = cache
@@ -100,7 +107,8 @@ class MTPDrafter:
         self._blocks = blocks
         self._growth = growth
         self._max_tokens = max_tokens
-        self._unembed = FrozenLinear(module.draft_rows_UD)
+        rows_UD = module.draft_rows_UD
+        self._unembed = FrozenLinear(rows_UD) if kernel is None else Int8Product(rows_UD, kernel)
 
     def seen_rows(self, prompt_token_ids: Seq[int]) -> SeenRows | None:
         """See `Drafter.seen_rows`."""

@@ -1,5 +1,6 @@
 """Builds what an engine is made of: model, KV cache, heads, limits and the measured step cost."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +29,8 @@ from server.kv.kv_cache import KVCache, KVLayout
 from server.model.cache import cache_dir
 from server.model.compiled_blocks import compile_blocks
 from server.model.draft_heads import DraftHeads, load_draft_heads, native_draft_heads
+from server.model.int8_kernel import Int8Kernel, load_int8_kernel
+from server.model.int8_linear import Int8Product
 from server.model.loading import LoadedModel, load_model
 
 _MAX_CPU_CACHE_BYTES = 4 << 30
@@ -68,8 +71,14 @@ def build_parts(
         torch.set_num_threads(config.num_threads)
     report(f"loading model {config.model}")
     heads_dir = _heads_directory(config)
+    int8_kernel = _int8_kernel(config, report)
     loaded = load_model(
-        config.model, config.device, config.dtype, heads_dir, quantization=config.quantization
+        config.model,
+        config.device,
+        config.dtype,
+        heads_dir,
+        quantization=config.quantization,
+        int8_kernel=int8_kernel,
     )
     if loaded.adapter_sha256 is not None:
         report(f"merged the adapter of the heads (sha256 {loaded.adapter_sha256}) into the model")
@@ -91,7 +100,7 @@ def build_parts(
     blocks = BlockManager(num_blocks, config.block_size, config.prefix_caching)
     is_compiled = _compile(config, loaded, report)
     runner = ModelRunner(loaded, kv_cache)
-    speculator = make_speculator(config, loaded_heads, kv_cache, blocks)
+    speculator = make_speculator(config, loaded_heads, kv_cache, blocks, int8_kernel)
     if len(speculator.methods) > 2 and config.tree == "auto" and config.budget == "auto":
         probes = step_probes(runner, loaded, speculator.drafter, layout, num_blocks)
         key = cost_key(
@@ -110,6 +119,20 @@ def build_parts(
         heads_name=_heads_name(config, heads_dir),
         is_compiled=is_compiled,
     )
+
+
+def _int8_kernel(config: EngineConfig, report: Callable[[str], None]) -> Int8Kernel | None:
+    """Our own int8 kernel, where compiled code is wanted and this CPU runs it.
+
+    It is not for the base model alone: drafts may be computed in int8 whatever that is in.
+    """
+    if config.compile == "off":
+        return None
+    try:
+        return load_int8_kernel(report)
+    except CompilationError as error:
+        report(f"without the int8 kernel, which is faster: {error}")
+        return None
 
 
 def _compile(config: EngineConfig, loaded: LoadedModel, report: Callable[[str], None]) -> bool:
@@ -150,10 +173,24 @@ def kv_layout(
 
 
 def make_speculator(
-    config: EngineConfig, draft: DraftHeads | None, cache: KVCache, blocks: BlockManager
+    config: EngineConfig,
+    draft: DraftHeads | None,
+    cache: KVCache,
+    blocks: BlockManager,
+    int8_kernel: Int8Kernel | None = None,
 ) -> Speculator:
-    """Put a drafter around loaded heads; trees are as large as allowed until costs are known."""
-    drafter = None if draft is None else _drafter(config, draft, cache, blocks)
+    """Put a drafter around loaded heads; trees are as large as allowed until costs are known.
+
+    Args:
+        config: Of the engine.
+        draft: The heads; None if there are none.
+        cache: Has room for an MTP module's KV.
+        blocks: Of that cache.
+        int8_kernel: Computes float32 heads on CPU; None leaves them as they are.
+    """
+    is_float = cache.layout.dtype == torch.float32 and cache.layout.device.type == "cpu"
+    kernel = int8_kernel if is_float else None
+    drafter = None if draft is None else _drafter(config, draft, cache, blocks, kernel)
     if config.tree != "auto":
         return Speculator(drafter, OwnTrees(), FixedSizes(config.tree))
     budget = config.max_nodes if config.budget == "auto" else config.budget
@@ -164,7 +201,11 @@ def make_speculator(
 
 
 def _drafter(
-    config: EngineConfig, draft: DraftHeads, cache: KVCache, blocks: BlockManager
+    config: EngineConfig,
+    draft: DraftHeads,
+    cache: KVCache,
+    blocks: BlockManager,
+    kernel: Int8Kernel | None,
 ) -> Drafter:
     rates_KR = (draft.profile or _CAUTIOUS_PROFILE).accept_rates_KR
     if isinstance(draft.heads, MedusaHeads):
@@ -173,12 +214,14 @@ def _drafter(
     # Of heads that were measured to be useless it is the root alone.
     tree = best_tree(profile, config.max_nodes)
     if isinstance(draft.heads, MedusaHeads):
+        if kernel is not None:
+            draft.heads.freeze(functools.partial(Int8Product, kernel=kernel))
         return MedusaDrafter(draft.heads, tree)
     if draft.block is None:
         raise AssertionError("an MTP module came without its block")
     growth = Growth(num_nodes=config.max_nodes, num_depths=profile.max_depth)
     max_tokens = config.max_tokens_per_step
-    return MTPDrafter(draft.heads, draft.block, cache, blocks, growth, max_tokens)
+    return MTPDrafter(draft.heads, draft.block, cache, blocks, growth, max_tokens, kernel)
 
 
 def _heads_name(config: EngineConfig, directory: Path | None) -> str | None:

@@ -79,7 +79,7 @@ class CompiledForward:
 
 @torch.inference_mode()
 def compile_blocks(model: PreTrainedModel, report: Callable[[str], None]) -> None:
-    """Compile a model's decoder blocks, and its unembedding if that has int8 weights.
+    """Compile a model's decoder blocks, and its unembedding if that has int8 weights of oneDNN's.
 
     Each compiled module is run on what it got in a plain pass and must give the same. It holds the
     module's tensors themselves, so the model must not be moved or cast afterwards.
@@ -96,7 +96,7 @@ def compile_blocks(model: PreTrainedModel, report: Callable[[str], None]) -> Non
         raise CompilationError(f"{type(model).__name__} has no plain list of decoder blocks")
     modules = list(layers)
     unembedding = model.get_output_embeddings()
-    if isinstance(unembedding, Int8Linear):
+    if isinstance(unembedding, Int8Linear) and not unembedding.is_one_call:
         modules.append(unembedding)
     try:
         forwards = _compiled(model, modules, len(layers), report)

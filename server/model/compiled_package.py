@@ -9,7 +9,6 @@ NOTE: A package is machine code. The cache directory must be as safe as the inst
 
 import hashlib
 import os
-import platform
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +22,8 @@ from torch.export import Dim, ExportedProgram
 from server.errors import CompilationError
 from server.model.block_calls import NUM_TOKENS, ModuleCall
 from server.model.cache import cache_dir, partial_directory
+from server.model.cpu_features import cpu_features
+from server.model.int8_kernel import KERNEL_SHIMS
 from server.model.product_lowerings import register_product_lowerings
 
 # Maps the inputs of a call and the module's tensors, in one list, to the output.
@@ -119,7 +120,7 @@ def _digest(program: ExportedProgram, call: ModuleCall) -> str:
         ],
         torch.__version__,
         torch.get_num_threads(),
-        _cpu_features(),
+        cpu_features(),
     )
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:32]
 
@@ -148,7 +149,11 @@ def _compile(program: ExportedProgram, path: Path, useless: tuple[int, int] | No
         # Left alone, inductor writes to a directory of a known name below /tmp.
         with _environment(_INDUCTOR_DIRECTORY, str(partial / "inductor")):
             register_product_lowerings()
-            torch._inductor.aoti_compile_and_package(program, package_path=str(package))
+            torch._inductor.aoti_compile_and_package(
+                program,
+                package_path=str(package),
+                inductor_configs={"aot_inductor.custom_ops_to_c_shims": KERNEL_SHIMS},
+            )
         package.replace(path)
 
 
@@ -173,13 +178,3 @@ def _load(path: Path) -> Runner:
         return output
 
     return run
-
-
-def _cpu_features() -> str:
-    """What instructions a package may use."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    flags = (line for line in lines if line.startswith(("flags", "Features")))
-    return next(flags, platform.processor())

@@ -7,16 +7,20 @@ same product. So a token depends on no other token of the step, outliers need no
 layer's error is that of its weights. A second row costs little where reading the weights is what
 takes the time.
 
+Our own kernel computes this where it can be built; elsewhere oneDNN multiplies, and the rest are
+operations of torch.
+
 Shapes: T rows, I input features, O output features; 2T stands for high parts, then low ones.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from server.model.int8_kernel import Int8Kernel
 from server.model.packed_product import int8_product, traceable_int8_product
 from server.model.shared_input import joined_bias, replace_linears
 
@@ -51,6 +55,7 @@ class Int8Linear(nn.Module):
     Args:
         linears: In float32 on the CPU, with the same number of inputs; their outputs come side by
             side.
+        kernel: Computes it; None leaves that to oneDNN.
     """
 
     _weight: Tensor
@@ -59,25 +64,30 @@ class Int8Linear(nn.Module):
     _ones_O: Tensor
     _bias_O: Tensor | None
 
-    def __init__(self, *linears: nn.Linear) -> None:
+    def __init__(self, *linears: nn.Linear, kernel: Int8Kernel | None = None) -> None:
         super().__init__()
+        self._kernel = kernel
         self.in_features = linears[0].in_features
         self.out_features = sum(linear.out_features for linear in linears)
-        self._part_bits = _part_bits()
-        weight_OI = torch.cat([linear.weight.detach() for linear in linears])
-        scale_O = (weight_OI.abs().amax(1) / _MAX_WEIGHT).clamp_min(_TINY)
-        codes_OI = (weight_OI / scale_O[:, None]).round().to(torch.int8)
-        packed = torch.ops.onednn.qlinear_prepack(codes_OI, [_ROWS_HINT, self.in_features])
+        codes_OI, scale_O, ones_O = _rounded([linear.weight.detach() for linear in linears])
+        if kernel is None:
+            self._part_bits = _part_bits()
+            packed = torch.ops.onednn.qlinear_prepack(codes_OI, [_ROWS_HINT, self.in_features])
+        else:
+            packed = kernel.pack(codes_OI)
         self.register_buffer("_weight", packed, persistent=False)
         self.register_buffer("_scale_O", scale_O, persistent=False)
         zero_O = torch.zeros(self.out_features, dtype=torch.int64)
         self.register_buffer("_zero_O", zero_O, persistent=False)
-        # What a row of ones gives: a row's minimum counts once for each input feature.
-        self.register_buffer("_ones_O", codes_OI.sum(1) * scale_O, persistent=False)
+        self.register_buffer("_ones_O", ones_O, persistent=False)
         self.register_buffer("_bias_O", joined_bias(linears), persistent=False)
 
     def forward(self, input_I: Tensor) -> Tensor:
         """Map float32 `[..., I]` to `[..., O]`."""
+        if self._kernel is not None:
+            return self._kernel.linear(
+                input_I, self._weight, self._scale_O, self._ones_O, self._bias_O
+            )
         input_TI = input_I.reshape(-1, self.in_features)
         if torch.compiler.is_exporting():
             output_TO = self._compute(input_TI, traceable_int8_product)
@@ -95,9 +105,43 @@ class Int8Linear(nn.Module):
         output_TO = output_TO * rows.scale + rows.minimum * self._ones_O
         return output_TO if self._bias_O is None else output_TO + self._bias_O
 
+    @property
+    def is_one_call(self) -> bool:
+        """Whether there is nothing in it for a compiler."""
+        return self._kernel is not None
+
     def extra_repr(self) -> str:
         """Name the sizes, as `nn.Linear` does."""
         return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class Int8Product:
+    """Product of float32 rows with the transpose of a matrix, rounded to 8 bits.
+
+    Args:
+        weight_OI: In float32 on the CPU; not kept.
+        kernel: Computes it.
+    """
+
+    def __init__(self, weight_OI: Tensor, kernel: Int8Kernel) -> None:
+        codes_OI, self._scale_O, self._ones_O = _rounded([weight_OI])
+        self._weight = kernel.pack(codes_OI)
+        self._kernel = kernel
+
+    def __call__(self, input_I: Tensor) -> Tensor:
+        """Map `[..., I]` to `[..., O]`."""
+        return self._kernel.linear(input_I, self._weight, self._scale_O, self._ones_O, None)
+
+
+def _rounded(weights_OI: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights of 8 bits side by side, their scales, and what a row of ones gives.
+
+    A row's minimum counts once for each input feature, which is what the last one is for.
+    """
+    weight_OI = torch.cat(list(weights_OI))
+    scale_O = (weight_OI.abs().amax(1) / _MAX_WEIGHT).clamp_min(_TINY)
+    codes_OI = (weight_OI / scale_O[:, None]).round().to(torch.int8)
+    return codes_OI, scale_O, codes_OI.sum(1) * scale_O
 
 
 def _split(input_TI: Tensor, part_bits: int) -> _Rows:
@@ -145,13 +189,14 @@ def can_quantize() -> bool:
     return True
 
 
-def quantize_linears(model: nn.Module) -> int:
+def quantize_linears(model: nn.Module, kernel: Int8Kernel | None = None) -> int:
     """Replace every `nn.Linear` by one with int8 weights; see `replace_linears`.
 
     Args:
         model: In float32 on the CPU; changed in place.
+        kernel: Computes them; None leaves that to oneDNN.
 
     Returns:
         The number of layers replaced.
     """
-    return replace_linears(model, Int8Linear)
+    return replace_linears(model, functools.partial(Int8Linear, kernel=kernel))

@@ -20,6 +20,7 @@ from transformers import (
 from heads.checkpoint import BaseFingerprint
 from server.errors import ConfigError, ModelError
 from server.model.adapter import merge_adapter_of
+from server.model.int8_kernel import Int8Kernel
 from server.model.int8_linear import can_quantize, quantize_linears
 from server.model.packed_linear import pack_linears
 from server.model.progress import quiet_transformers
@@ -45,6 +46,7 @@ class LoadedModel:
         fingerprint: Tells this base model from others; without the adapter.
         adapter_sha256: Digest of the LoRA adapter that is merged in; None if none is.
         quantization: What was done to the weights of the linear layers: `none` or `int8`.
+        has_int8_kernel: Whether our own kernel computes them then, and not oneDNN.
     """
 
     name: str
@@ -61,6 +63,7 @@ class LoadedModel:
     fingerprint: BaseFingerprint
     adapter_sha256: str | None
     quantization: str
+    has_int8_kernel: bool
     _unembedding_VD: Tensor = field(repr=False)
     _input_embedding_VD: Tensor = field(repr=False)
 
@@ -97,6 +100,7 @@ def load_model(
     heads: Path | None = None,
     is_packed: bool = True,
     quantization: str = "none",
+    int8_kernel: Int8Kernel | None = None,
 ) -> LoadedModel:
     """Load a base model.
 
@@ -108,6 +112,7 @@ def load_model(
         is_packed: Whether linear layers may be replaced by faster ones without autograd.
         quantization: `int8` replaces them by ones with int8 weights, packed or not; `none` does
             not.
+        int8_kernel: Computes layers with int8 weights; None leaves that to oneDNN.
 
     Raises:
         ConfigError: If there is no such device, dtype or quantization, these do not go together,
@@ -139,7 +144,7 @@ def load_model(
     )
     adapter_sha256 = None if heads is None else merge_adapter_of(heads, model, fingerprint)
     if quantization == "int8":
-        quantize_linears(model)
+        quantize_linears(model, int8_kernel)
     elif is_packed:
         pack_linears(model)
     kv_shape = probe_model(name, model)
@@ -158,6 +163,7 @@ def load_model(
         fingerprint=fingerprint,
         adapter_sha256=adapter_sha256,
         quantization=quantization,
+        has_int8_kernel=quantization == "int8" and int8_kernel is not None,
         _unembedding_VD=unembedding_VD,
         _input_embedding_VD=input_embedding_VD,
     )

@@ -5,7 +5,9 @@ Shape suffixes: B sequences, D model width, K draft heads, R top-k ranks, V voca
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -322,3 +324,47 @@ class TestState:
 def test_heads_with_matrices_of_their_own_take_no_draft_vocabulary() -> None:
     with pytest.raises(ValueError, match="draft_vocab_size is 3, but heads with vocabulary"):
         MedusaConfig(8, 20, draft_vocab_size=3, own_unembedding=True)
+
+
+def frozen_product(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    kept = weight.clone()
+    return lambda x: F.linear(x, kept)
+
+
+@pytest.mark.parametrize(
+    ("options", "num_products"),
+    [
+        ({}, 1 + 3 + 1),
+        ({"num_blocks": 2}, 1 + 6 + 1),
+        ({"root_conditioned": False}, 3 + 1),
+        ({"restricted": False}, 1 + 3 + 1),
+        ({"restricted": False, "own_unembedding": True}, 1 + 3),
+    ],
+)
+def test_frozen_heads_propose_what_they_propose_otherwise(
+    options: dict[str, Any], num_products: int
+) -> None:
+    heads = make_heads(**options)
+    hidden_BD, roots_B = random_tensor(4, WIDTH, seed=3), torch.tensor([5, 8, 0, 59])
+    seen = [heads.seen_rows([1, 2, 50]), None, None, heads.seen_rows([17])]
+    expected = heads.propose(hidden_BD, roots_B, 4, seen)
+    make_product = Mock(side_effect=frozen_product)
+    heads.freeze(make_product)
+    computed = heads.propose(hidden_BD, roots_B, 4, seen)
+
+    assert make_product.call_count == num_products
+    assert torch.equal(computed.token_ids_BKR, expected.token_ids_BKR)
+    torch.testing.assert_close(computed.log_probs_BKR, expected.log_probs_BKR)
+    # Training goes on with the weights themselves.
+    assert heads(hidden_BD, roots_B).requires_grad
+
+
+def test_heads_that_load_other_weights_are_frozen_no_more() -> None:
+    heads, others = make_heads(), make_heads(trained=False)
+    heads.freeze(frozen_product)
+    heads.load_state_dict(others.state_dict())
+    hidden_BD, roots_B = random_tensor(2, WIDTH, seed=3), torch.tensor([5, 8])
+
+    computed = heads.propose(hidden_BD, roots_B, 4, [None, None])
+    expected = others.propose(hidden_BD, roots_B, 4, [None, None])
+    assert torch.equal(computed.token_ids_BKR, expected.token_ids_BKR)

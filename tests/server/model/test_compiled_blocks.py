@@ -25,8 +25,10 @@ from server.model.attention_hook import AttentionContext, install_attention
 from server.model.block_calls import NUM_TOKENS, record_calls
 from server.model.cache import CACHE_VARIABLE
 from server.model.compiled_blocks import CompiledForward, check_compiled, compile_blocks
+from server.model.int8_kernel import Int8Kernel
 from server.model.loading import LoadedModel, load_model
 from tests.engine_tools import SlowModel, assert_as_expected, make_request, random_prompt
+from tests.int8_kernels import own_kernel
 from tests.tiny_heads import save_tiny_heads
 from tests.tiny_models import TinyKind, save_tiny_model
 
@@ -112,30 +114,37 @@ def is_compiled(model: PreTrainedModel) -> bool:
     return all(isinstance(layer.forward, CompiledForward) for layer in layers_of(model))
 
 
-def loaded_pair(directory: Path, quantization: str) -> tuple[LoadedModel, LoadedModel]:
+def loaded_pair(
+    directory: Path, quantization: str, kernel: Int8Kernel | None = None
+) -> tuple[LoadedModel, LoadedModel]:
+    name = str(directory)
     return (
-        load_model(str(directory), "cpu", "float32", quantization=quantization),
-        load_model(str(directory), "cpu", "float32", quantization=quantization),
+        load_model(name, "cpu", "float32", quantization=quantization, int8_kernel=kernel),
+        load_model(name, "cpu", "float32", quantization=quantization, int8_kernel=kernel),
     )
 
 
 @pytest.mark.parametrize(
-    ("kind", "quantization", "num_packages"),
+    ("kind", "quantization", "has_kernel", "num_packages"),
     [
-        ("llama", "none", 1),
-        ("llama", "int8", 1),
-        ("qwen2", "int8", 1),
-        ("gemma3", "none", 2),
-        ("mixtral", "none", 1),
+        ("llama", "none", False, 1),
+        ("llama", "int8", False, 1),
+        ("llama", "int8", True, 1),
+        ("qwen2", "int8", False, 1),
+        ("qwen2", "int8", True, 1),
+        ("gemma3", "none", False, 2),
+        ("mixtral", "none", False, 1),
     ],
 )
 def test_logits_are_those_of_the_plain_model(
     kind: TinyKind,
     quantization: str,
+    has_kernel: bool,
     num_packages: int,
     model_dir: Callable[[TinyKind], Path],
 ) -> None:
-    plain, compiled = loaded_pair(model_dir(kind), quantization)
+    kernel = own_kernel() if has_kernel else None
+    plain, compiled = loaded_pair(model_dir(kind), quantization, kernel)
     lines: list[str] = []
     compile_blocks(compiled.model, lines.append)
     # Models of the same size share the unembedding's package, so only those of blocks are counted.
@@ -143,7 +152,8 @@ def test_logits_are_those_of_the_plain_model(
     assert len(made) == num_packages
     assert is_compiled(compiled.model)
     unembedding = compiled.model.get_output_embeddings()
-    assert isinstance(unembedding.forward, CompiledForward) == (quantization == "int8")
+    is_worth_it = quantization == "int8" and not has_kernel
+    assert isinstance(unembedding.forward, CompiledForward) == is_worth_it
     tolerance = 1e-4 if quantization == "none" else 0.1
     for ours, theirs in zip(all_steps(Runner(compiled)), all_steps(Runner(plain)), strict=True):
         assert ours.shape == theirs.shape

@@ -13,15 +13,22 @@ from transformers import AutoModelForCausalLM
 from server.config import EngineConfig, SamplingParams
 from server.engine.engine import Engine
 from server.engine.request import Request
+from server.model.int8_kernel import Int8Kernel
 from server.model.int8_linear import Int8Linear, can_quantize, quantize_linears
 from server.model.shared_input import Sibling
 from tests.engine_tools import random_prompt
+from tests.int8_kernels import own_kernel
 from tests.tiny_heads import save_tiny_heads
 from tests.tiny_models import TINY_KINDS, TinyKind, save_tiny_model, tiny_config
 
 pytestmark = pytest.mark.skipif(
     not can_quantize(), reason="this build of torch multiplies no int8 on this CPU"
 )
+
+
+@pytest.fixture(scope="module", params=["onednn", "own"])
+def kernel(request: pytest.FixtureRequest) -> Int8Kernel | None:
+    return own_kernel() if request.param == "own" else None
 
 
 class DoubledLinear(nn.Linear):
@@ -59,13 +66,13 @@ def error_bound(rows: Tensor, linear: nn.Linear) -> Tensor:
 @pytest.mark.parametrize(("inputs", "outputs"), [(48, 20), (7, 5), (130, 64)])
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_a_layer_computes_the_product_with_its_rounded_weights(
-    num_rows: int, inputs: int, outputs: int, has_bias: bool
+    num_rows: int, inputs: int, outputs: int, has_bias: bool, kernel: Int8Kernel | None
 ) -> None:
     torch.manual_seed(num_rows)
     linear = make_linear(inputs, outputs, has_bias)
     rows = torch.randn(num_rows, inputs)
 
-    computed = Int8Linear(linear)(rows)
+    computed = Int8Linear(linear, kernel=kernel)(rows)
 
     assert computed.dtype == torch.float32
     distance = (computed.double() - slow_product(rows, linear)).abs()
@@ -84,36 +91,40 @@ def test_a_layer_computes_the_product_with_its_rounded_weights(
     ],
     ids=["zeros", "constant", "outlier", "negative outlier", "far from zero", "tiny"],
 )
-def test_rows_of_any_shape_keep_the_bound(row: Tensor) -> None:
+def test_rows_of_any_shape_keep_the_bound(row: Tensor, kernel: Int8Kernel | None) -> None:
     torch.manual_seed(0)
     linear = make_linear(48, 20)
-    distance = (Int8Linear(linear)(row[None]).double() - slow_product(row[None], linear)).abs()
+    distance = (
+        Int8Linear(linear, kernel=kernel)(row[None]).double() - slow_product(row[None], linear)
+    ).abs()
 
     assert (distance <= error_bound(row[None], linear)).all()
 
 
-def test_the_largest_codes_and_weights_do_not_overflow() -> None:
+def test_the_largest_codes_and_weights_do_not_overflow(kernel: Int8Kernel | None) -> None:
     linear = make_linear(1536, 8, has_bias=False)
     linear.weight.fill_(1.0)
     rows = torch.ones(3, 1536)
     rows[:, 0] = -1.0
 
     # An overflow would halve it.
-    computed = Int8Linear(linear)(rows)
+    computed = Int8Linear(linear, kernel=kernel)(rows)
     torch.testing.assert_close(computed, torch.full((3, 8), 1534.0), rtol=1e-4, atol=0.0)
 
 
-def test_an_output_channel_of_zeros_gives_zero() -> None:
+def test_an_output_channel_of_zeros_gives_zero(kernel: Int8Kernel | None) -> None:
     linear = make_linear(16, 4, has_bias=False)
     linear.weight[2] = 0.0
 
-    assert (Int8Linear(linear)(torch.randn(3, 16))[:, 2] == 0.0).all()
+    assert (Int8Linear(linear, kernel=kernel)(torch.randn(3, 16))[:, 2] == 0.0).all()
 
 
 @pytest.mark.parametrize("num_neighbours", [1, 7, 31, 63])
-def test_a_row_does_not_depend_on_its_neighbours(num_neighbours: int) -> None:
+def test_a_row_does_not_depend_on_its_neighbours(
+    num_neighbours: int, kernel: Int8Kernel | None
+) -> None:
     torch.manual_seed(0)
-    layer = Int8Linear(make_linear(64, 40))
+    layer = Int8Linear(make_linear(64, 40), kernel=kernel)
     row = torch.randn(1, 64)
     outliers = torch.randn(num_neighbours, 64) * 1e4
 
@@ -123,16 +134,18 @@ def test_a_row_does_not_depend_on_its_neighbours(num_neighbours: int) -> None:
 
 
 @pytest.mark.parametrize("shape", [(16,), (1, 3, 16), (2, 0, 16), (2, 1, 2, 16)])
-def test_leading_dimensions_are_kept(shape: tuple[int, ...]) -> None:
-    layer = Int8Linear(make_linear(16, 8))
+def test_leading_dimensions_are_kept(shape: tuple[int, ...], kernel: Int8Kernel | None) -> None:
+    layer = Int8Linear(make_linear(16, 8), kernel=kernel)
     rows = torch.randn(shape)
     expected = layer(rows.reshape(-1, 16)).reshape(*shape[:-1], 8)
 
     torch.testing.assert_close(layer(rows), expected)
 
 
-def test_a_view_that_is_not_contiguous_is_read_right_and_left_as_it_is() -> None:
-    layer = Int8Linear(make_linear(16, 8))
+def test_a_view_that_is_not_contiguous_is_read_right_and_left_as_it_is(
+    kernel: Int8Kernel | None,
+) -> None:
+    layer = Int8Linear(make_linear(16, 8), kernel=kernel)
     rows = torch.randn(16, 5).T
     before = rows.clone()
 
@@ -141,16 +154,20 @@ def test_a_view_that_is_not_contiguous_is_read_right_and_left_as_it_is() -> None
 
 
 @pytest.mark.parametrize("biases", [(True, True), (False, False), (True, False)])
-def test_joined_layers_give_their_outputs_side_by_side(biases: tuple[bool, bool]) -> None:
+def test_joined_layers_give_their_outputs_side_by_side(
+    biases: tuple[bool, bool], kernel: Int8Kernel | None
+) -> None:
     first, second = make_linear(24, 8, biases[0]), make_linear(24, 5, biases[1])
     rows = torch.randn(3, 24)
 
-    expected = torch.cat((Int8Linear(first)(rows), Int8Linear(second)(rows)), dim=-1)
-    torch.testing.assert_close(Int8Linear(first, second)(rows), expected)
+    expected = torch.cat([Int8Linear(one, kernel=kernel)(rows) for one in (first, second)], dim=-1)
+    torch.testing.assert_close(Int8Linear(first, second, kernel=kernel)(rows), expected)
 
 
 @pytest.mark.parametrize("kind", TINY_KINDS)
-def test_a_model_computes_what_it_computes_with_rounded_weights(kind: TinyKind) -> None:
+def test_a_model_computes_what_it_computes_with_rounded_weights(
+    kind: TinyKind, kernel: Int8Kernel | None
+) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_config(kind), dtype=torch.float32).eval()
     model.requires_grad_(False)
@@ -161,10 +178,12 @@ def test_a_model_computes_what_it_computes_with_rounded_weights(kind: TinyKind) 
         linear.weight = nn.Parameter(rounded(linear.weight).float(), requires_grad=False)
     ids = torch.randint(3, 300, (1, 40))
 
-    assert quantize_linears(quantized) == len(linears) > 0
+    assert quantize_linears(quantized, kernel) == len(linears) > 0
     with torch.inference_mode():
         expected, computed = model(input_ids=ids).logits, quantized(input_ids=ids).logits
-    assert (computed - expected).norm() / expected.norm() < 0.02
+    distance_T = ((computed - expected).norm(dim=-1) / expected.norm(dim=-1))[0]
+    # Rounding may turn a close choice of experts, and with it a token and those that see it.
+    assert distance_T.median() < 0.005
     assert not any(isinstance(module, nn.Linear) for module in quantized.modules())
 
 
@@ -189,9 +208,9 @@ def test_a_tied_embedding_stays_as_it_is() -> None:
     assert torch.equal(weight, before)
 
 
-def test_the_plain_weights_are_not_kept() -> None:
+def test_the_plain_weights_are_not_kept(kernel: Int8Kernel | None) -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    quantize_linears(model)
+    quantize_linears(model, kernel)
 
     assert list(model.parameters()) == []
     assert model.state_dict() == {}
@@ -261,11 +280,11 @@ def test_neither_drafts_nor_neighbours_change_a_greedy_text(engines: dict[int, E
         assert engine.counters.num_accepted_tokens > 0 or engine is engines[1]
 
 
-def test_a_whole_text_gives_the_logits_of_its_beginning() -> None:
+def test_a_whole_text_gives_the_logits_of_its_beginning(kernel: Int8Kernel | None) -> None:
     """Codes may turn the last bits of a state into a step of 1/65025 of a row's range, no more."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_config("llama"), dtype=torch.float32).eval()
-    quantize_linears(model)
+    quantize_linears(model, kernel)
     ids = torch.randint(3, 300, (1, 60))
     with torch.inference_mode():
         whole, beginning = model(input_ids=ids).logits, model(input_ids=ids[:, :9]).logits
