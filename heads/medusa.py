@@ -256,9 +256,9 @@ class _FrozenProducts:
 
     def hidden(self, hidden_BD: Tensor, root_BD: Tensor) -> Tensor:
         """See `MedusaHeads.forward`; takes the embeddings of the root tokens."""
-        x_KBD = hidden_BD.expand(self._num_heads, -1, -1)
+        x_KBD = hidden_BD.to(self._biases.dtype).expand(self._num_heads, -1, -1)
         if self._map_root is not None:
-            mapped_BX = self._map_root(root_BD)
+            mapped_BX = self._map_root(root_BD.to(self._biases.dtype))
             x_KBD = x_KBD + mapped_BX.view(len(root_BD), *x_KBD.shape[::2]).transpose(0, 1)
         for map_heads, bias_K1D in zip(self._blocks, self._biases, strict=True):
             inner_KBD = torch.stack(

@@ -113,7 +113,7 @@ def cost_key(
     block_size: int,
     max_nodes: int,
     probes: Probes,
-    is_compiled: bool = False,
+    own_code: Mapping[str, bool],
 ) -> dict[str, object]:
     """Name all that the costs of a server hang on.
 
@@ -123,7 +123,7 @@ def cost_key(
         block_size: Tokens of a KV block.
         max_nodes: Of a tree; an MTP module grows so many.
         probes: Their sizes count.
-        is_compiled: Whether the base model's blocks are.
+        own_code: Which parts of a step run code that was compiled here.
     """
     is_cuda = loaded.device.type == "cuda"
     return {
@@ -132,8 +132,7 @@ def cost_key(
         "heads": None if draft is None else _shapes_of(draft),
         "dtype": str(loaded.dtype),
         "quantization": loaded.quantization,
-        "has_int8_kernel": loaded.has_int8_kernel,
-        "is_compiled": is_compiled,
+        "own_code": dict(own_code),
         "device": torch.cuda.get_device_name(loaded.device) if is_cuda else _cpu_name(),
         "num_threads": torch.get_num_threads(),
         "num_cpus": os.cpu_count(),

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from server.attention.backend import AttentionBackend
 from server.attention.sdpa import SDPABackend
 from server.engine.batch import StepBatch
 from server.kv.kv_cache import KVCache
 from server.model.attention_hook import AttentionContext, install_attention
 from server.model.loading import LoadedModel
+from server.model.tree_attention import NativeBackend, TreeAttention
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +33,22 @@ class TargetOutput:
 
 
 class ModelRunner:
-    """The base model with our attention; one call is one forward pass."""
+    """The base model with our attention; one call is one forward pass.
 
-    def __init__(self, loaded: LoadedModel, kv_cache: KVCache) -> None:
+    Args:
+        loaded: The model.
+        kv_cache: Its keys and values.
+        attention: Attends, if `can_attend` takes the cache's layout; None leaves that to SDPA.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, kv_cache: KVCache, attention: TreeAttention | None = None
+    ) -> None:
         self._model = loaded.model
         self._kv_cache = kv_cache
-        self._backend = SDPABackend(kv_cache)
+        self._backend: AttentionBackend = (
+            SDPABackend(kv_cache) if attention is None else NativeBackend(kv_cache, attention)
+        )
         self._hidden: Tensor | None = None
         self._all_hidden: Tensor | None = None
         install_attention(loaded.model)

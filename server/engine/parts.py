@@ -32,6 +32,7 @@ from server.model.draft_heads import DraftHeads, load_draft_heads, native_draft_
 from server.model.int8_kernel import Int8Kernel, load_int8_kernel
 from server.model.int8_linear import Int8Product
 from server.model.loading import LoadedModel, load_model
+from server.model.tree_attention import TreeAttention, can_attend, load_tree_attention
 
 _MAX_CPU_CACHE_BYTES = 4 << 30
 _CPU_MEMORY_SHARE = 0.25
@@ -71,7 +72,8 @@ def build_parts(
         torch.set_num_threads(config.num_threads)
     report(f"loading model {config.model}")
     heads_dir = _heads_directory(config)
-    int8_kernel = _int8_kernel(config, report)
+    is_int8 = config.quantization == "int8"
+    int8_kernel = _int8_kernel(config, "int8 weights", report) if is_int8 else None
     loaded = load_model(
         config.model,
         config.device,
@@ -90,6 +92,9 @@ def build_parts(
         report("loading the MTP layer that the model ships")
         loaded_heads = native_draft_heads(loaded)
     layout = kv_layout(loaded, config.block_size, loaded_heads, keeps_hidden)
+    draft_kernel = int8_kernel
+    if loaded_heads is not None and not is_int8 and _is_float_on_cpu(layout):
+        draft_kernel = _int8_kernel(config, "draft heads", report)
     num_blocks = _num_blocks(config, layout, loaded.max_model_len)
     max_len = min(loaded.max_model_len, num_blocks * config.block_size)
     if config.max_model_len is not None:
@@ -98,14 +103,19 @@ def build_parts(
         config = replace(config, max_prefill_tokens=_CPU_PREFILL_TOKENS)
     kv_cache = KVCache(layout, num_blocks)
     blocks = BlockManager(num_blocks, config.block_size, config.prefix_caching)
-    is_compiled = _compile(config, loaded, report)
-    runner = ModelRunner(loaded, kv_cache)
-    speculator = make_speculator(config, loaded_heads, kv_cache, blocks, int8_kernel)
+    attention = _tree_attention(config, layout, report)
+    is_compiled = _compile(config, loaded, attention, report)
+    runner = ModelRunner(loaded, kv_cache, attention)
+    speculator = make_speculator(config, loaded_heads, kv_cache, blocks, draft_kernel)
     if len(speculator.methods) > 2 and config.tree == "auto" and config.budget == "auto":
         probes = step_probes(runner, loaded, speculator.drafter, layout, num_blocks)
-        key = cost_key(
-            loaded, loaded_heads, config.block_size, config.max_nodes, probes, is_compiled
-        )
+        own_code = {
+            "blocks": is_compiled,
+            "attention": attention is not None,
+            "weights": int8_kernel is not None,
+            "heads": draft_kernel is not None,
+        }
+        key = cost_key(loaded, loaded_heads, config.block_size, config.max_nodes, probes, own_code)
         cache = CostCache(cache_dir() / "costs", key)
         costs = cached_costs(cache, probes, report, config.remeasure)
         speculator.sizes = PlannedSizes(StepCosts(costs), config.latency_weight)
@@ -121,21 +131,38 @@ def build_parts(
     )
 
 
-def _int8_kernel(config: EngineConfig, report: Callable[[str], None]) -> Int8Kernel | None:
-    """Our own int8 kernel, where compiled code is wanted and this CPU runs it.
-
-    It is not for the base model alone: drafts may be computed in int8 whatever that is in.
-    """
+def _int8_kernel(
+    config: EngineConfig, what: str, report: Callable[[str], None]
+) -> Int8Kernel | None:
+    """Our own int8 kernel for something, where compiled code is wanted and this CPU runs it."""
     if config.compile == "off":
         return None
     try:
         return load_int8_kernel(report)
     except CompilationError as error:
-        report(f"without the int8 kernel, which is faster: {error}")
+        report(f"{what} without our own int8 kernel, which is faster: {error}")
         return None
 
 
-def _compile(config: EngineConfig, loaded: LoadedModel, report: Callable[[str], None]) -> bool:
+def _tree_attention(
+    config: EngineConfig, layout: KVLayout, report: Callable[[str], None]
+) -> TreeAttention | None:
+    """Our own attention, where compiled code is wanted and this CPU runs it."""
+    if config.compile == "off" or not can_attend(layout):
+        return None
+    try:
+        return load_tree_attention(report)
+    except CompilationError as error:
+        report(f"without our own attention, which is faster: {error}")
+        return None
+
+
+def _compile(
+    config: EngineConfig,
+    loaded: LoadedModel,
+    attention: TreeAttention | None,
+    report: Callable[[str], None],
+) -> bool:
     """Compile the base model's blocks if that is asked for and possible; say whether."""
     if config.compile == "off" or (config.compile == "auto" and loaded.device.type != "cpu"):
         return False
@@ -144,7 +171,7 @@ def _compile(config: EngineConfig, loaded: LoadedModel, report: Callable[[str], 
             f"compile is 'on', but the model is on {loaded.device}; it is for cpu, give 'off'"
         )
     try:
-        compile_blocks(loaded.model, report)
+        compile_blocks(loaded.model, report, attention)
     except CompilationError as error:
         if config.compile == "on":
             raise ConfigError(
@@ -188,8 +215,7 @@ def make_speculator(
         blocks: Of that cache.
         int8_kernel: Computes float32 heads on CPU; None leaves them as they are.
     """
-    is_float = cache.layout.dtype == torch.float32 and cache.layout.device.type == "cpu"
-    kernel = int8_kernel if is_float else None
+    kernel = int8_kernel if _is_float_on_cpu(cache.layout) else None
     drafter = None if draft is None else _drafter(config, draft, cache, blocks, kernel)
     if config.tree != "auto":
         return Speculator(drafter, OwnTrees(), FixedSizes(config.tree))
@@ -198,6 +224,10 @@ def make_speculator(
     calibrator = Calibrator(ratios_from_heads(measured or ()))
     trees = MergedTrees(config.max_nodes, config.lookup, calibrator)
     return Speculator(drafter, trees, FixedSizes(budget))
+
+
+def _is_float_on_cpu(layout: KVLayout) -> bool:
+    return layout.dtype == torch.float32 and layout.device.type == "cpu"
 
 
 def _drafter(

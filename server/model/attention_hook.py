@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from server.attention.backend import AttentionBackend
 from server.errors import ModelError
+from server.model.tree_attention import attended_shape
 
 ATTENTION_NAME = "euryale"
 # Keywords that change the result and that the backends do not compute.
@@ -75,6 +76,16 @@ def attending(context: AttentionContext, layer: int) -> Iterator[None]:
         _layer_call.reset(token)
 
 
+@contextmanager
+def exporting_native_attention() -> Iterator[None]:
+    """Let graphs that are exported inside attend by `tree_attention`, without Python."""
+    token = _operator.set(torch.ops.euryale.native_attend.default)
+    try:
+        yield
+    finally:
+        _operator.reset(token)
+
+
 def _attend(
     query_1HTC: Tensor, key_1GTC: Tensor, value_1GTC: Tensor, scaling: float, window: int
 ) -> Tensor:
@@ -83,18 +94,12 @@ def _attend(
     return call.attend(query_1HTC, key_1GTC, value_1GTC, scaling, sliding_window)
 
 
-def _attended_shape(
-    query_1HTC: Tensor, key_1GTC: Tensor, value_1GTC: Tensor, scaling: float, window: int
-) -> Tensor:
-    _, num_heads, num_tokens, num_channels = query_1HTC.shape
-    return query_1HTC.new_empty(1, num_tokens, num_heads, num_channels)
-
-
 torch.library.define(
     _OPERATOR, "(Tensor query, Tensor key, Tensor value, float scaling, int window) -> Tensor"
 )
 torch.library.impl(_OPERATOR, "CPU", _attend)
-torch.library.register_fake(_OPERATOR, _attended_shape)
+torch.library.register_fake(_OPERATOR, attended_shape)
+_operator: ContextVar[Any] = ContextVar("_operator", default=torch.ops.euryale.attend.default)
 
 
 def _attention(
@@ -120,7 +125,9 @@ def _attention(
     factor = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
     if attention_context is None:
         window = _NO_WINDOW if sliding_window is None else sliding_window
-        return torch.ops.euryale.attend(query, key, value, factor, window), None
+        operator = _operator.get()
+        # Our own code reads heads and tokens in any order, but the channels of one in a row.
+        return operator(query, key, value, factor, window), None
     layer = int(module.layer_idx)  # type: ignore[arg-type]  # nn.Module types attributes as tensors
     call = _LayerCall(attention_context, layer)
     return call.attend(query, key, value, factor, sliding_window), None

@@ -9,6 +9,7 @@ The model's own code calls its blocks as before; each has a forward of ours in p
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,10 +17,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from server.errors import CompilationError
-from server.model.attention_hook import AttentionContext, attending
+from server.model.attention_hook import (
+    AttentionContext,
+    attending,
+    exporting_native_attention,
+)
 from server.model.block_calls import ModuleCall, echo_context, record_calls
 from server.model.compiled_package import Runner, compile_call
 from server.model.int8_linear import Int8Linear
+from server.model.tree_attention import NativeBackend, TreeAttention
 
 # How far the compiled change of a hidden state may be from the plain one, relative to its norm.
 # An 8-bit code that turns over is a thousandth.
@@ -29,9 +35,16 @@ _ROUNDINGS = 4
 
 
 class CompiledForward:
-    """Takes the place of a module's forward; calls of another form go to the module's own."""
+    """Takes the place of a module's forward; calls of another form go to the module's own.
 
-    def __init__(self, call: ModuleCall, run: Runner) -> None:
+    Args:
+        call: What was recorded of the module.
+        run: The compiled code.
+        attention: What that calls to attend, with a `NativeBackend` alone; None calls Python.
+    """
+
+    def __init__(self, call: ModuleCall, run: Runner, attention: TreeAttention | None) -> None:
+        self._attention = attention
         self._form = call.form
         self._layer = call.layer
         hidden_1TD = call.inputs[0]
@@ -50,13 +63,18 @@ class CompiledForward:
     ) -> Any:
         """Map a hidden state of at least one token as the module does."""
         inputs = None
-        if not args and (attention_context is None) == (self._layer is None) and self._fits(hidden):
+        if not args and self._can_attend(attention_context) and self._fits(hidden):
             inputs = self._form.flatten(hidden, keywords)
         if inputs is None:
             if attention_context is not None:
                 keywords["attention_context"] = attention_context
             return self._plain(hidden, *args, **keywords)
         return self.run(inputs, attention_context)
+
+    def _can_attend(self, context: AttentionContext | None) -> bool:
+        if context is None or self._layer is None:
+            return context is None and self._layer is None
+        return self._attention is None or isinstance(context.backend, NativeBackend)
 
     def _fits(self, hidden: Tensor) -> bool:
         """Compiled code does not look at sizes, so what it was not made for must not reach it."""
@@ -70,15 +88,25 @@ class CompiledForward:
         )
 
     def run(self, inputs: list[Tensor], context: AttentionContext | None) -> Tensor:
-        """Run the compiled code."""
+        """Run the compiled code; with our own attention and another backend it echoes."""
         if context is None or self._layer is None:
+            return self._run(inputs + self._tensors)
+        if self._attention is not None:
+            if isinstance(context.backend, NativeBackend):
+                context.backend.attend_as(self._layer, context.metadata)
+            else:
+                self._attention.echo()
             return self._run(inputs + self._tensors)
         with attending(context, self._layer):
             return self._run(inputs + self._tensors)
 
 
 @torch.inference_mode()
-def compile_blocks(model: PreTrainedModel, report: Callable[[str], None]) -> None:
+def compile_blocks(
+    model: PreTrainedModel,
+    report: Callable[[str], None],
+    attention: TreeAttention | None = None,
+) -> None:
     """Compile a model's decoder blocks, and its unembedding if that has int8 weights of oneDNN's.
 
     Each compiled module is run on what it got in a plain pass and must give the same. It holds the
@@ -87,6 +115,8 @@ def compile_blocks(model: PreTrainedModel, report: Callable[[str], None]) -> Non
     Args:
         model: On the CPU, its layers packed or quantised; unchanged if an error is raised.
         report: Called with a short line at each stage.
+        attention: Lets blocks attend without Python wherever the backend is a `NativeBackend`; with
+            others they run as they are. None lets them attend by way of Python.
 
     Raises:
         CompilationError: If the blocks cannot be compiled, or compute something else then.
@@ -99,7 +129,7 @@ def compile_blocks(model: PreTrainedModel, report: Callable[[str], None]) -> Non
     if isinstance(unembedding, Int8Linear) and not unembedding.is_one_call:
         modules.append(unembedding)
     try:
-        forwards = _compiled(model, modules, len(layers), report)
+        forwards = _compiled(model, modules, len(layers), report, attention)
     except CompilationError:
         raise
     except Exception as error:  # What a server can do without must not keep it from starting.
@@ -115,6 +145,7 @@ def _compiled(
     modules: list[nn.Module],
     num_blocks: int,
     report: Callable[[str], None],
+    attention: TreeAttention | None,
 ) -> list[CompiledForward]:
     found: list[tuple[object, Runner]] = []
     forwards: list[CompiledForward] = []
@@ -123,18 +154,19 @@ def _compiled(
         raise CompilationError(f"not every block of {type(model).__name__} attends once")
     for call in calls:
         signature = call.signature
-        check = functools.partial(check_compiled, call)
+        check = functools.partial(check_compiled, call, attention=attention)
         run = next((run for known, run in found if known == signature), None)
         if run is None:
-            run = compile_call(call, check, report)
+            with nullcontext() if attention is None else exporting_native_attention():
+                run = compile_call(call, check, report)
             found.append((signature, run))
         else:
             check(run)
-        forwards.append(CompiledForward(call, run))
+        forwards.append(CompiledForward(call, run, attention))
     return forwards
 
 
-def check_compiled(call: ModuleCall, run: Runner) -> None:
+def check_compiled(call: ModuleCall, run: Runner, attention: TreeAttention | None = None) -> None:
     """Compare compiled code with a recorded call, on all its tokens and on the first one alone.
 
     No token of that pass sees another, so each of them has the same output in any company.
@@ -143,7 +175,7 @@ def check_compiled(call: ModuleCall, run: Runner) -> None:
         CompilationError: If any token's output is another than the recorded one.
     """
     context = None if call.layer is None else echo_context()
-    forward = CompiledForward(call, run)
+    forward = CompiledForward(call, run, attention)
     for inputs, output in (call.inputs, call.output), call.first_token():
         found, expected = forward.run(list(inputs), context), output
         if call.layer is not None:

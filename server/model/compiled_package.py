@@ -25,11 +25,13 @@ from server.model.cache import cache_dir, partial_directory
 from server.model.cpu_features import cpu_features
 from server.model.int8_kernel import KERNEL_SHIMS
 from server.model.product_lowerings import register_product_lowerings
+from server.model.tree_attention import ATTENTION_SHIMS
 
 # Maps the inputs of a call and the module's tensors, in one list, to the output.
 Runner = Callable[[list[Tensor]], Tensor]
 # To be raised whenever packages come out otherwise for a reason that the digest does not see.
 _RECIPE = 3
+_SHIMS = KERNEL_SHIMS | ATTENTION_SHIMS
 _INDUCTOR_DIRECTORY = "TORCHINDUCTOR_CACHE_DIR"
 
 
@@ -113,7 +115,7 @@ def _export(call: ModuleCall) -> ExportedProgram:
 def _digest(program: ExportedProgram, call: ModuleCall) -> str:
     parts = (
         _RECIPE,
-        program.graph_module.print_readable(print_output=False),
+        _graph(program),
         [
             (tuple(x.shape), x.stride() if x.layout is torch.strided else None, x.dtype)
             for x in (*call.inputs, *call.tensors)
@@ -123,6 +125,12 @@ def _digest(program: ExportedProgram, call: ModuleCall) -> str:
         cpu_features(),
     )
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:32]
+
+
+def _graph(program: ExportedProgram) -> str:
+    """Its operations, without the comments that say where code and its lines lie."""
+    text = program.graph_module.print_readable(print_output=False)
+    return "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
 
 
 def _version(path: Path) -> tuple[int, int] | None:
@@ -152,7 +160,7 @@ def _compile(program: ExportedProgram, path: Path, useless: tuple[int, int] | No
             torch._inductor.aoti_compile_and_package(
                 program,
                 package_path=str(package),
-                inductor_configs={"aot_inductor.custom_ops_to_c_shims": KERNEL_SHIMS},
+                inductor_configs={"aot_inductor.custom_ops_to_c_shims": _SHIMS},
             )
         package.replace(path)
 

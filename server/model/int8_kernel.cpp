@@ -11,8 +11,10 @@
 #include <immintrin.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
+#include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <limits>
 #include <vector>
 
@@ -26,7 +28,7 @@ constexpr int64_t CHUNK = 192;       // Tokens whose codes are kept at once.
 constexpr float MAX_CODE = 65535.0f;
 constexpr float BASE = 256.0f;
 
-int num_threads = 1;
+std::atomic<int> num_threads{1};
 
 struct Layer {
   const int8_t* weight;  // [panels, inputs / 4, 32, 4], zeros where there is no input or output.
@@ -155,7 +157,7 @@ void compute(const float* input, const Layer& layer, float* output, int64_t num_
   Row* rows = row_memory.data();
   const int64_t num_panels = (layer.num_outputs + PANEL - 1) / PANEL;
 
-#pragma omp parallel num_threads(num_threads)
+#pragma omp parallel num_threads(num_threads.load())
   for (int64_t first = 0; first < num_tokens; first += CHUNK) {
     const Blocks blocks(num_tokens - first < CHUNK ? num_tokens - first : CHUNK);
 #pragma omp for schedule(static)
@@ -195,19 +197,25 @@ extern "C" {
 
 void euryale_set_num_threads(int count) { num_threads = count; }
 
-// For Python, by address. Floats are contiguous, the weight is packed.
-void euryale_int8_linear(
+// For Python, by address. Floats are contiguous, the weight is packed. Returns 0 if there was memory.
+int euryale_int8_linear(
     const float* input, const int8_t* weight, const float* scale, const float* ones,
     const float* bias, float* output, int64_t num_tokens, int64_t num_inputs,
     int64_t num_padded, int64_t num_outputs) {
-  compute(
-      input, {weight, scale, ones, bias, num_inputs, num_padded, num_outputs}, output, num_tokens);
+  try {
+    compute(
+        input, {weight, scale, ones, bias, num_inputs, num_padded, num_outputs}, output,
+        num_tokens);
+  } catch (const std::exception&) {
+    return 1;
+  }
+  return 0;
 }
 
 // For code that torch's inductor compiles: `euryale::vnni_linear` of `int8_kernel.py`.
 AOTITorchError aoti_torch_cpu_vnni_linear(
     AtenTensorHandle input, AtenTensorHandle weight, AtenTensorHandle scale,
-    AtenTensorHandle ones, AtenTensorHandle* bias, AtenTensorHandle* output) {
+    AtenTensorHandle ones, AtenTensorHandle* bias, AtenTensorHandle* output) try {
   bool is_contiguous = false;
   TRY(aoti_torch_is_contiguous(input, &is_contiguous));
   if (!is_contiguous) return AOTI_TORCH_FAILURE;
@@ -223,9 +231,6 @@ AOTITorchError aoti_torch_cpu_vnni_linear(
   output_sizes[num_axes - 1] = num_outputs;
   for (int64_t axis = num_axes - 2; axis >= 0; --axis)
     strides[axis] = strides[axis + 1] * output_sizes[axis + 1];
-  TRY(aoti_torch_empty_strided(
-      num_axes, output_sizes.data(), strides.data(), aoti_torch_dtype_float32(),
-      aoti_torch_device_type_cpu(), 0, output));
   const void *from = nullptr, *packed = nullptr, *scales = nullptr, *sums = nullptr,
              *added = nullptr, *to = nullptr;
   TRY(data(input, &from));
@@ -233,6 +238,9 @@ AOTITorchError aoti_torch_cpu_vnni_linear(
   TRY(data(scale, &scales));
   TRY(data(ones, &sums));
   if (bias) TRY(data(*bias, &added));
+  TRY(aoti_torch_empty_strided(
+      num_axes, output_sizes.data(), strides.data(), aoti_torch_dtype_float32(),
+      aoti_torch_device_type_cpu(), 0, output));
   TRY(data(*output, &to));
   const Layer layer{
       static_cast<const int8_t*>(packed), static_cast<const float*>(scales),
@@ -243,5 +251,7 @@ AOTITorchError aoti_torch_cpu_vnni_linear(
       static_cast<const float*>(from), layer, static_cast<float*>(const_cast<void*>(to)),
       num_values / num_inputs);
   return AOTI_TORCH_SUCCESS;
+} catch (const std::exception&) {
+  return AOTI_TORCH_FAILURE;
 }
 }

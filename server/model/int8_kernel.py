@@ -4,18 +4,11 @@ oneDNN's product prepares itself for some 30 microseconds at each call and leave
 scales to others, which is most of the time of a step of few tokens. This one writes the codes,
 multiplies and scales at once.
 
-It needs a C++ compiler once; the library stays in the cache under a digest of all that it hangs on.
-
-NOTE: A kept library is machine code. The cache directory must be as safe as the installation.
-
 Shapes: I input features, O output features, P panels of 32 outputs, G groups of 4 inputs.
 """
 
 import ctypes
 import functools
-import hashlib
-import os
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Self
@@ -25,13 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from server.errors import CompilationError
-from server.model.cache import cache_dir, partial_directory
-from server.model.cpu_features import cpu_features
+from server.model.native_library import load_native
 
 _SOURCE = Path(__file__).with_name("int8_kernel.cpp")
 _NEEDED = {"avx512f", "avx512bw", "avx512_vnni"}
-_FLAGS = ("-O3", "-std=c++17", "-march=native", "-fopenmp", "-shared", "-fPIC")
-_SECONDS = 300.0
 # As in the source. Inputs go into whole registers of codes.
 _PANEL, _GROUP, _LANES = 32, 4, 16
 # More inputs could overflow a sum of 32 bits.
@@ -48,7 +38,7 @@ class Int8Kernel:
         self._set_num_threads.restype = None
         self._linear = library.euryale_int8_linear
         self._linear.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 4
-        self._linear.restype = None
+        self._linear.restype = ctypes.c_int
         self.follow_threads()
 
     def __deepcopy__(self, memo: dict[int, object]) -> Self:
@@ -59,15 +49,20 @@ class Int8Kernel:
         self._set_num_threads(torch.get_num_threads())
 
     @staticmethod
+    def takes(num_inputs: int) -> bool:
+        """Whether a layer's sums cannot overflow."""
+        return num_inputs <= _MAX_INPUTS
+
+    @staticmethod
     def pack(codes_OI: Tensor) -> Tensor:
         """Put int8 weights `[O, I]` in the order in which they are read, int8 `[P, G, 32, 4]`.
 
         Raises:
-            ValueError: If there are so many inputs that a sum could overflow.
+            ValueError: If it does not take so many inputs.
         """
         num_outputs, num_inputs = codes_OI.shape
-        if num_inputs > _MAX_INPUTS:
-            raise ValueError(f"a layer has {num_inputs} inputs, more than {_MAX_INPUTS}")
+        if not Int8Kernel.takes(num_inputs):
+            raise ValueError(f"a layer has {num_inputs} inputs; the kernel takes {_MAX_INPUTS}")
         padded = F.pad(codes_OI, (0, -num_inputs % _LANES, 0, -num_outputs % _PANEL))
         panels = padded.view(-1, _PANEL, padded.shape[1] // _GROUP, _GROUP)
         return panels.transpose(1, 2).contiguous()
@@ -83,7 +78,8 @@ class Int8Kernel:
         """Multiply rows with a packed weight; a row's output hangs on that row alone, to the bit.
 
         Args:
-            input_I: Float32 `[..., I]`. Rows that are not finite give NaN.
+            input_I: Float32 `[..., I]` on the CPU. Rows that are not finite, or whose spread is
+                not, give NaN.
             weight: From `pack`.
             scale_O: Of each output's weights.
             ones_O: What a row of ones gives.
@@ -91,6 +87,9 @@ class Int8Kernel:
 
         Returns:
             Float32 `[..., O]`.
+
+        Raises:
+            ValueError: If the input is of another type or does not fit the weight.
         """
         if torch.compiler.is_exporting():
             traced: Tensor = torch.ops.euryale.vnni_linear(
@@ -99,8 +98,15 @@ class Int8Kernel:
             return traced
         input_I = input_I.contiguous()
         num_inputs, num_outputs = input_I.shape[-1], scale_O.shape[0]
+        num_padded = weight.shape[1] * _GROUP
+        is_float = input_I.dtype is torch.float32 and input_I.device.type == "cpu"
+        if not is_float or not num_padded - _LANES < num_inputs <= num_padded:
+            raise ValueError(
+                f"rows are {input_I.dtype} on {input_I.device} with {num_inputs} features; give "
+                f"float32 on cpu with the weight's (at most {num_padded})"
+            )
         output_O = input_I.new_empty(*input_I.shape[:-1], num_outputs)
-        self._linear(
+        failed = self._linear(
             input_I.data_ptr(),
             weight.data_ptr(),
             scale_O.data_ptr(),
@@ -109,9 +115,11 @@ class Int8Kernel:
             output_O.data_ptr(),
             input_I.numel() // num_inputs,
             num_inputs,
-            weight.shape[1] * _GROUP,
+            num_padded,
             num_outputs,
         )
+        if failed:
+            raise MemoryError("there is no memory for the codes of a layer's rows")
         return output_O
 
 
@@ -125,6 +133,7 @@ torch.library.define(
     _OPERATOR, "(Tensor input, Tensor weight, Tensor scale, Tensor ones, Tensor? bias) -> Tensor"
 )
 torch.library.register_fake(_OPERATOR, _traced_shape)
+# It has no implementation: it only stands in exported graphs.
 
 # For torch's compiler: the operator, and what compiled code calls in its place.
 KERNEL_SHIMS = {
@@ -144,71 +153,15 @@ def load_int8_kernel(report: Callable[[str], None]) -> Int8Kernel:
     Raises:
         CompilationError: If this CPU cannot run it, or it cannot be built, or computes nonsense.
     """
-    kernel = _loaded(report)
+    kernel = load_native(_SOURCE, _NEEDED, _checked, report)
     kernel.follow_threads()
     return kernel
 
 
-_kernels: dict[str, Int8Kernel] = {}
-
-
-def _loaded(report: Callable[[str], None]) -> Int8Kernel:
-    missing = _NEEDED - set(cpu_features().split())
-    if missing:
-        raise CompilationError(f"this CPU has no {', '.join(sorted(missing))}")
-    digest = _digest()
-    if digest not in _kernels:
-        _kernels[digest] = _kept_or_built(cache_dir() / "kernels" / f"int8_{digest}.so", report)
-    return _kernels[digest]
-
-
-def _kept_or_built(path: Path, report: Callable[[str], None]) -> Int8Kernel:
-    if path.exists():
-        try:
-            return _open(path)
-        except CompilationError as error:
-            report(f"{path} cannot be used, so it is made anew: {error}")
-            path.unlink(missing_ok=True)
-    report(f"building the int8 kernel (once; kept in {path})")
-    try:
-        _build(path)
-    except OSError as error:
-        raise CompilationError(f"the int8 kernel cannot be built: {error}") from error
-    return _open(path)
-
-
-def _open(path: Path) -> Int8Kernel:
-    try:
-        # Compiled blocks find its functions among the symbols of the process.
-        kernel = Int8Kernel(ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL))
-    except (OSError, AttributeError) as error:
-        raise CompilationError(f"the int8 kernel cannot be loaded: {error}") from error
+def _checked(library: ctypes.CDLL) -> Int8Kernel:
+    kernel = Int8Kernel(library)
     _check(kernel)
     return kernel
-
-
-def _build(path: Path) -> None:
-    compiler = os.environ.get("CXX", "g++")
-    torch_root = Path(torch.__file__).parent
-    with partial_directory(path) as partial:
-        if path.exists():
-            return
-        built = partial / path.name
-        places = [f"-I{torch_root / 'include'}", f"-L{torch_root / 'lib'}"]
-        command = [compiler, *_FLAGS, *places, str(_SOURCE), "-ltorch_cpu", "-o", str(built)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
-        except subprocess.TimeoutExpired as error:
-            raise CompilationError(f"{compiler} takes longer than {_SECONDS:.0f} s") from error
-        if done.returncode:
-            first = next((line for line in done.stderr.splitlines() if "error" in line), "")
-            raise CompilationError(f"{compiler} cannot build the int8 kernel: {first}")
-        built.replace(path)
-
-
-def _digest() -> str:
-    parts = (_SOURCE.read_text(encoding="utf-8"), _FLAGS, torch.__version__, cpu_features())
-    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:32]
 
 
 @functools.cache

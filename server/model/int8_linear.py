@@ -55,7 +55,7 @@ class Int8Linear(nn.Module):
     Args:
         linears: In float32 on the CPU, with the same number of inputs; their outputs come side by
             side.
-        kernel: Computes it; None leaves that to oneDNN.
+        kernel: Computes it where it takes so many inputs; None leaves that to oneDNN.
     """
 
     _weight: Tensor
@@ -66,19 +66,19 @@ class Int8Linear(nn.Module):
 
     def __init__(self, *linears: nn.Linear, kernel: Int8Kernel | None = None) -> None:
         super().__init__()
-        self._kernel = kernel
         self.in_features = linears[0].in_features
+        self._kernel = kernel if kernel is not None and kernel.takes(self.in_features) else None
         self.out_features = sum(linear.out_features for linear in linears)
         codes_OI, scale_O, ones_O = _rounded([linear.weight.detach() for linear in linears])
-        if kernel is None:
+        if self._kernel is None:
             self._part_bits = _part_bits()
             packed = torch.ops.onednn.qlinear_prepack(codes_OI, [_ROWS_HINT, self.in_features])
+            zero_O = torch.zeros(self.out_features, dtype=torch.int64)
+            self.register_buffer("_zero_O", zero_O, persistent=False)
         else:
-            packed = kernel.pack(codes_OI)
+            packed = self._kernel.pack(codes_OI)
         self.register_buffer("_weight", packed, persistent=False)
         self.register_buffer("_scale_O", scale_O, persistent=False)
-        zero_O = torch.zeros(self.out_features, dtype=torch.int64)
-        self.register_buffer("_zero_O", zero_O, persistent=False)
         self.register_buffer("_ones_O", ones_O, persistent=False)
         self.register_buffer("_bias_O", joined_bias(linears), persistent=False)
 
@@ -138,7 +138,8 @@ def _rounded(weights_OI: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
 
     A row's minimum counts once for each input feature, which is what the last one is for.
     """
-    weight_OI = torch.cat(list(weights_OI))
+    # A single weight is not copied: a vocabulary's may be the largest tensor there is.
+    weight_OI = weights_OI[0] if len(weights_OI) == 1 else torch.cat(list(weights_OI))
     scale_O = (weight_OI.abs().amax(1) / _MAX_WEIGHT).clamp_min(_TINY)
     codes_OI = (weight_OI / scale_O[:, None]).round().to(torch.int8)
     return codes_OI, scale_O, codes_OI.sum(1) * scale_O

@@ -142,7 +142,8 @@ class TestKey:
         self, block_size: int = 4, max_nodes: int = 8, is_compiled: bool = False
     ) -> dict[str, object]:
         loaded = make_engine().loaded
-        return cost_key(loaded, None, block_size, max_nodes, Timed().probes(), is_compiled)
+        own_code = {"blocks": is_compiled}
+        return cost_key(loaded, None, block_size, max_nodes, Timed().probes(), own_code)
 
     def test_is_json_and_the_same_for_the_same_server(self) -> None:
         assert json.dumps(self.key()) == json.dumps(self.key())

@@ -33,7 +33,7 @@ from tests.engine_tools import (
     tiny_loaded,
     wide_profile,
 )
-from tests.int8_kernels import own_kernel
+from tests.own_code import own_kernel
 from tests.slow_drafting import SlowDrafter, tiny_mtp, token_paths
 from tests.slow_sampling import filter_slowly
 from tests.tiny_models import TinyKind
@@ -284,17 +284,17 @@ def test_one_imaginary_sequence_can_be_timed() -> None:
 
 
 def test_a_module_with_int8_weights_drafts_nearly_the_same() -> None:
-    request = make_request(random_prompt(1, 9), max_tokens=30, ignore_eos=True)
-    found: list[list[list[tuple[int, ...]]]] = []
+    requests = [make_request(random_prompt(i, 9), max_tokens=30, ignore_eos=True) for i in range(3)]
+    found: list[dict[tuple[int, ...], set[tuple[int, ...]]]] = []
     texts = []
     for kernel in (None, own_kernel()):
         engine = mtp_engine(int8_kernel=kernel)
         proposals = recorded(engine)
-        texts.append(engine.generate([request])[0].token_ids)
-        found.append([paths for _, _, paths in proposals])
+        texts.append([completion.token_ids for completion in engine.generate(requests)])
+        found.append({text: {path[:2] for path in paths} for text, _, paths in proposals})
     assert texts[0] == texts[1]
-    first_tokens = [{path[:2] for path in paths} for paths in found[0]]
-    ours = [{path[:2] for path in paths} for paths in found[1]]
-    pairs = list(zip(first_tokens, ours, strict=False))
-    shared = sum(len(a & b) / len(a | b) for a, b in pairs) / len(pairs)
-    assert shared > 0.9
+    plain, ours = found
+    shared = plain.keys() & ours.keys()
+    assert len(shared) > 20
+    likeness = [len(plain[text] & ours[text]) / len(plain[text] | ours[text]) for text in shared]
+    assert sum(likeness) / len(likeness) > 0.8

@@ -14,7 +14,7 @@ import torch._inductor.config
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from server.attention.backend import AttentionBatch, AttentionSpan
+from server.attention.backend import AttentionBackend, AttentionBatch, AttentionSpan
 from server.attention.sdpa import SDPABackend
 from server.config import EngineConfig
 from server.engine.completion import Completion
@@ -27,8 +27,9 @@ from server.model.cache import CACHE_VARIABLE
 from server.model.compiled_blocks import CompiledForward, check_compiled, compile_blocks
 from server.model.int8_kernel import Int8Kernel
 from server.model.loading import LoadedModel, load_model
+from server.model.tree_attention import NativeBackend, TreeAttention
 from tests.engine_tools import SlowModel, assert_as_expected, make_request, random_prompt
-from tests.int8_kernels import own_kernel
+from tests.own_code import own_attention, own_kernel
 from tests.tiny_heads import save_tiny_heads
 from tests.tiny_models import TinyKind, save_tiny_model
 
@@ -56,7 +57,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TinyKind], 
 class Runner:
     """Runs ragged steps through a model over a KV cache of its own."""
 
-    def __init__(self, loaded: LoadedModel) -> None:
+    def __init__(self, loaded: LoadedModel, attention: TreeAttention | None = None) -> None:
         layout = KVLayout(
             num_layers=loaded.num_layers,
             num_kv_heads=loaded.num_kv_heads,
@@ -66,7 +67,10 @@ class Runner:
             device=loaded.device,
         )
         self.model = loaded.model
-        self._backend = SDPABackend(KVCache(layout, NUM_SLOTS // 16))
+        cache = KVCache(layout, NUM_SLOTS // 16)
+        self._backend: AttentionBackend = (
+            SDPABackend(cache) if attention is None else NativeBackend(cache, attention)
+        )
         install_attention(loaded.model)
 
     @torch.inference_mode()
@@ -125,46 +129,83 @@ def loaded_pair(
 
 
 @pytest.mark.parametrize(
-    ("kind", "quantization", "has_kernel", "num_packages"),
+    ("kind", "quantization", "is_own", "num_packages"),
     [
         ("llama", "none", False, 1),
         ("llama", "int8", False, 1),
         ("llama", "int8", True, 1),
-        ("qwen2", "int8", False, 1),
         ("qwen2", "int8", True, 1),
-        ("gemma3", "none", False, 2),
+        ("llama", "none", True, 1),
+        ("gemma3", "none", True, 2),
         ("mixtral", "none", False, 1),
     ],
 )
 def test_logits_are_those_of_the_plain_model(
     kind: TinyKind,
     quantization: str,
-    has_kernel: bool,
+    is_own: bool,
     num_packages: int,
     model_dir: Callable[[TinyKind], Path],
 ) -> None:
-    kernel = own_kernel() if has_kernel else None
+    """With the products and the attention of others, or with our own."""
+    kernel = own_kernel() if is_own and quantization == "int8" else None
+    attention = own_attention() if is_own else None
     plain, compiled = loaded_pair(model_dir(kind), quantization, kernel)
     lines: list[str] = []
-    compile_blocks(compiled.model, lines.append)
+    compile_blocks(compiled.model, lines.append, attention)
     # Models of the same size share the unembedding's package, so only those of blocks are counted.
     made = [line for line in lines if line.startswith("compiling") and "DecoderLayer" in line]
     assert len(made) == num_packages
     assert is_compiled(compiled.model)
     unembedding = compiled.model.get_output_embeddings()
-    is_worth_it = quantization == "int8" and not has_kernel
+    is_worth_it = quantization == "int8" and kernel is None
     assert isinstance(unembedding.forward, CompiledForward) == is_worth_it
     tolerance = 1e-4 if quantization == "none" else 0.1
-    for ours, theirs in zip(all_steps(Runner(compiled)), all_steps(Runner(plain)), strict=True):
+    runner = Runner(compiled, attention)
+    for ours, theirs in zip(all_steps(runner), all_steps(Runner(plain)), strict=True):
         assert ours.shape == theirs.shape
         assert float((ours - theirs).norm() / theirs.norm()) < tolerance
 
     # Another start finds what this one compiled.
     again, lines = plain, []
-    compile_blocks(again.model, lines.append)
+    compile_blocks(again.model, lines.append, attention)
     assert lines == []
-    for ours, theirs in zip(all_steps(Runner(again)), all_steps(Runner(compiled)), strict=True):
+    found = all_steps(Runner(again, attention))
+    for ours, theirs in zip(found, all_steps(Runner(compiled, attention)), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_blocks_with_our_own_attention_run_plainly_with_another(
+    model_dir: Callable[[TinyKind], Path],
+) -> None:
+    plain, compiled = loaded_pair(model_dir("llama"), "none")
+    compile_blocks(compiled.model, lambda line: None, own_attention())
+    for ours, theirs in zip(all_steps(Runner(compiled)), all_steps(Runner(plain)), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_int8_models_of_our_own_code_are_the_same_to_the_bit_in_any_company(
+    kind: TinyKind, model_dir: Callable[[TinyKind], Path]
+) -> None:
+    attention = own_attention()
+    loaded = load_model(
+        str(model_dir(kind)), "cpu", "float32", quantization="int8", int8_kernel=own_kernel()
+    )
+    compile_blocks(loaded.model, lambda line: None, attention)
+    text = list(random_prompt(1, 50))
+    alone = Runner(loaded, attention)
+    expected = torch.cat([alone.logits([token], i) for i, token in enumerate(text)])
+
+    runner = Runner(loaded, attention)
+    chunks = torch.cat([runner.logits(text[:17], 0), runner.logits(text[17:40], 17)])
+    # Nodes 0, 2 and 3 are the text's next tokens.
+    tree = torch.eye(5, dtype=torch.bool)
+    tree[:, 0] = True
+    tree[3:, 2] = True
+    nodes = runner.logits([text[40], 7, text[41], text[42], 9], 40, tree)
+    assert torch.equal(chunks, expected[:40])
+    assert torch.equal(nodes[[0, 2, 3]], expected[40:43])
 
 
 def test_blocks_in_bfloat16_are_compiled_too(model_dir: Callable[[TinyKind], Path]) -> None:
@@ -246,6 +287,8 @@ class TestFailures:
     @pytest.fixture(autouse=True)
     def _no_compiler(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
         monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+        monkeypatch.setenv("CXX", "no-g++")
+        monkeypatch.setattr("server.model.native_library._loaded", {})
         with torch._inductor.config.patch({"cpp.cxx": (str(tmp_path / "no-g++"),)}):
             yield
 

@@ -1,8 +1,9 @@
-"""Our own int8 kernel: to the bit where it can be, how it is built, and what happens if not.
+"""Our own int8 kernel: to the bit where it can be, and what happens where there is none.
 
 `test_int8_linear` compares what it computes with a slow product.
 """
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -11,24 +12,20 @@ import torch
 from server.config import EngineConfig
 from server.engine.engine import Engine
 from server.errors import CompilationError
-from server.model import int8_kernel
+from server.model import int8_kernel, native_library
 from server.model.cache import CACHE_VARIABLE
 from server.model.int8_kernel import Int8Kernel, load_int8_kernel
-from tests.int8_kernels import own_kernel
+from server.model.int8_linear import Int8Product, can_quantize
+from tests.engine_tools import heads_for, make_request, tiny_loaded
+from tests.own_code import own_kernel
 from tests.tiny_models import save_tiny_model
+
+needs_int8 = pytest.mark.skipif(not can_quantize(), reason="oneDNN multiplies no int8 here")
 
 
 @pytest.fixture
 def kernel() -> Int8Kernel:
     return own_kernel()
-
-
-@pytest.fixture
-def empty_cache(kernel: Int8Kernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """As in a process that has not loaded the kernel, on a machine that has not built it."""
-    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
-    monkeypatch.setattr(int8_kernel, "_kernels", {})
-    return tmp_path / "kernels"
 
 
 class Layer:
@@ -94,58 +91,40 @@ def test_a_layer_whose_sums_could_overflow_is_refused(kernel: Int8Kernel) -> Non
         kernel.pack(torch.zeros(1, 65_537, dtype=torch.int8))
 
 
-def test_the_kernel_is_built_once_and_kept(
-    empty_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lines: list[str] = []
-    load_int8_kernel(lines.append)
-    (kept,) = empty_cache.glob("*.so")
-    assert lines == [f"building the int8 kernel (once; kept in {kept})"]
-
-    # Another process finds it; the compiler is not asked again.
-    monkeypatch.setattr(int8_kernel, "_kernels", {})
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    lines.clear()
-    load_int8_kernel(lines.append)
-    assert lines == []
-
-
-def test_a_kept_file_that_cannot_be_loaded_is_made_anew(empty_cache: Path) -> None:
-    kept = empty_cache / f"int8_{int8_kernel._digest()}.so"
-    kept.parent.mkdir()
-    kept.write_bytes(b"no library")
-    lines: list[str] = []
-
-    load_int8_kernel(lines.append)
-    assert [line.startswith(f"{kept} cannot be used") for line in lines] == [True, False]
-    assert kept.stat().st_size > 1000
-
-
-@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
-def test_without_a_compiler_the_reason_is_told(
-    empty_cache: Path, monkeypatch: pytest.MonkeyPatch, compiler: str
-) -> None:
-    monkeypatch.setenv("CXX", compiler)
-    with pytest.raises(CompilationError, match=compiler):
-        load_int8_kernel(lambda line: None)
-    assert list(empty_cache.glob("*.so")) == []
-
-
-def test_a_cpu_without_the_instructions_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int8_kernel, "cpu_features", lambda: "flags : sse avx2 avx512f")
-    with pytest.raises(CompilationError, match="this CPU has no avx512_vnni, avx512bw"):
-        load_int8_kernel(lambda line: None)
-
-
 def test_a_kernel_that_computes_nonsense_is_not_used(
-    empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kernel: Int8Kernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     wrong = tmp_path / "wrong.cpp"
     source = int8_kernel._SOURCE.read_text(encoding="utf-8")
     wrong.write_text(source.replace("BASE = 256.0f", "BASE = 255.0f"), encoding="utf-8")
     monkeypatch.setattr(int8_kernel, "_SOURCE", wrong)
     with pytest.raises(CompilationError, match="computes something else"):
         load_int8_kernel(lambda line: None)
+    assert list(tmp_path.glob("kernels/*.so")) == []
+
+
+@pytest.mark.parametrize(
+    "rows", [torch.zeros(2, 70, dtype=torch.bfloat16), torch.zeros(2, 60), torch.zeros(2, 81)]
+)
+def test_rows_that_do_not_fit_are_refused(kernel: Int8Kernel, rows: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="give float32 on cpu with the weight's"):
+        Layer(kernel, 70, 90)(rows)
+
+
+def test_heads_frozen_with_it_propose_nearly_what_they_propose_in_float(
+    kernel: Int8Kernel,
+) -> None:
+    heads = heads_for(tiny_loaded())
+    hidden_BD, roots_B = torch.randn(40, heads.config.hidden_size), torch.arange(40)
+    expected = heads.propose(hidden_BD, roots_B, 1, [None] * 40)
+    heads.freeze(functools.partial(Int8Product, kernel=kernel))
+    computed = heads.propose(hidden_BD, roots_B, 1, [None] * 40)
+
+    same = (computed.token_ids_BKR == expected.token_ids_BKR).float().mean()
+    assert float(same) > 0.9
+    distance = (computed.log_probs_BKR - expected.log_probs_BKR).abs().max()
+    assert 0.0 < float(distance) < 0.1
 
 
 def engine_config(model: Path, **options: object) -> EngineConfig:
@@ -153,10 +132,11 @@ def engine_config(model: Path, **options: object) -> EngineConfig:
     return EngineConfig(**{**common, **options})  # type: ignore[arg-type]
 
 
+@needs_int8
 def test_an_engine_takes_the_kernel_where_it_may_compile(
     kernel: Int8Kernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.engine.parts.compile_blocks", lambda model, report: None)
+    monkeypatch.setattr("server.engine.parts.compile_blocks", lambda *args: None)
     model = save_tiny_model("llama", tmp_path / "model")
     engines = {
         compile: Engine.from_config(engine_config(model, compile=compile))
@@ -166,16 +146,20 @@ def test_an_engine_takes_the_kernel_where_it_may_compile(
     assert has_kernel == {"auto": True, "off": False}
 
 
+@needs_int8
 def test_an_engine_without_the_kernel_says_why_and_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.engine.parts.compile_blocks", lambda model, report: None)
-    monkeypatch.setattr(int8_kernel, "cpu_features", lambda: "flags : sse")
+    monkeypatch.setattr("server.engine.parts.compile_blocks", lambda *args: None)
+    monkeypatch.setattr(native_library, "cpu_features", lambda: "flags : sse")
     lines: list[str] = []
     model = save_tiny_model("llama", tmp_path / "model")
     engine = Engine.from_config(engine_config(model, compile="auto"), lines.append)
 
     assert not engine.loaded.has_int8_kernel
+    (completion,) = engine.generate([make_request((3, 4, 5), max_tokens=3)])
+    assert completion.finish_reason in ("length", "stop")
     assert any(
-        "without the int8 kernel, which is faster: this CPU has no" in line for line in lines
+        "int8 weights without our own int8 kernel, which is faster: this CPU" in line
+        for line in lines
     )

@@ -17,7 +17,7 @@ from server.model.int8_kernel import Int8Kernel
 from server.model.int8_linear import Int8Linear, can_quantize, quantize_linears
 from server.model.shared_input import Sibling
 from tests.engine_tools import random_prompt
-from tests.int8_kernels import own_kernel
+from tests.own_code import own_kernel
 from tests.tiny_heads import save_tiny_heads
 from tests.tiny_models import TINY_KINDS, TinyKind, save_tiny_model, tiny_config
 

@@ -1,4 +1,4 @@
-"""SDPA over the paged cache against a dense oracle: one query, one head, one explicit softmax.
+"""Attention over the paged cache against a dense oracle: one query, one head, one softmax.
 
 The oracle keeps every sequence's keys and values in plain per-position lists and never sees a
 block table, so that a wrong slot, mask or head shows as a wrong number.
@@ -6,6 +6,7 @@ block table, so that a wrong slot, mask or head shows as a wrong number.
 Shapes: T flat tokens, H attention heads, G key/value heads, C channels per head, S slots.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
@@ -15,13 +16,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from server.attention.backend import AttentionBatch, AttentionSpan
+from server.attention.backend import AttentionBackend, AttentionBatch, AttentionSpan
 from server.attention.sdpa import SDPABackend
 from server.kv.kv_cache import KVCache, KVLayout
+from server.model.tree_attention import NativeBackend
+from tests.own_code import own_attention
 
 BLOCK_SIZE = 4
 HEAD_DIM = 8
 SCALING = 0.37
+
+
+class Tested:
+    """Which backend the tests that run at present are about."""
+
+    make: Callable[[KVCache], AttentionBackend] = SDPABackend
+
+
+@pytest.fixture(scope="module", params=["sdpa", "own"], autouse=True)
+def _backend(request: pytest.FixtureRequest) -> None:
+    if request.param == "sdpa":
+        Tested.make = SDPABackend
+    else:
+        library = own_attention()
+        Tested.make = lambda cache: NativeBackend(cache, library)
 
 
 @dataclass(frozen=True)
@@ -71,7 +89,7 @@ class Step:
     """A whole step: the cache before it, its batch, and its queries, keys and values."""
 
     cases: list[Case]
-    backend: SDPABackend
+    backend: AttentionBackend
     cache: KVCache
     batch: AttentionBatch
     queries_HTC: Tensor
@@ -132,7 +150,7 @@ def build_step(cases: list[Case], seed: int, num_heads: int = 4, num_kv_heads: i
     total = len(slots)
     return Step(
         cases,
-        SDPABackend(cache),
+        Tested.make(cache),
         cache,
         AttentionBatch(tuple(spans), torch.tensor(slots)),
         torch.randn(num_heads, total, HEAD_DIM, generator=generator),

@@ -1,0 +1,33 @@
+"""Our own machine code for tests, where this machine runs it."""
+
+import os
+import shutil
+
+import pytest
+
+from server.errors import CompilationError
+from server.model.int8_kernel import Int8Kernel, load_int8_kernel
+from server.model.tree_attention import TreeAttention, load_tree_attention
+
+
+def own_kernel() -> Int8Kernel:
+    """The int8 kernel; skips the test where this machine has no such instructions or compiler."""
+    try:
+        return load_int8_kernel(lambda line: None)
+    except CompilationError as error:
+        _skip_if_impossible(error)
+        raise
+
+
+def own_attention() -> TreeAttention:
+    """The tree attention; skips the test likewise."""
+    try:
+        return load_tree_attention(lambda line: None)
+    except CompilationError as error:
+        _skip_if_impossible(error)
+        raise
+
+
+def _skip_if_impossible(error: CompilationError) -> None:
+    if "this CPU has no" in str(error) or shutil.which(os.environ.get("CXX") or "g++") is None:
+        pytest.skip(str(error))
