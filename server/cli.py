@@ -42,7 +42,7 @@ ENGINE_OPTIONS: Mapping[str, str] = {
     "dtype": "Weight type; auto is float32 on CPU and bfloat16 on CUDA.",
     "quantization": "int8 stores weights in 8 bits, on CPU only; faster and a little less exact.",
     "compile": "Compile the model's blocks, on CPU, which needs a C++ compiler once; auto where it "
-    "can.",
+    "can. Also for our own int8 product and attention.",
     "block_size": "Tokens per KV block.",
     "num_blocks": "KV blocks in all; derived from --kv-cache-bytes if not given.",
     "kv_cache_bytes": "Memory of the KV cache; a share of the free memory if not given.",

@@ -185,9 +185,10 @@ class EngineConfig:
         device: Where the model runs; `auto` takes CUDA if there is a device.
         dtype: Weight and activation type; `auto` is float32 on CPU and bfloat16 on CUDA.
         quantization: `int8` stores the weights of the model's linear layers in 8 bits, on CPU in
-            float32; heads stay as they are.
+            float32.
         compile: `on` compiles the model's blocks, on CPU only, which needs a C++ compiler at the
-            first start; `auto` does so where it can.
+            first start; `auto` does so where it can. Either also takes our own int8 product, for
+            int8 weights and for draft heads, and our own attention, where they run; `off` neither.
         block_size: Tokens per KV block.
         num_blocks: KV blocks in all; None derives them from `kv_cache_bytes`.
         kv_cache_bytes: Memory of the KV cache; None takes a share of what is free.

@@ -3,7 +3,7 @@
 EuryaleError
 ├── ConfigError            a server option or a file it names is wrong
 ├── ModelError             the base model cannot be loaded or is not supported
-├── CompilationError       the base model cannot be compiled; it runs all the same
+├── CompilationError       something cannot be compiled; the model runs all the same
 ├── HeadsMismatchError     draft heads belong to another base model
 ├── InvalidRequestError    a request's parameter is wrong (HTTP 400)
 ├── QueueFullError         the waiting queue is full (HTTP 429)
@@ -24,7 +24,7 @@ class ModelError(EuryaleError):
 
 
 class CompilationError(EuryaleError):
-    """The base model cannot be compiled; it runs uncompiled all the same."""
+    """The base model, or code of ours, cannot be compiled; the model runs all the same."""
 
 
 class HeadsMismatchError(EuryaleError):

@@ -148,7 +148,10 @@ def _tree_attention(
     config: EngineConfig, layout: KVLayout, report: Callable[[str], None]
 ) -> TreeAttention | None:
     """Our own attention, where compiled code is wanted and this CPU runs it."""
-    if config.compile == "off" or not can_attend(layout):
+    if config.compile == "off" or not _is_float_on_cpu(layout):
+        return None
+    if not can_attend(layout):
+        report(f"without our own attention, which is not for {layout.head_dim} channels per head")
         return None
     try:
         return load_tree_attention(report)
@@ -171,7 +174,13 @@ def _compile(
             f"compile is 'on', but the model is on {loaded.device}; it is for cpu, give 'off'"
         )
     try:
-        compile_blocks(loaded.model, report, attention)
+        try:
+            compile_blocks(loaded.model, report, attention)
+        except CompilationError as error:
+            if attention is None:
+                raise
+            report(f"compiling again for attention by way of Python: {error}")
+            compile_blocks(loaded.model, report)
     except CompilationError as error:
         if config.compile == "on":
             raise ConfigError(

@@ -127,7 +127,8 @@ def _attention(
         window = _NO_WINDOW if sliding_window is None else sliding_window
         operator = _operator.get()
         # Our own code reads heads and tokens in any order, but the channels of one in a row.
-        return operator(query, key, value, factor, window), None
+        rows = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+        return operator(*rows, factor, window), None
     layer = int(module.layer_idx)  # type: ignore[arg-type]  # nn.Module types attributes as tensors
     call = _LayerCall(attention_context, layer)
     return call.attend(query, key, value, factor, sliding_window), None

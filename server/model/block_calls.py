@@ -107,7 +107,7 @@ class ModuleCall:
         return functional_call(self.module, named, (inputs[0],), self.form.keywords(inputs))
 
 
-class _EchoBackend:
+class EchoBackend:
     """Attends to nothing; its output depends on all that a block decides about attention."""
 
     def __init__(self) -> None:
@@ -126,6 +126,7 @@ class _EchoBackend:
         sliding_window: int | None,
         metadata: object,
     ) -> Tensor:
+        """Note the layer, and echo the tensors."""
         self.layers.append(layer)
         num_groups = queries_HTC.shape[0] // keys_HTC.shape[0]
         kv_HTC = (keys_HTC + values_HTC).repeat_interleave(num_groups, dim=0)
@@ -136,7 +137,7 @@ class _EchoBackend:
 
 def echo_context() -> AttentionContext:
     """The attention that calls are recorded with."""
-    return AttentionContext(_EchoBackend(), None)
+    return AttentionContext(EchoBackend(), None)
 
 
 @torch.inference_mode()
@@ -151,7 +152,7 @@ def record_calls(model: PreTrainedModel, modules: Sequence[nn.Module]) -> list[M
         CompilationError: If a module is called in a way that does not fit a `CallForm`.
     """
     install_attention(model)
-    backend = _EchoBackend()
+    backend = EchoBackend()
     calls: list[ModuleCall] = []
 
     def note(module: nn.Module, args: Any, keywords: dict[str, Any], output: Any) -> None:

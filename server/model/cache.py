@@ -40,3 +40,12 @@ def partial_directory(final: Path) -> Iterator[Path]:
             yield partial
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def file_version(path: Path) -> tuple[int, int] | None:
+    """Changes when another file takes a file's place; None if there is none."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns

@@ -22,7 +22,7 @@ from server.model.attention_hook import (
     attending,
     exporting_native_attention,
 )
-from server.model.block_calls import ModuleCall, echo_context, record_calls
+from server.model.block_calls import EchoBackend, ModuleCall, echo_context, record_calls
 from server.model.compiled_package import Runner, compile_call
 from server.model.int8_linear import Int8Linear
 from server.model.tree_attention import NativeBackend, TreeAttention
@@ -88,14 +88,17 @@ class CompiledForward:
         )
 
     def run(self, inputs: list[Tensor], context: AttentionContext | None) -> Tensor:
-        """Run the compiled code; with our own attention and another backend it echoes."""
+        """Run the compiled code."""
         if context is None or self._layer is None:
             return self._run(inputs + self._tensors)
         if self._attention is not None:
-            if isinstance(context.backend, NativeBackend):
-                context.backend.attend_as(self._layer, context.metadata)
+            backend = context.backend
+            if isinstance(backend, NativeBackend):
+                backend.attend_as(self._layer, context.metadata)
+            elif isinstance(backend, EchoBackend):
+                self._attention.attend_as_echo()
             else:
-                self._attention.echo()
+                raise AssertionError(f"compiled for our own attention, not {type(backend)}")
             return self._run(inputs + self._tensors)
         with attending(context, self._layer):
             return self._run(inputs + self._tensors)

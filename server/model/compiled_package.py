@@ -21,7 +21,7 @@ from torch.export import Dim, ExportedProgram
 
 from server.errors import CompilationError
 from server.model.block_calls import NUM_TOKENS, ModuleCall
-from server.model.cache import cache_dir, partial_directory
+from server.model.cache import cache_dir, file_version, partial_directory
 from server.model.cpu_features import cpu_features
 from server.model.int8_kernel import KERNEL_SHIMS
 from server.model.product_lowerings import register_product_lowerings
@@ -67,7 +67,7 @@ def compile_call(
         try:
             program = _export(call)
             path = cache_dir() / "compiled" / f"{_digest(program, call)}.pt2"
-            version = _version(path)
+            version = file_version(path)
             if version is not None:
                 try:
                     return _checked(_load(path), check)
@@ -133,15 +133,6 @@ def _graph(program: ExportedProgram) -> str:
     return "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
 
 
-def _version(path: Path) -> tuple[int, int] | None:
-    """Changes when another package takes a package's place; None if there is none."""
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        return None
-    return status.st_ino, status.st_mtime_ns
-
-
 def _compile(program: ExportedProgram, path: Path, useless: tuple[int, int] | None) -> None:
     """Put a package there, unless another process was faster.
 
@@ -151,7 +142,7 @@ def _compile(program: ExportedProgram, path: Path, useless: tuple[int, int] | No
         useless: Version of the package that is to be replaced; None if there was none.
     """
     with partial_directory(path) as partial:
-        if _version(path) != useless:
+        if file_version(path) != useless:
             return
         package = partial / path.name
         # Left alone, inductor writes to a directory of a known name below /tmp.

@@ -4,6 +4,7 @@ NOTE: A kept library is machine code. The cache directory must be as safe as the
 """
 
 import ctypes
+import functools
 import hashlib
 import os
 import shlex
@@ -15,7 +16,7 @@ from typing import TypeVar
 import torch
 
 from server.errors import CompilationError
-from server.model.cache import cache_dir, partial_directory
+from server.model.cache import cache_dir, file_version, partial_directory
 from server.model.cpu_features import cpu_features
 
 # Contracted sums would round differently in code that is the same but for its sizes.
@@ -63,36 +64,50 @@ def _kept_or_built(
     make: Callable[[ctypes.CDLL], Kernel],
     report: Callable[[str], None],
 ) -> Kernel:
-    if path.exists():
+    version = file_version(path)
+    if version is not None:
         try:
             return _open(path, make)
         except CompilationError as error:
             report(f"{path} cannot be used, so it is made anew: {error}")
     report(f"building {source.name} (once; kept in {path})")
     with partial_directory(path) as partial:
+        if file_version(path) != version:
+            # Another process was faster.
+            return _open(path, make)
         built = partial / path.name
         _build(source, built)
-        # Only what works gets the final name.
-        _open(built, make)
+        # Only what works gets the final name. It is not opened again by that name, under which a
+        # library that was of no use may still be loaded.
+        kernel = _open(built, make)
         built.replace(path)
-    return _open(path, make)
+    return kernel
 
 
 def _open(path: Path, make: Callable[[ctypes.CDLL], Kernel]) -> Kernel:
-    before = _openmp_runtimes()
+    before = _first_runtimes()
     try:
-        kernel = make(ctypes.CDLL(str(path)))
+        library = ctypes.CDLL(str(path))
+        others = _openmp_runtimes() - before
+        # What was refused once stays in the process, and so is a reason for the next one too.
+        if before and others:
+            raise CompilationError(
+                f"{path.name} brings an OpenMP runtime beside torch's, whose threads would wait "
+                f"for each other: {', '.join(sorted(others))}; set CXX to another compiler"
+            )
+        kernel = make(library)
+        # Compiled blocks find the functions of what has passed among the symbols of the process,
+        # and with them those of the torch library that it is linked to.
+        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     except (OSError, AttributeError) as error:
         raise CompilationError(f"{path.name} cannot be loaded: {error}") from error
-    runtimes = _openmp_runtimes()
-    if before and runtimes != before:
-        raise CompilationError(
-            f"{path.name} brings an OpenMP runtime beside torch's, whose threads would wait for "
-            f"each other: {', '.join(sorted(runtimes))}"
-        )
-    # Compiled blocks find the functions of what has passed among the symbols of the process.
-    ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     return kernel
+
+
+@functools.cache
+def _first_runtimes() -> frozenset[str]:
+    """Those that there were before any library of ours."""
+    return frozenset(_openmp_runtimes())
 
 
 def _openmp_runtimes() -> set[str]:
@@ -106,7 +121,7 @@ def _openmp_runtimes() -> set[str]:
 
 
 def _build(source: Path, built: Path) -> None:
-    compiler = shlex.split(os.environ.get("CXX") or "g++")
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
     torch_root = Path(torch.__file__).parent
     places = [f"-I{torch_root / 'include'}", f"-L{torch_root / 'lib'}"]
     command = [*compiler, *_FLAGS, *places, str(source), "-ltorch_cpu", "-o", str(built)]

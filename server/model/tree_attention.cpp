@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <exception>
 #include <limits>
+#include <new>
 #include <vector>
 
 namespace {
@@ -49,17 +50,28 @@ struct Step {
   int64_t block_size;
 };
 
-// What a layer attends with; a null step means the echo of `block_calls.py`.
-struct Layer {
-  const Step* step;
-  float* keys;    // [slots, kv_heads, channels]
-  float* values;  // Likewise.
-};
 }
 
 namespace {
 
-thread_local Layer current{nullptr, nullptr, nullptr};
+enum class Mode { NOTHING, ECHO, STEP };
+
+// What a layer attends with.
+struct Layer {
+  Mode mode = Mode::NOTHING;  // ECHO is that of `block_calls.py`.
+  const Step* step = nullptr;
+  float* keys = nullptr;      // [slots, kv_heads, channels]
+  float* values = nullptr;    // Likewise.
+};
+
+thread_local Layer current;
+
+// Each layer is told anew what it attends with, so that nobody reads a step that has gone.
+Layer take_current() {
+  const Layer layer = current;
+  current = Layer{};
+  return layer;
+}
 
 // A tensor [heads, tokens, channels] whose channels are neighbours.
 struct Heads {
@@ -167,17 +179,19 @@ class Attention {
     const Span& span = *item.span;
     const int64_t size = layer_.step->block_size;
     const int64_t kv_stride = call_.keys.num_heads * call_.num_channels;
-    const int64_t first_own = span.num_slots - span.context_len - span.num_queries;
     scratch.seen.clear();
     scratch.offsets.clear();
     const auto all = static_cast<__mmask16>((1u << num_rows) - 1);
     const bool is_plain = call_.window == NO_WINDOW && !span.mask;
-    for (int64_t slot = 0; slot < span.num_slots; ++slot) {
+    // No query has a position below the context's end.
+    const int64_t first_seen =
+        call_.window == NO_WINDOW ? 0 : std::max<int64_t>(0, span.context_len - call_.window + 1);
+    for (int64_t slot = first_seen; slot < span.num_slots; ++slot) {
       const int64_t own = slot - span.context_len;
       __mmask16 seen = all;
-      if (is_plain && own > first_own) {
+      if (is_plain && own > 0) {
         // In causal order the rows of later queries, which come last, see it.
-        const int64_t blind = (own - first_own) * group_ - item.first_row;
+        const int64_t blind = own * group_ - item.first_row;
         if (blind >= num_rows) break;
         if (blind > 0) seen &= static_cast<__mmask16>(0xFFFFu << blind);
       } else if (!is_plain && (own >= 0 || call_.window != NO_WINDOW)) {
@@ -274,6 +288,7 @@ void attend(const Call& call, const Layer& layer) {
       for (int64_t head = 0; head < call.keys.num_heads; ++head)
         item_memory.push_back({step.spans + i, head, row});
   const Item* items = item_memory.data();
+  std::atomic<bool> has_memory{true};
   const auto num_items = static_cast<int64_t>(item_memory.size());
 #pragma omp parallel num_threads(num_threads.load())
   {
@@ -282,11 +297,18 @@ void attend(const Call& call, const Layer& layer) {
     for (int64_t token = 0; token < step.num_tokens; ++token) attention.write_token(token);
     // All keys are there before anybody reads them. Items of long texts take longer.
 #pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < num_items; ++i) attention.compute(items[i], scratch);
+    for (int64_t i = 0; i < num_items; ++i) {
+      try {
+        attention.compute(items[i], scratch);
+      } catch (const std::bad_alloc&) {  // Nothing may leave a parallel region.
+        has_memory = false;
+      }
+    }
   }
+  if (!has_memory) throw std::bad_alloc();
 }
 
-// As `_EchoBackend` of block_calls.py: a function of all that a block decides about attention.
+// As `EchoBackend` of block_calls.py: a function of all that a block decides about attention.
 void echo(const Call& call, int64_t num_tokens) {
   const int64_t group = call.queries.num_heads / call.keys.num_heads;
   const float shift =
@@ -307,11 +329,16 @@ void echo(const Call& call, int64_t num_tokens) {
     if (AOTITorchError e = (call)) return e; \
   } while (0)
 
-// A tensor [1, heads, tokens, channels].
+// A float32 tensor [1, heads, tokens, channels] whose channels are neighbours.
 AOTITorchError heads_of(AtenTensorHandle tensor, Heads* found, int64_t* tokens, int64_t* channels) {
   void* pointer = nullptr;
-  int64_t last_stride = 0;
+  int64_t num_axes = 0, batch = 0, last_stride = 0;
+  int32_t dtype = 0;
+  TRY(aoti_torch_get_dim(tensor, &num_axes));
+  TRY(aoti_torch_get_dtype(tensor, &dtype));
+  if (num_axes != 4 || dtype != aoti_torch_dtype_float32()) return AOTI_TORCH_FAILURE;
   TRY(aoti_torch_get_data_ptr(tensor, &pointer));
+  TRY(aoti_torch_get_size(tensor, 0, &batch));
   TRY(aoti_torch_get_size(tensor, 1, &found->num_heads));
   TRY(aoti_torch_get_size(tensor, 2, tokens));
   TRY(aoti_torch_get_size(tensor, 3, channels));
@@ -319,7 +346,7 @@ AOTITorchError heads_of(AtenTensorHandle tensor, Heads* found, int64_t* tokens, 
   TRY(aoti_torch_get_stride(tensor, 2, &found->token_stride));
   TRY(aoti_torch_get_stride(tensor, 3, &last_stride));
   found->data = static_cast<const float*>(pointer);
-  return last_stride == 1 ? AOTI_TORCH_SUCCESS : AOTI_TORCH_FAILURE;
+  return batch == 1 && last_stride == 1 ? AOTI_TORCH_SUCCESS : AOTI_TORCH_FAILURE;
 }
 
 }  // namespace
@@ -328,10 +355,12 @@ extern "C" {
 
 void euryale_attention_threads(int count) { num_threads = count; }
 
-// What compiled code attends with on this thread from now on.
+// What the next layer on this thread attends with.
 void euryale_attend_with(const Step* step, float* keys, float* values) {
-  current = {step, keys, values};
+  current = {Mode::STEP, step, keys, values};
 }
+
+void euryale_attend_as_echo() { current = {Mode::ECHO, nullptr, nullptr, nullptr}; }
 
 // For Python; tensors are [heads, tokens, channels] with these strides, the output is contiguous.
 // Returns 0 if there was memory.
@@ -340,6 +369,8 @@ int euryale_tree_attention(
     const float* keys, int64_t num_kv_heads, int64_t key_head_stride, int64_t key_stride,
     const float* values, int64_t value_head_stride, int64_t value_stride, float* output,
     int64_t num_channels, double scaling, int64_t window) {
+  const Layer layer = take_current();
+  if (layer.mode != Mode::STEP) return 1;
   const Call call{
       {queries, num_heads, query_head_stride, query_stride},
       {keys, num_kv_heads, key_head_stride, key_stride},
@@ -349,39 +380,49 @@ int euryale_tree_attention(
       static_cast<float>(scaling),
       window};
   try {
-    attend(call, current);
+    attend(call, layer);
   } catch (const std::exception&) {
     return 1;
   }
   return 0;
 }
 
-// For code that torch's inductor compiles: `euryale::native_attend` of `attention_hook.py`.
+// For code that torch's inductor compiles: `euryale::native_attend` of `tree_attention.py`.
 AOTITorchError aoti_torch_cpu_native_attend(
     AtenTensorHandle query, AtenTensorHandle key, AtenTensorHandle value, double scaling,
     int64_t window, AtenTensorHandle* output) try {
+  const Layer layer = take_current();
   Call call{};
-  int64_t num_tokens = 0, channels = 0;
-  TRY(heads_of(key, &call.keys, &num_tokens, &channels));
-  TRY(heads_of(value, &call.values, &num_tokens, &channels));
+  int64_t num_tokens = 0, channels = 0, key_tokens = 0, key_channels = 0, value_tokens = 0,
+          value_channels = 0;
   TRY(heads_of(query, &call.queries, &num_tokens, &channels));
+  TRY(heads_of(key, &call.keys, &key_tokens, &key_channels));
+  TRY(heads_of(value, &call.values, &value_tokens, &value_channels));
+  const int64_t heads = call.queries.num_heads, kv_heads = call.keys.num_heads;
+  const bool fits = key_tokens == num_tokens && value_tokens == num_tokens &&
+                    key_channels == channels && value_channels == channels && channels % 8 == 0 &&
+                    call.values.num_heads == kv_heads && heads % kv_heads == 0;
+  if (!fits || layer.mode == Mode::NOTHING) return AOTI_TORCH_FAILURE;
+  if (layer.mode == Mode::STEP && layer.step->num_tokens != num_tokens) return AOTI_TORCH_FAILURE;
   call.num_channels = channels;
   call.scaling = static_cast<float>(scaling);
   call.window = window;
-  const int64_t heads = call.queries.num_heads;
   const int64_t sizes[] = {1, num_tokens, heads, channels};
   const int64_t strides[] = {num_tokens * heads * channels, heads * channels, channels, 1};
+  AtenTensorHandle made = nullptr;
   TRY(aoti_torch_empty_strided(
-      4, sizes, strides, aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0, output));
+      4, sizes, strides, aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0, &made));
   void* to = nullptr;
-  TRY(aoti_torch_get_data_ptr(*output, &to));
+  TRY(aoti_torch_get_data_ptr(made, &to));
   call.output = static_cast<float*>(to);
-  if (current.step == nullptr) {
-    echo(call, num_tokens);
-  } else {
-    if (current.step->num_tokens != num_tokens) return AOTI_TORCH_FAILURE;
-    attend(call, current);
+  try {
+    if (layer.mode == Mode::ECHO) echo(call, num_tokens);
+    else attend(call, layer);
+  } catch (const std::exception&) {
+    aoti_torch_delete_tensor_object(made);
+    return AOTI_TORCH_FAILURE;
   }
+  *output = made;
   return AOTI_TORCH_SUCCESS;
 } catch (const std::exception&) {
   return AOTI_TORCH_FAILURE;

@@ -10,15 +10,18 @@ Shapes: T flat tokens, H attention heads, G KV heads, C channels per head.
 """
 
 import ctypes
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from server.attention.backend import AttentionBatch, AttentionSpan
+from server.errors import CompilationError
 from server.kv.kv_cache import KVCache, KVLayout
 from server.model.native_library import load_native
 
@@ -29,7 +32,6 @@ _CHANNELS = 8
 _NO_WINDOW = -1
 _Long = ctypes.c_int64
 _Address = ctypes.c_void_p
-_NUM_BYTES = ctypes.sizeof(_Long)
 
 
 class _Span(ctypes.Structure):
@@ -69,6 +71,7 @@ torch.library.define(
     _OPERATOR, "(Tensor query, Tensor key, Tensor value, float scaling, int window) -> Tensor"
 )
 torch.library.register_fake(_OPERATOR, attended_shape)
+# It has no implementation: it only stands in exported graphs.
 
 # For torch's compiler: the operator, and what compiled code calls in its place.
 ATTENTION_SHIMS = {
@@ -89,6 +92,10 @@ class TreeAttention:
         self.attend_with = library.euryale_attend_with
         self.attend_with.argtypes = [_Address] * 3
         self.attend_with.restype = None
+        # Lets the next compiled block on this thread attend as the echo of `block_calls`.
+        self.attend_as_echo = library.euryale_attend_as_echo
+        self.attend_as_echo.argtypes = []
+        self.attend_as_echo.restype = None
         self.attend = library.euryale_tree_attention
         self.attend.argtypes = [
             *(_Address, _Long, _Long, _Long),
@@ -102,10 +109,6 @@ class TreeAttention:
         """Compute with as many threads as torch does at present."""
         self._set_num_threads(torch.get_num_threads())
 
-    def echo(self) -> None:
-        """Let compiled code on this thread attend as the echo of `block_calls`."""
-        self.attend_with(None, None, None)
-
 
 def load_tree_attention(report: Callable[[str], None]) -> TreeAttention:
     """Load the library, and build it if no earlier start did.
@@ -116,7 +119,7 @@ def load_tree_attention(report: Callable[[str], None]) -> TreeAttention:
     Raises:
         CompilationError: If this CPU cannot run it, or it cannot be built.
     """
-    library = load_native(_SOURCE, _NEEDED, TreeAttention, report)
+    library = load_native(_SOURCE, _NEEDED, _checked, report)
     library.follow_threads()
     return library
 
@@ -125,6 +128,26 @@ def can_attend(layout: KVLayout) -> bool:
     """Whether it computes with such keys and values."""
     is_float = layout.dtype == torch.float32 and layout.device.type == "cpu"
     return is_float and layout.head_dim % _CHANNELS == 0
+
+
+def _checked(loaded: ctypes.CDLL) -> TreeAttention:
+    """The library, after a prompt of a few tokens was attended rightly."""
+    library = TreeAttention(loaded)
+    num_tokens, layout = 5, KVLayout(1, 2, 24, 4, torch.float32, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    queries_HTC = torch.randn(6, num_tokens, layout.head_dim, generator=generator)
+    keys_GTC, values_GTC = torch.randn(2, 2, num_tokens, layout.head_dim, generator=generator)
+    backend = NativeBackend(KVCache(layout, 2), library)
+    span = AttentionSpan(0, num_tokens, 0, [0, 1], None, None)
+    metadata = backend.prepare(AttentionBatch((span,), torch.arange(num_tokens)))
+    output_THC = backend.forward(queries_HTC, keys_GTC, values_GTC, 0, 0.2, None, metadata)
+    expected_HTC = F.scaled_dot_product_attention(
+        queries_HTC, keys_GTC, values_GTC, is_causal=True, scale=0.2, enable_gqa=True
+    )
+    distance = float((output_THC - expected_HTC.transpose(0, 1)).abs().max())
+    if not distance < 1e-4:
+        raise CompilationError(f"it computes something else, at a distance of {distance:.3g}")
+    return library
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -147,9 +170,18 @@ class NativeBackend:
     Args:
         kv_cache: Whose layout `can_attend` takes.
         library: Computes it.
+
+    Raises:
+        ValueError: If it does not compute with such keys and values.
     """
 
     def __init__(self, kv_cache: KVCache, library: TreeAttention) -> None:
+        layout = kv_cache.layout
+        if not can_attend(layout):
+            raise ValueError(
+                f"KV is {layout.dtype} on {layout.device} with {layout.head_dim} channels per "
+                f"head; give float32 on cpu with a multiple of {_CHANNELS}, or take SDPA"
+            )
         self._kv = kv_cache
         self._library = library
         self._keys = [keys_SGC.data_ptr() for keys_SGC in kv_cache.keys]
@@ -157,20 +189,23 @@ class NativeBackend:
 
     def prepare(self, batch: AttentionBatch) -> NativeMetadata:
         """Put the spans where the library reads them; see `AttentionBackend.prepare`."""
-        owned: list[Any] = [batch.slots_T]
-        spans = (_Span * len(batch.spans))(*(_native_span(span, owned) for span in batch.spans))
+        owned: list[Any] = []
+        size = self._kv.layout.block_size
+        spans = (_Span * len(batch.spans))(
+            *(_native_span(span, size, owned) for span in batch.spans)
+        )
         owned.append(spans)
         step = _Step(
             ctypes.addressof(spans),
             len(batch.spans),
-            batch.slots_T.data_ptr(),
+            _address_of(batch.slots_T, torch.int64, owned),
             batch.slots_T.shape[0],
-            self._kv.layout.block_size,
+            size,
         )
         return NativeMetadata(step, ctypes.addressof(step), owned)
 
     def attend_as(self, layer: int, metadata: NativeMetadata) -> None:
-        """Let compiled code on this thread attend as this layer from now on."""
+        """Let the next compiled block on this thread attend as this layer."""
         self._library.attend_with(metadata.address, self._keys[layer], self._values[layer])
 
     def forward(
@@ -184,12 +219,21 @@ class NativeBackend:
         metadata: NativeMetadata,
     ) -> Tensor:
         """See `AttentionBackend.forward`."""
-        self.attend_as(layer, metadata)
         num_heads, num_tokens, num_channels = queries_HTC.shape
+        kv_shape = (self._kv.layout.num_kv_heads, num_tokens, num_channels)
+        fits = keys_HTC.shape == values_HTC.shape == kv_shape
+        fits = fits and num_tokens == metadata.step.num_tokens
+        if not fits or not queries_HTC.dtype == keys_HTC.dtype == values_HTC.dtype == torch.float32:
+            raise ValueError(
+                f"queries {tuple(queries_HTC.shape)}, keys {tuple(keys_HTC.shape)} and values "
+                f"{tuple(values_HTC.shape)} do not belong to a float32 step of "
+                f"{metadata.step.num_tokens} tokens"
+            )
         queries, keys, values = (
             x if x.stride(2) == 1 else x.contiguous() for x in (queries_HTC, keys_HTC, values_HTC)
         )
         output_THC = queries.new_empty(num_tokens, num_heads, num_channels)
+        self.attend_as(layer, metadata)
         failed = self._library.attend(
             *(queries.data_ptr(), num_heads, queries.stride(0), queries.stride(1)),
             *(keys.data_ptr(), keys.shape[0], keys.stride(0), keys.stride(1)),
@@ -202,18 +246,27 @@ class NativeBackend:
         return output_THC
 
 
-def _native_span(span: AttentionSpan, owned: list[Any]) -> _Span:
+def _native_span(span: AttentionSpan, block_size: int, owned: list[Any]) -> _Span:
     """The span as the library reads it; adds to `owned` what it points to."""
-    table = (_Long * len(span.block_table))(*span.block_table)
+    num_blocks = -(-span.num_slots // block_size)
+    table = array("q", span.block_table[:num_blocks])
+    mask_QS, depths_S = span.ancestor_mask_QS, span.depths_S
+    num_own = span.num_slots - span.context_len
+    if (
+        len(table) < num_blocks
+        or (mask_QS is not None and mask_QS.shape != (span.num_queries, num_own))
+        or (depths_S is not None and depths_S.shape != (num_own,))
+    ):
+        raise ValueError(f"a span's blocks, mask or depths do not belong together: {span}")
     owned.append(table)
     return _Span(
         span.start,
         span.num_queries,
         span.context_len,
         span.num_slots,
-        ctypes.addressof(table),
-        _address_of(span.ancestor_mask_QS, torch.bool, owned),
-        _address_of(span.depths_S, torch.int64, owned),
+        table.buffer_info()[0],
+        _address_of(mask_QS, torch.bool, owned),
+        _address_of(depths_S, torch.int64, owned),
     )
 
 

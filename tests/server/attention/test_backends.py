@@ -23,7 +23,7 @@ from server.model.tree_attention import NativeBackend
 from tests.own_code import own_attention
 
 BLOCK_SIZE = 4
-HEAD_DIM = 8
+HEAD_DIM = 24
 SCALING = 0.37
 
 

@@ -3,16 +3,25 @@
 `test_backends` compares what it computes with the definition.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from server.attention.backend import AttentionBatch, AttentionSpan
+from server.config import EngineConfig
+from server.engine.parts import build_parts
+from server.errors import CompilationError
 from server.kv.kv_cache import KVCache, KVLayout
+from server.model import native_library
 from server.model.tree_attention import NativeBackend, TreeAttention, can_attend
 from tests.own_code import own_attention
+from tests.tiny_models import save_tiny_model
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 6, 2, 24, 4
 LAYOUT = KVLayout(1, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, torch.float32, torch.device("cpu"))
@@ -134,9 +143,16 @@ def test_tensors_may_lie_in_memory_in_any_order(library: TreeAttention) -> None:
     assert torch.equal(found, expected)
 
 
-def test_long_contexts_and_large_scores_are_exact_enough(library: TreeAttention) -> None:
+@pytest.mark.parametrize(
+    ("factor", "tolerance"),
+    [(30.0, 1e-3), (1.0, 1e-5), (0.05, 1e-5)],
+    ids=["sharp", "mixed", "flat"],
+)
+def test_long_contexts_are_exact_enough(
+    library: TreeAttention, factor: float, tolerance: float
+) -> None:
     text = Text(3000)
-    text.keys_GTC *= 30.0
+    text.keys_GTC *= factor
     steps = Steps(library, [list(range(750))])
     steps.run([(text, list(range(2990)), 0)], [None])
     (found,) = steps.run([(text, list(range(2990, 3000)), 2990)], [None])
@@ -147,7 +163,7 @@ def test_long_contexts_and_large_scores_are_exact_enough(library: TreeAttention)
     scores = text.queries_HTC[:, 2990:].double() @ keys.transpose(1, 2) * 0.2
     scores.masked_fill_(torch.ones(10, 3000).triu(2991).bool(), float("-inf"))
     expected = (scores.softmax(-1) @ values).transpose(0, 1)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(
@@ -162,3 +178,116 @@ def test_long_contexts_and_large_scores_are_exact_enough(library: TreeAttention)
 def test_what_it_can_attend_with(dtype: torch.dtype, head_dim: int, expected: bool) -> None:
     layout = KVLayout(1, 2, head_dim, 16, dtype, torch.device("cpu"))
     assert can_attend(layout) == expected
+
+
+def test_more_heads_of_a_group_than_lanes(library: TreeAttention) -> None:
+    layout = KVLayout(1, 1, 8, 4, torch.float32, torch.device("cpu"))
+    backend = NativeBackend(KVCache(layout, 2), library)
+    queries_HTC, keys_GTC, values_GTC = (
+        torch.randn(20, 5, 8),
+        torch.randn(1, 5, 8),
+        torch.randn(1, 5, 8),
+    )
+    batch = AttentionBatch(
+        (AttentionSpan(0, 5, 0, [1, 0], None, None),), torch.tensor([4, 5, 6, 7, 0])
+    )
+    output_THC = backend.forward(
+        queries_HTC, keys_GTC, values_GTC, 0, 0.3, None, backend.prepare(batch)
+    )
+    expected_HTC = F.scaled_dot_product_attention(
+        queries_HTC, keys_GTC, values_GTC, is_causal=True, scale=0.3, enable_gqa=True
+    )
+    torch.testing.assert_close(output_THC, expected_HTC.transpose(0, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_threads_attend_with_their_own_steps(library: TreeAttention) -> None:
+    texts = [Text(30, seed) for seed in range(4)]
+    expected = [one_by_one(library, text, None) for text in texts]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda text: one_by_one(library, text, None), texts * 4))
+    assert all(torch.equal(found[i], expected[i % 4]) for i in range(16))
+
+
+def test_what_does_not_belong_together_is_refused(library: TreeAttention) -> None:
+    backend = NativeBackend(KVCache(LAYOUT, 4), library)
+    with pytest.raises(ValueError, match="blocks, mask or depths do not belong together"):
+        backend.prepare(
+            AttentionBatch((AttentionSpan(0, 9, 0, [0, 1], None, None),), torch.arange(9))
+        )
+    wide = torch.ones(3, 4, dtype=torch.bool)
+    with pytest.raises(ValueError, match="blocks, mask or depths do not belong together"):
+        backend.prepare(AttentionBatch((AttentionSpan(0, 2, 0, [0], wide, None),), torch.arange(2)))
+    text = Text(4)
+    span = AttentionSpan(0, 3, 0, [0], None, None)
+    metadata = backend.prepare(AttentionBatch((span,), torch.arange(3)))
+    rows = (text.queries_HTC, text.keys_GTC, text.values_GTC)
+    with pytest.raises(ValueError, match="do not belong to a float32 step of 3 tokens"):
+        backend.forward(*rows, 0, 0.2, None, metadata)
+    queries, keys, values = (x[:, :3].double() for x in rows)
+    with pytest.raises(ValueError, match="do not belong to a float32 step of 3 tokens"):
+        backend.forward(queries, keys, values, 0, 0.2, None, metadata)
+
+
+def test_a_cache_that_it_does_not_take_is_refused(library: TreeAttention) -> None:
+    layout = KVLayout(1, 2, 20, 4, torch.float32, torch.device("cpu"))
+    with pytest.raises(ValueError, match="with 20 channels per head; give float32 on cpu"):
+        NativeBackend(KVCache(layout, 1), library)
+
+
+@pytest.mark.parametrize(
+    ("options", "is_own"),
+    [
+        ({"compile": "auto"}, True),
+        ({"compile": "off"}, False),
+        ({"compile": "auto", "dtype": "bfloat16"}, False),
+    ],
+)
+def test_an_engine_attends_by_it_where_it_may_compile(
+    library: TreeAttention,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    is_own: bool,
+) -> None:
+    monkeypatch.setattr("server.engine.parts.compile_blocks", lambda *args: None)
+    config = EngineConfig(
+        model=str(save_tiny_model("llama", tmp_path)), device="cpu", num_blocks=16, **options
+    )
+    parts = build_parts(config, lambda line: None)
+    assert isinstance(parts.runner._backend, NativeBackend) == is_own
+
+
+def test_an_engine_without_it_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.engine.parts.compile_blocks", lambda *args: None)
+    monkeypatch.setattr(native_library, "cpu_features", lambda: "flags : sse")
+    lines: list[str] = []
+    config = EngineConfig(
+        model=str(save_tiny_model("llama", tmp_path)),
+        device="cpu",
+        num_blocks=16,
+        compile="auto",
+        heads="none",
+    )
+    build_parts(config, lines.append)
+    assert "without our own attention, which is faster: this CPU has no avx512f" in lines
+
+
+def test_a_model_whose_blocks_do_not_compile_with_it_is_compiled_without(
+    library: TreeAttention, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[bool] = []
+
+    def compile_blocks(model: object, report: object, attention: object = None) -> None:
+        tried.append(attention is not None)
+        if attention is not None:
+            raise CompilationError("a block is too strange")
+
+    monkeypatch.setattr("server.engine.parts.compile_blocks", compile_blocks)
+    lines: list[str] = []
+    config = EngineConfig(
+        model=str(save_tiny_model("llama", tmp_path)), device="cpu", num_blocks=16, compile="on"
+    )
+    parts = build_parts(config, lines.append)
+    assert tried == [True, False]
+    assert parts.is_compiled
+    assert "compiling again for attention by way of Python: a block is too strange" in lines
