@@ -9,6 +9,7 @@ from server.engine.planner import HeadGate, Pace, Plan, StepRequest, Worth, plan
 from server.engine.sequence import Sequence
 
 _PRICE_FADING = 0.1
+_SHARE_FADING = 0.02
 _MAX_LEAST_VALUE = 0.1
 
 
@@ -98,6 +99,7 @@ class _Load:
 
     gate: HeadGate = field(default_factory=HeadGate)
     pace: Pace = field(default_factory=Pace)
+    prompt_share: float = 0.0
 
 
 class PlannedSizes:
@@ -136,13 +138,15 @@ class PlannedSizes:
             StepLoad(num_roots, sum(sequence.num_computed_tokens for sequence in decoding)),
             request,
             self._costs.draft_seconds(num_headed) if num_headed else 0.0,
-            Worth(learned.pace.speed, self._latency_weight),
+            Worth(learned.pace.speed, self._latency_weight, learned.prompt_share),
         )
         # Requests that want no drafts would make time look cheap to the next one that does.
         if any(sequence.sources.any for sequence in decoding):
             learned.pace.note(plan)
+            has_prompts = request.num_prompt_tokens > 0
+            learned.prompt_share += _SHARE_FADING * (has_prompts - learned.prompt_share)
         if any(sequence.sources.heads is not None for sequence in decoding):
-            learned.gate.note(num_headed > 0, plan.num_tokens / plan.seconds)
+            learned.gate.note(num_headed > 0, plan.gain)
         self._node_price += _PRICE_FADING * (plan.node_price - self._node_price)
         self._foretell(values, plan)
         return list(plan.sizes)

@@ -142,6 +142,36 @@ class TestPlanTrees:
     def test_prompt_tokens_leave_drafts_that_still_pay(self) -> None:
         assert sizes([[0.5, 0.4]], FLAT, num_prompt_tokens=8) == (3,)
 
+    def test_beside_endless_prompts_a_node_must_be_worth_half_a_token(self) -> None:
+        own = [0.9, 0.7, 0.55, 0.45, 0.3]
+        request = StepRequest(num_prompt_tokens=8, max_draft_tokens=100)
+        taken = [
+            plan_trees([own], StepCosts(LINEAR), load(1), request, 0.0, Worth(0.01, 0.0, share))
+            for share in (0.0, 0.5, 1.0)
+        ]
+        assert [plan.sizes for plan in taken] == [(6,), (6,), (4,)]
+        # And never less than without prompts.
+        worth = Worth(5.0, 0.0, 1.0)
+        assert plan_trees([own], StepCosts(LINEAR), load(1), request, 0.0, worth).sizes == (1,)
+        free = plan_trees([own], StepCosts(FLAT), load(1), request, 0.0, Worth(0.01, 0.0, 1.0))
+        assert free.sizes == (6,)
+
+    @pytest.mark.parametrize("num_prompt_tokens", [0, 4])
+    def test_the_gain_is_what_drafts_bring_beyond_their_seconds(
+        self, num_prompt_tokens: int
+    ) -> None:
+        request = StepRequest(num_prompt_tokens, 100)
+        costs, pace, draft_s = StepCosts(LINEAR), 0.3, 0.5
+        plan = plan_trees([[0.9, 0.8, 0.1]], costs, load(1), request, draft_s, Worth(pace))
+        num_drafts = plan.sizes[0] - 1
+        first = 1 + num_prompt_tokens
+        seconds = costs.seconds(first + num_drafts, load(1)) - costs.seconds(first, load(1))
+        tokens = sum([0.9, 0.8, 0.1][:num_drafts])
+        assert plan.gain == pytest.approx(tokens - pace * (seconds + draft_s))
+        # Nothing drafted, nothing gained.
+        idle = plan_trees([[]], costs, load(1), request, 0.0, Worth(pace))
+        assert idle.gain == 0.0
+
     def test_a_dear_draft_asks_for_larger_trees_or_none(self) -> None:
         own = list(accumulate([0.5] * 8, lambda value, rate: value * rate))
         assert sizes([own], COSTS, draft_s=30.0)[0] >= sizes([own], COSTS)[0]
@@ -154,21 +184,21 @@ class TestPace:
     def test_follows_what_steps_make_in_all_and_not_their_mean_speed(self) -> None:
         pace = Pace()
         for _ in range(500):
-            pace.note(Plan((1,), 1.0, 1.0, 0.0))
-            pace.note(Plan((1,), 6.0, 2.0, 0.0))
+            pace.note(Plan((1,), 1.0, 1.0, 0.0, 0.0))
+            pace.note(Plan((1,), 6.0, 2.0, 0.0, 0.0))
         assert pace.speed == pytest.approx(7.0 / 3.0, rel=0.02)
         for _ in range(500):
-            pace.note(Plan((1,), 5.0, 1.0, 0.0))
+            pace.note(Plan((1,), 5.0, 1.0, 0.0, 0.0))
         assert pace.speed == pytest.approx(5.0, rel=0.01)
 
 
 class TestHeadGate:
     @staticmethod
-    def run(gate: HeadGate, speed_with: float, speed_without: float, num_steps: int) -> list[bool]:
+    def run(gate: HeadGate, gain_with: float, gain_without: float, num_steps: int) -> list[bool]:
         taken = []
         for _ in range(num_steps):
             is_open = gate.is_open()
-            gate.note(is_open, speed_with if is_open else speed_without)
+            gate.note(is_open, gain_with if is_open else gain_without)
             taken.append(is_open)
         return taken
 
