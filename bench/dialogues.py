@@ -7,8 +7,8 @@ from bench.conversations import Conversation
 from bench.errors import BenchError
 from bench.tracing import Trace, run_requests
 from server.config import SamplingParams, SpeculationParams
+from server.core.request import Request
 from server.engine.engine import Engine
-from server.engine.request import Request
 from server.errors import InvalidRequestError
 from server.tokenizer import Tokenizer
 

@@ -33,8 +33,8 @@ from bench.workload import (
     speculation_on,
 )
 from server.config import SamplingParams, SpeculationParams
+from server.core.request import Request
 from server.engine.engine import Engine
-from server.engine.request import Request
 
 TEMPERATURE = 0.8
 _SEEDS_PER_LINE = 1000

@@ -9,9 +9,9 @@ from unittest.mock import patch
 from bench.errors import BenchError
 from bench.load import Chunk, GapFigures, Percentiles, gap_figures, percentiles_ms
 from bench.stopwatch import device_waiter
+from server.core.request import Request, RequestOutput
+from server.core.step import StepEntry
 from server.engine.engine import Engine
-from server.engine.request import Request, RequestOutput
-from server.engine.scheduler import ScheduledSequence
 
 # Steps in which the streams' trees come into use before anything is measured.
 _SETTLING_STEPS = 4
@@ -157,7 +157,7 @@ def _recorded_chunks(engine: Engine) -> Iterator[list[int]]:
     schedule = scheduler.schedule
     chunk_tokens: list[int] = []
 
-    def recorded() -> list[ScheduledSequence]:
+    def recorded() -> list[StepEntry]:
         plan = schedule()
         chunk_tokens.extend(item.num_tokens for item in plan if not item.is_decoding)
         return plan

@@ -8,7 +8,7 @@ from bench.dialogues import Turn
 from bench.reference import ReferenceModel
 from bench.ties import TIE_GAP, first_difference, greedy_gap, sampled_gap
 from server.config import SamplingParams
-from server.engine.uniform import uniform
+from server.sampling.uniform import uniform
 
 CheckName = Literal["greedy_vs_transformers", "greedy_on_vs_off", "sampled_on_vs_off"]
 Output = Sequence[int]

@@ -26,8 +26,8 @@ from bench.workload import (
     load_workload,
     speculation_on,
 )
+from server.core.request import Request
 from server.engine.engine import Engine
-from server.engine.request import Request
 
 FORWARD, DRAFT, OTHER = "forward", "draft", "other"
 _ENGINE_FUNCTIONS = {"build_batch": "batch", "verify": "verify", "emit": "emit"}

@@ -47,9 +47,9 @@ from bench.workload import (
     speculation_off,
     speculation_on,
 )
+from server.cache import cache_dir
 from server.engine.engine import Engine
 from server.model.builtin import SMOLLM2, builtin_gguf
-from server.model.cache import cache_dir
 from server.model.source import resolve_model
 
 OURS = "auto"

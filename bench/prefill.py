@@ -35,8 +35,8 @@ from bench.workload import (
     speculation_on,
 )
 from server.config import SamplingParams, SpeculationParams
+from server.core.request import Request
 from server.engine.engine import Engine
-from server.engine.request import Request
 
 _FOLLOW_UP = "Say the same in one sentence."
 # Of the second turn only the first token is of interest.

@@ -36,8 +36,8 @@ from bench.workload import (
 )
 from server.attention.backend import AttentionBatch, AttentionSpan
 from server.config import SpeculationParams
-from server.engine.batch import StepBatch
 from server.engine.engine import Engine
+from server.executor.batch import StepBatch
 
 STEP_SIZES = (1, 2, 4, 8, 16, 32, 64)
 CONTEXT_LEN = 256

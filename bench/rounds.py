@@ -15,7 +15,7 @@ from bench.options import LoadOptions
 from bench.targets import Target
 from server.config import SpeculationParams
 from server.engine.engine import Engine
-from server.engine.tree_sizes import Foresight
+from server.speculation.tree_sizes import Foresight
 
 Arm = Literal["auto", "off"]
 _ARMS: tuple[Arm, ...] = ("auto", "off")

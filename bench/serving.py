@@ -33,7 +33,7 @@ from bench.workload import (
 from server.config import SpeculationParams
 from server.engine.engine import Engine
 from server.engine.own_thread import in_own_thread
-from server.engine.tree_sizes import Foresight
+from server.speculation.tree_sizes import Foresight
 
 
 @dataclass(frozen=True, slots=True)

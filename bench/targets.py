@@ -14,9 +14,9 @@ from server.api.app import create_app
 from server.api.config import ApiConfig, ServerConfig
 from server.api.serving import Server, listen
 from server.config import SamplingParams, SpeculationParams
+from server.core.request import RequestOutput
 from server.engine.async_engine import AsyncEngine
 from server.engine.engine import Engine
-from server.engine.request import RequestOutput
 from server.tokenizer import Tokenizer
 
 _POLL_S = 0.01

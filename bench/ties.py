@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from server.config import SamplingParams
-from server.engine.logits import filter_logits
+from server.sampling.logits import filter_logits
 
 TIE_GAP = 1e-3
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from statistics import median
 
 from bench.tracing import Trace, make_trace
+from server.core.request import Request, RequestOutput
 from server.engine.engine import Engine
-from server.engine.request import Request, RequestOutput
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,8 @@ and is none.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from server.core.request import FinishReason, Request, RequestOutput, SpecDecodeStats
 from server.engine.engine import Engine
-from server.engine.request import FinishReason, Request, RequestOutput, SpecDecodeStats
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from server.api.config import ApiConfig, ServerConfig, installed_version
 from server.config import METHODS, EngineConfig, SamplingParams, SpeculationParams
-from server.engine.request import Request, RequestOutput
+from server.core.request import Request, RequestOutput
 from server.errors import (
     ConfigError,
     EuryaleError,

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from heads.mtp import MTPModule
-from server.model.attention_hook import AttentionContext
+from server.attention.hook import AttentionContext
 from server.model.decoder_block import DecoderBlock
 from training.dataset import Document
 from training.examples import NO_LABEL

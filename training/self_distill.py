@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from server.config import Method, SamplingParams, SpeculationParams
+from server.core.request import Request, RequestOutput
 from server.engine.engine import Engine
-from server.engine.request import Request, RequestOutput
 from server.errors import InvalidRequestError
 from training.distilled import AssistantTurn, DistilledConversation, Sampling
 from training.prompts import Prompts

@@ -20,8 +20,8 @@ from server.api.schemas.generation import MAX_CHOICES, FinishReasonName, Generat
 from server.api.schemas.usage import Usage
 from server.api.sse import DONE, event
 from server.api.usage import usage_of
+from server.core.request import Request, RequestOutput, TokenLogprob
 from server.engine.async_engine import AsyncEngine
-from server.engine.request import Request, RequestOutput, TokenLogprob
 from server.errors import EngineStoppedError, InvalidRequestError
 
 

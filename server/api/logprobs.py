@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from server.api.schemas.chat import ChatLogprobs, ChatTokenLogprob, TokenAlternative
 from server.api.schemas.completions import CompletionLogprobs
 from server.api.token_texts import TokenTexts
-from server.engine.request import TokenLogprob
+from server.core.request import TokenLogprob
 
 # JSON has no infinity; OpenAI writes this for tokens that cannot occur.
 _LOWEST = -9999.0

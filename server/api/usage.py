@@ -8,7 +8,7 @@ from server.api.schemas.usage import (
     SpeculationUsage,
     Usage,
 )
-from server.engine.request import RequestOutput, SpecDecodeStats
+from server.core.request import RequestOutput, SpecDecodeStats
 
 
 def usage_of(last_outputs: Sequence[RequestOutput], num_choices: int) -> Usage:

@@ -17,8 +17,8 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
+from server.core.request import Request, RequestOutput
 from server.engine.engine import Engine
-from server.engine.request import Request, RequestOutput
 from server.errors import EngineStoppedError, EuryaleError, InvalidRequestError, QueueFullError
 from server.metrics import EngineMetrics
 

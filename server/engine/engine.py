@@ -14,21 +14,22 @@ import torch
 from torch import Tensor
 
 from server.config import EngineConfig
-from server.engine.batch import build_batch
-from server.engine.completion import Completion, join_outputs
-from server.engine.cost_model import StepLoad
-from server.engine.logits import make_adjuster
-from server.engine.model_runner import TargetOutput
-from server.engine.output import Emission, emit, request_output, token_logprobs
-from server.engine.parts import EngineParts, build_parts
-from server.engine.request import (
+from server.core.completion import Completion, join_outputs
+from server.core.request import (
     Request,
     RequestOutput,
 )
-from server.engine.scheduler import ScheduledSequence, Scheduler
-from server.engine.sequence import DraftSources, Sequence, acceptance_rule, request_seed
-from server.engine.text import TextStream
-from server.engine.verify import Verdict, verify
+from server.core.sequence import DraftSources, Sequence, acceptance_rule, request_seed
+from server.core.step import StepEntry
+from server.core.text import TextStream
+from server.engine.build import EngineParts, build_parts
+from server.engine.output import Emission, emit, request_output, token_logprobs
+from server.engine.scheduler import Scheduler
+from server.executor.batch import build_batch
+from server.executor.model_runner import TargetOutput
+from server.sampling.logits import make_adjuster
+from server.sampling.verify import Verdict, verify
+from server.speculation.cost_model import StepLoad
 
 # Gets a request's tokens, and the base model's hidden states of all of them but the last.
 OnHidden = Callable[[Seq[int], Tensor], None]
@@ -211,7 +212,7 @@ class Engine:
                 pieces[output.request_id].append(output)
         return [join_outputs(pieces[request.request_id]) for request in requests]
 
-    def _prepare(self, plan: Seq[ScheduledSequence]) -> None:
+    def _prepare(self, plan: Seq[StepEntry]) -> None:
         """Build the tensors of sequences that run for the first time; queued ones need none."""
         for item in plan:
             sequence = item.sequence
@@ -227,7 +228,7 @@ class Engine:
             )
             self.speculator.prepare(sequence)
 
-    def _compact(self, items: Seq[ScheduledSequence], verdicts: Seq[Verdict]) -> None:
+    def _compact(self, items: Seq[StepEntry], verdicts: Seq[Verdict]) -> None:
         """Move the KV of accepted nodes that do not already lie at their positions."""
         size = self.config.block_size
         sources: list[int] = []
@@ -242,7 +243,7 @@ class Engine:
                     targets.append(table[target // size] * size + target % size)
         self._runner.compact(sources, targets)
 
-    def _advance(self, plan: Seq[ScheduledSequence], verdicts: Seq[Verdict]) -> None:
+    def _advance(self, plan: Seq[StepEntry], verdicts: Seq[Verdict]) -> None:
         """Count what is computed now; all committed tokens but the bonus token have KV."""
         accepted = iter(verdicts)
         for item in plan:
@@ -257,7 +258,7 @@ class Engine:
 
     def _learn(
         self,
-        plan: Seq[ScheduledSequence],
+        plan: Seq[StepEntry],
         verdicts: Seq[Verdict],
         emissions: Seq[Emission],
         step_s: float,
@@ -280,7 +281,7 @@ class Engine:
 
     def _propose(
         self,
-        plan: Seq[ScheduledSequence],
+        plan: Seq[StepEntry],
         verdicts: Seq[Verdict],
         emissions: Seq[Emission],
         target: TargetOutput,
@@ -308,7 +309,7 @@ class Engine:
         if rooted or prefilling:
             self.speculator.propose(rooted, target.hidden_SD[rows], prefilling, num_decoding)
 
-    def _count(self, plan: Seq[ScheduledSequence], emissions: Seq[Emission]) -> None:
+    def _count(self, plan: Seq[StepEntry], emissions: Seq[Emission]) -> None:
         counters = self.counters
         counters.num_steps += 1
         counters.num_preemptions = self._scheduler.num_preemptions
@@ -322,7 +323,7 @@ class Engine:
 
     def _outputs(
         self,
-        items: Seq[ScheduledSequence],
+        items: Seq[StepEntry],
         verdicts: Seq[Verdict],
         emissions: Seq[Emission],
         target: TargetOutput,

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from server.engine.request import FinishReason, RequestOutput, TokenLogprob
-from server.engine.scheduler import ScheduledSequence
-from server.engine.sequence import Sequence
-from server.engine.verify import Verdict
+from server.core.request import FinishReason, RequestOutput, TokenLogprob
+from server.core.sequence import Sequence
+from server.core.step import StepEntry
+from server.sampling.verify import Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Emission:
 
 
 def emit(
-    item: ScheduledSequence, verdict: Verdict, eos_token_ids: frozenset[int], max_len: int
+    item: StepEntry, verdict: Verdict, eos_token_ids: frozenset[int], max_len: int
 ) -> Emission:
     """Append a verdict's tokens to the sequence and its text until a stop condition holds."""
     sequence, tree = item.sequence, item.drafts.tree

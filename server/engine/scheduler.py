@@ -8,39 +8,15 @@ refused before they are queued, so every request ends.
 
 from collections import deque
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 
 from heads.candidates import DraftTokens
 from heads.tree import DraftTree
 from server.config import EngineConfig
-from server.engine.planner import StepRequest
-from server.engine.sequence import Sequence
-from server.engine.speculator import Speculator
+from server.core.sequence import Sequence
+from server.core.step import StepEntry
 from server.kv.block_manager import BlockManager, block_digest
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduledSequence:
-    """A sequence's share of a step: committed tokens, then the draft tree's nodes.
-
-    Attributes:
-        num_committed: Committed tokens computed in this step; the last one is the tree's root if
-            `is_verified`.
-        drafts: The tree below the root; root only for prompts.
-        is_verified: Whether the step reaches the last committed token, so that tokens are drawn.
-        is_decoding: Whether this is a verify step rather than the end of a prompt.
-    """
-
-    sequence: Sequence
-    num_committed: int
-    drafts: DraftTokens
-    is_verified: bool
-    is_decoding: bool
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that the sequence puts into the step."""
-        return self.num_committed + self.drafts.tree.num_nodes - 1
+from server.speculation.planner import StepRequest
+from server.speculation.speculator import Speculator
 
 
 class Scheduler:
@@ -66,7 +42,7 @@ class Scheduler:
             self.waiting.remove(sequence)
         self._release(sequence)
 
-    def schedule(self) -> list[ScheduledSequence]:
+    def schedule(self) -> list[StepEntry]:
         """Choose the next step's tokens and reserve their blocks.
 
         Returns:
@@ -74,7 +50,7 @@ class Scheduler:
         """
         decoding = [sequence for sequence in self.running if sequence.is_decoding]
         sizes = self._tree_sizes(decoding)
-        plan: list[ScheduledSequence] = []
+        plan: list[StepEntry] = []
         # At least one token is left while a sequence prefills: the budget covers all sequences.
         prefill_budget = self._prefill_budget(sum(sizes.values()))
         for sequence in list(self.running):
@@ -121,14 +97,14 @@ class Scheduler:
 
     def _plan_running(
         self, sequence: Sequence, num_nodes: int, prefill_budget: int
-    ) -> ScheduledSequence | None:
+    ) -> StepEntry | None:
         if sequence.is_decoding:
             drafts = self._drafts(sequence, num_nodes)
             if not self._try_reserve(sequence, drafts.tree.num_nodes):
                 drafts = root_only(sequence)
                 if not self._reserve_or_preempt(sequence, 1):
                     return None
-            return ScheduledSequence(sequence, 1, drafts, is_verified=True, is_decoding=True)
+            return StepEntry(sequence, 1, drafts, is_verified=True, is_decoding=True)
         num_tokens = min(sequence.num_uncomputed_tokens, prefill_budget)
         if num_tokens < 1 or not self._reserve_or_preempt(sequence, num_tokens):
             return None
@@ -144,7 +120,7 @@ class Scheduler:
             return root_only(sequence)
         return sequence.proposal.limited(size, depth)
 
-    def _admit(self, plan: list[ScheduledSequence], prefill_budget: int) -> None:
+    def _admit(self, plan: list[StepEntry], prefill_budget: int) -> None:
         while self.waiting and prefill_budget > 0 and len(self.running) < self._config.max_num_seqs:
             sequence = self.waiting[0]
             table, digests = self._blocks.acquire_prefix(sequence.token_ids)
@@ -168,8 +144,8 @@ class Scheduler:
             prefill_budget -= num_tokens
 
     @staticmethod
-    def _prefill(sequence: Sequence, num_tokens: int) -> ScheduledSequence:
-        return ScheduledSequence(
+    def _prefill(sequence: Sequence, num_tokens: int) -> StepEntry:
+        return StepEntry(
             sequence,
             num_tokens,
             root_only(sequence),

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from shutil import copyfileobj
 
+from server.cache import partial_directory
 from server.errors import ModelError
-from server.model.cache import partial_directory
 from server.model.progress import download_bar
 
 _POLL_S = 0.1

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from server.attention.hook import ATTENTION_NAME, AttentionContext, register_attention
 from server.errors import ModelError
-from server.model.attention_hook import ATTENTION_NAME, AttentionContext, register_attention
 
 
 class DecoderBlock:

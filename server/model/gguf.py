@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from server.cache import partial_directory
 from server.errors import ModelError
-from server.model.cache import partial_directory
 from server.model.progress import note, quiet_transformers
 from server.model.weights import LOAD_ERRORS, load_weights
 

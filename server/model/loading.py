@@ -18,11 +18,11 @@ from transformers import (
 )
 
 from heads.checkpoint import BaseFingerprint
+from server.cpu.int8_kernel import Int8Kernel
+from server.cpu.int8_linear import can_quantize, quantize_linears
+from server.cpu.packed_linear import pack_linears
 from server.errors import ConfigError, ModelError
 from server.model.adapter import merge_adapter_of
-from server.model.int8_kernel import Int8Kernel
-from server.model.int8_linear import can_quantize, quantize_linears
-from server.model.packed_linear import pack_linears
 from server.model.progress import quiet_transformers
 from server.model.source import resolve_model
 from server.model.support import check_config, probe_model

@@ -19,8 +19,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from server.attention.hook import UNSUPPORTED_KEYWORDS
 from server.errors import ModelError
-from server.model.attention_hook import UNSUPPORTED_KEYWORDS
 
 _PROBE_NAME = "euryale_probe"
 _PROBE_LEN = 2

@@ -4,8 +4,8 @@ import pytest
 
 from server.config import EngineConfig
 from server.engine.engine import Engine
-from tests.tiny_heads import save_tiny_heads
-from tests.tiny_models import save_tiny_model
+from tests.support.tiny_heads import save_tiny_heads
+from tests.support.tiny_models import save_tiny_model
 
 
 @pytest.fixture(scope="session")

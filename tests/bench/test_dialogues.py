@@ -9,11 +9,11 @@ from bench.dialogues import (
     skip_if_too_long,
 )
 from server.config import SamplingParams, SpeculationParams
+from server.core.request import Request
 from server.engine.engine import Engine
-from server.engine.request import Request
 from server.errors import InvalidRequestError
 from tests.bench.traces import make_conversation
-from tests.tiny_models import BOS_TOKEN, EOS_TOKEN, MAX_MODEL_LEN
+from tests.support.tiny_models import BOS_TOKEN, EOS_TOKEN, MAX_MODEL_LEN
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0)
 

@@ -7,9 +7,10 @@ from bench.errors import BenchError
 from bench.interference import Interference, Streams, measure_interference, time_chunks
 from bench.load import GapFigures, Percentiles
 from server.config import EngineConfig, SamplingParams, SpeculationParams
+from server.core.request import Request
+from server.core.step import StepEntry
 from server.engine.engine import Engine
-from server.engine.request import Request
-from server.engine.scheduler import ScheduledSequence, Scheduler
+from server.engine.scheduler import Scheduler
 
 LONG = tuple(range(10, 110))
 OTHER = tuple(range(200, 300))
@@ -48,12 +49,12 @@ def streams_of(speculation: SpeculationParams = PLAIN) -> list[Request]:
 
 
 @pytest.fixture
-def plans(monkeypatch: pytest.MonkeyPatch) -> list[list[ScheduledSequence]]:
+def plans(monkeypatch: pytest.MonkeyPatch) -> list[list[StepEntry]]:
     """What the engine scheduled, as the scheduler itself tells."""
-    seen: list[list[ScheduledSequence]] = []
+    seen: list[list[StepEntry]] = []
     schedule = Scheduler.schedule
 
-    def noted(self: Scheduler) -> list[ScheduledSequence]:
+    def noted(self: Scheduler) -> list[StepEntry]:
         seen.append(schedule(self))
         return seen[-1]
 
@@ -72,7 +73,7 @@ def test_a_rise_is_of_the_95th_percentile() -> None:
 
 @pytest.mark.parametrize("speculation", [PLAIN, SpeculationParams()])
 def test_the_same_chunks_are_computed_beside_streams_and_alone(
-    speculation: SpeculationParams, cold: Engine, plans: list[list[ScheduledSequence]]
+    speculation: SpeculationParams, cold: Engine, plans: list[list[StepEntry]]
 ) -> None:
     found = measure_interference(
         cold,
@@ -114,9 +115,7 @@ def test_no_part_of_a_long_prompt_is_cached(cold: Engine) -> None:
     assert cold.counters.num_cached_tokens == 0
 
 
-def test_chunks_alone_take_the_given_sizes(
-    cold: Engine, plans: list[list[ScheduledSequence]]
-) -> None:
+def test_chunks_alone_take_the_given_sizes(cold: Engine, plans: list[list[StepEntry]]) -> None:
     seconds = time_chunks(cold, endless("alone", LONG), (50, 1, 49))
     assert [[item.num_tokens for item in plan] for plan in plans] == [[50], [1], [49]]
     assert len(seconds) == 3

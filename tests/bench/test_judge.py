@@ -8,7 +8,7 @@ from bench.reference import ReferenceModel
 from bench.ties import TIE_GAP
 from server.config import SamplingParams
 from server.engine.engine import Engine
-from server.engine.uniform import uniform
+from server.sampling.uniform import uniform
 from tests.bench.traces import make_turn
 
 PROMPT = (5, 6, 7)

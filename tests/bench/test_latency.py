@@ -18,7 +18,7 @@ from bench.timing import Timing
 from server.config import SpeculationParams
 from server.engine.engine import Engine
 from tests.bench.traces import make_conversation, make_turn
-from tests.tiny_models import MAX_MODEL_LEN
+from tests.support.tiny_models import MAX_MODEL_LEN
 
 
 def run_of(seconds: float, num_steps: int = 10, token: int = 0) -> Run:

@@ -3,7 +3,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bench.limits import WeightTraffic, distinct_bytes, read_speed, weight_bytes
-from tests.tiny_models import TinyKind, tiny_config
+from tests.support.tiny_models import TinyKind, tiny_config
 
 
 def tiny_model(kind: TinyKind) -> PreTrainedModel:

@@ -1,7 +1,7 @@
 import pytest
 
 from bench.long_prompts import LongPrompts
-from tests.engine_tools import byte_tokenizer
+from tests.support.engine_tools import byte_tokenizer
 
 TEXTS = ("The euryale is a jellyfish.", "A draft tree has a root.", "Accepted tokens leave it.")
 

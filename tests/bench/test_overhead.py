@@ -4,8 +4,8 @@ import server.engine.engine as engine_module
 from bench.overhead import DRAFT, FORWARD, OTHER, StepLap, instrumented, summarise, time_steps
 from bench.stopwatch import Stopwatch
 from server.config import SamplingParams, SpeculationParams
+from server.core.request import Request
 from server.engine.engine import Engine
-from server.engine.request import Request
 
 GREEDY = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
 PROMPT = (5, 6, 7)

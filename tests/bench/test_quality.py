@@ -9,8 +9,8 @@ from bench.quality import Sample, compare, describe, distinct_share, text_nll
 from bench.reference import ReferenceModel
 from bench.timing import Timing
 from bench.tracing import StepSpan, Trace
+from server.core.request import SpecDecodeStats
 from server.engine.engine import Engine
-from server.engine.request import SpecDecodeStats
 
 
 def make_trace(token_ids: tuple[int, ...], prompt: tuple[int, ...] = (1,)) -> Trace:

@@ -7,9 +7,9 @@ from transformers import GenerationConfig
 from bench.errors import BenchError
 from bench.reference import ReferenceModel
 from server.config import SamplingParams
+from server.core.request import Request
+from server.cpu.packed_linear import PackedLinear
 from server.engine.engine import Engine
-from server.engine.request import Request
-from server.model.packed_linear import PackedLinear
 
 PROMPT = (1, 40, 50, 60)
 

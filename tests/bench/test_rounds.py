@@ -17,9 +17,9 @@ from bench.rounds import (
     num_runs,
 )
 from server.config import SpeculationParams
-from server.engine.cost_model import CostModel
+from server.speculation.cost_model import CostModel
 from tests.bench.traces import make_turn
-from tests.engine_tools import make_engine
+from tests.support.engine_tools import make_engine
 
 ARMS: dict[Arm, SpeculationParams] = {
     "auto": SpeculationParams(),

@@ -9,7 +9,7 @@ from bench.__main__ import main
 from bench.load import LoadFigures, Percentiles
 from bench.rounds import ArmRun, Campaign, Closed, Level, Open, RoundPair
 from bench.serving import one_line, planner_accuracy, summarise
-from server.engine.tree_sizes import Foresight
+from server.speculation.tree_sizes import Foresight
 
 
 def figures_of(speed: float, itl: float, ttft: float = 10.0) -> LoadFigures:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bench.ties import first_difference, greedy_gap, sampled_gap
 from server.config import SamplingParams
-from server.engine.logits import draw_tokens, filter_logits
+from server.sampling.logits import draw_tokens, filter_logits
 
 WARM = SamplingParams(temperature=0.8, seed=1)
 

@@ -2,8 +2,8 @@ import pytest
 
 from bench.timing import Timing, speed, speedup, time_request
 from server.config import SamplingParams, SpeculationParams
+from server.core.request import Request
 from server.engine.engine import Engine
-from server.engine.request import Request
 
 
 def test_a_request_splits_into_its_first_token_and_the_rest() -> None:

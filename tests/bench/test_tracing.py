@@ -10,8 +10,8 @@ from bench.tracing import (
     run_requests,
 )
 from server.config import SamplingParams, SpeculationParams
+from server.core.request import FinishReason, Request, RequestOutput, SpecDecodeStats
 from server.engine.engine import Engine
-from server.engine.request import FinishReason, Request, RequestOutput, SpecDecodeStats
 from server.errors import InvalidRequestError
 from tests.bench import traces
 

@@ -3,7 +3,7 @@
 from bench.conversations import Conversation
 from bench.dialogues import Turn
 from bench.tracing import StepSpan, Trace
-from server.engine.request import SpecDecodeStats
+from server.core.request import SpecDecodeStats
 
 
 def make_trace(

@@ -7,9 +7,9 @@ from openai import OpenAI
 
 from server.config import EngineConfig
 from server.engine.engine import Engine
-from tests.serving import RunningServer, running_server
-from tests.tiny_heads import save_tiny_heads
-from tests.tiny_models import save_tiny_model
+from tests.support.serving import RunningServer, running_server
+from tests.support.tiny_heads import save_tiny_heads
+from tests.support.tiny_models import save_tiny_model
 
 # Long enough that a request which is not aborted runs for seconds.
 MAX_MODEL_LEN = 2048

@@ -5,9 +5,9 @@ import pytest
 from openai import OpenAI
 
 from server.config import SamplingParams
+from server.core.request import Request
 from server.engine.engine import Engine
-from server.engine.request import Request
-from tests.serving import RunningServer, chat
+from tests.support.serving import RunningServer, chat
 
 USER = {"role": "user", "content": "Hello, who are you?"}
 LONG = {"ignore_eos": True}

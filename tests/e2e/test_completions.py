@@ -4,9 +4,9 @@ import pytest
 from openai import OpenAI
 
 from server.config import SamplingParams
+from server.core.request import Request
 from server.engine.engine import Engine
-from server.engine.request import Request
-from tests.serving import RunningServer, complete
+from tests.support.serving import RunningServer, complete
 
 LONG = {"ignore_eos": True}
 

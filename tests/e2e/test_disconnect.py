@@ -5,7 +5,7 @@ import httpx
 import pytest
 
 from server.engine.engine import Engine
-from tests.serving import RunningServer, running_server, wait_until
+from tests.support.serving import RunningServer, running_server, wait_until
 
 USER = {"role": "user", "content": "hi"}
 LONG = {"max_tokens": 1500, "ignore_eos": True}

@@ -7,7 +7,7 @@ from openai import OpenAI
 
 from server.api.config import ApiConfig
 from server.engine.engine import Engine
-from tests.serving import RunningServer, running_server
+from tests.support.serving import RunningServer, running_server
 
 USER = {"role": "user", "content": "hi"}
 

@@ -13,9 +13,9 @@ import openai
 import pytest
 
 from server.api.config import ServerConfig
+from server.core.request import RequestOutput
 from server.engine.engine import Engine
-from server.engine.request import RequestOutput
-from tests.serving import DEADLINE_S, complete, running_server, wait_until
+from tests.support.serving import DEADLINE_S, complete, running_server, wait_until
 
 LONG = {"ignore_eos": True}
 ROOT = Path(__file__).parents[2]

@@ -6,7 +6,7 @@ import pytest
 
 from server.api.config import ServerConfig
 from server.engine.engine import Engine
-from tests.serving import RunningServer, chat, complete, running_server, wait_until
+from tests.support.serving import RunningServer, chat, complete, running_server, wait_until
 
 LONG = {"ignore_eos": True}
 

@@ -10,7 +10,7 @@ from openai import OpenAI
 
 from server.config import EngineConfig
 from server.engine.engine import Engine
-from tests.serving import RunningServer, chat, complete, running_server
+from tests.support.serving import RunningServer, chat, complete, running_server
 
 NUM_TOKENS = 60
 # Characters that the tiny tokenizer never joins, so that an answer's tokens are those of its text.

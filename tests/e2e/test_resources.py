@@ -3,7 +3,7 @@ from openai import OpenAI
 
 from server.api.config import installed_version
 from server.engine.engine import Engine
-from tests.serving import RunningServer, complete
+from tests.support.serving import RunningServer, complete
 
 
 def test_the_served_model_is_listed_and_described(client: OpenAI, server: RunningServer) -> None:

@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 from server.api.config import ApiConfig, ServerConfig, installed_version
 from server.cli import app
 from server.config import EngineConfig, SamplingParams
+from server.core.request import Request
 from server.engine.engine import Engine
-from server.engine.request import Request
-from tests.tiny_heads import save_tiny_heads
-from tests.tiny_models import save_tiny_model
+from tests.support.tiny_heads import save_tiny_heads
+from tests.support.tiny_models import save_tiny_model
 
 TINY = ["--device", "cpu", "--dtype", "float32", "--num-threads", "1", "--num-blocks", "64"]
 ANSI = re.compile(r"\x1b\[[0-9;]*m")

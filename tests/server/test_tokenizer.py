@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from server.errors import InvalidRequestError
 from server.tokenizer import Tokenizer
-from tests.tiny_models import BOS_TOKEN, EOS_TOKEN, VOCAB_SIZE, tiny_tokenizer
+from tests.support.tiny_models import BOS_TOKEN, EOS_TOKEN, VOCAB_SIZE, tiny_tokenizer
 
 MakeTokenizer = Callable[[], Tokenizer]
 

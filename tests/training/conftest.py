@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from server.model.loading import LoadedModel, load_model
-from tests.tiny_models import save_tiny_model
+from tests.support.tiny_models import save_tiny_model
 from tests.training.corpora import PROMPT_LINES, write_lines
 from training.__main__ import main
 from training.hidden_states import HiddenStateEncoder

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tests.tiny_models import VOCAB_SIZE
+from tests.support.tiny_models import VOCAB_SIZE
 from training.dataset import Corpus, Document, Span
 
 PROMPT_LINES: list[dict[str, Any]] = [

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from server.model.loading import LoadedModel
-from tests.tiny_models import MAX_MODEL_LEN
+from tests.support.tiny_models import MAX_MODEL_LEN
 from tests.training.corpora import write_lines
 from training.answers import data_sha256, load_answers
 from training.data_source import open_data

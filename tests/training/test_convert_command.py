@@ -6,13 +6,13 @@ import torch
 
 from heads.medusa import MedusaHeads
 from server.config import EngineConfig, SamplingParams, SpeculationParams
-from server.engine.completion import Completion
+from server.core.completion import Completion
+from server.core.request import Request
 from server.engine.engine import Engine
-from server.engine.request import Request
 from server.model.draft_heads import load_draft_heads
 from server.model.loading import LoadedModel, load_model
 from server.model.native_mtp import load_native_mtp
-from tests.native_checkpoints import NATIVE_NAMES, NativeName, save_native
+from tests.support.native_checkpoints import NATIVE_NAMES, NativeName, save_native
 from training.__main__ import main
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tiny_models import VOCAB_SIZE
+from tests.support.tiny_models import VOCAB_SIZE
 from tests.training.corpora import corpus, document
 from training.conversation import TokenizedConversation
 from training.dataset import (

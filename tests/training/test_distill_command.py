@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.tiny_adapters import save_adapted_heads, save_tiny_adapter
+from tests.support.tiny_adapters import save_adapted_heads, save_tiny_adapter
 from tests.training.corpora import PROMPT_LINES, write_lines
 from training.__main__ import main
 from training.distilled import Manifest, Shard, manifest_path, read_distilled

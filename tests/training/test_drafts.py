@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.model.attention_hook import AttentionContext
+from server.attention.hook import AttentionContext
 from server.model.loading import LoadedModel
 from tests.training.corpora import corpus, document
 from tests.training.mtp_modules import make_module

@@ -8,8 +8,8 @@ from torch import Tensor
 from server.config import DtypeName
 from server.errors import ModelError
 from server.model.loading import LoadedModel, load_model
-from tests.tiny_adapters import save_adapted_heads, save_tiny_adapter
-from tests.tiny_models import MAX_MODEL_LEN, save_tiny_model
+from tests.support.tiny_adapters import save_adapted_heads, save_tiny_adapter
+from tests.support.tiny_models import MAX_MODEL_LEN, save_tiny_model
 from tests.training.corpora import corpus, document
 from training.document_states import DocumentStates
 from training.errors import DataError, RunError

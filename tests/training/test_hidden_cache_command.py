@@ -11,7 +11,7 @@ from random import Random
 import pytest
 import torch
 
-from tests.tiny_models import VOCAB_SIZE
+from tests.support.tiny_models import VOCAB_SIZE
 from tests.training.corpora import write_lines
 from tests.training.launched import launch
 from training.__main__ import main

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, GraniteConfig
 
 from server.errors import ModelError
 from server.model.loading import LoadedModel, load_model
-from tests.tiny_models import (
+from tests.support.tiny_models import (
     MAX_MODEL_LEN,
     TINY_KINDS,
     TinyKind,

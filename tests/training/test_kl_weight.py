@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, GraniteConfig
 
-from tests.tiny_models import tiny_config, tiny_tokenizer
+from tests.support.tiny_models import tiny_config, tiny_tokenizer
 from tests.training.corpora import write_lines
 from training.__main__ import main
 from training.metrics import read_metrics

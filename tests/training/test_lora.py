@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from server.model.loading import LoadedModel, load_model
-from tests.tiny_adapters import save_adapted_heads
-from tests.tiny_models import save_tiny_model
+from tests.support.tiny_adapters import save_adapted_heads
+from tests.support.tiny_models import save_tiny_model
 from training.errors import RunError
 from training.lora import AdaptedBase, LoraPlan
 from training.train_arguments import ALL_LINEAR

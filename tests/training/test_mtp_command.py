@@ -12,9 +12,9 @@ import torch
 
 from heads.mtp import MTPModule
 from server.config import EngineConfig, SamplingParams, SpeculationParams
-from server.engine.completion import Completion
+from server.core.completion import Completion
+from server.core.request import Request
 from server.engine.engine import Engine
-from server.engine.request import Request
 from server.model.draft_heads import load_draft_heads
 from server.model.loading import LoadedModel
 from tests.training.launched import launch

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from heads.mtp import MTPConfig, MTPModule
-from server.model.attention_hook import AttentionContext
+from server.attention.hook import AttentionContext
 from server.model.decoder_block import DecoderBlock
 from server.model.loading import LoadedModel, load_model
-from tests.tiny_models import save_tiny_model
+from tests.support.tiny_models import save_tiny_model
 from training.dataset import Document, Span
 from training.examples import NO_LABEL
 from training.mtp_source import EncodedDocument

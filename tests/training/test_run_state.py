@@ -6,7 +6,7 @@ import safetensors.torch
 import torch
 
 from heads.medusa import MedusaHeads
-from tests.engine_tools import random_heads
+from tests.support.engine_tools import random_heads
 from training.errors import RunError
 from training.run_state import STATE_FILE, Best, Progress, load_state, save_state
 

@@ -6,8 +6,8 @@ from safetensors.torch import load_file, save_file
 from server.config import EngineConfig
 from server.engine.engine import Engine
 from server.errors import InvalidRequestError
-from tests.engine_tools import SlowModel, make_engine, make_request
-from tests.tiny_models import save_tiny_model
+from tests.support.engine_tools import SlowModel, make_engine, make_request
+from tests.support.tiny_models import save_tiny_model
 from training.distilled import DistilledConversation, Sampling
 from training.prompts import Prompts
 from training.repeats import MIN_REPEATED_TOKENS

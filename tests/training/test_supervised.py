@@ -6,7 +6,7 @@ import pytest
 
 from server.model.loading import LoadedModel
 from server.tokenizer import Tokenizer
-from tests.tiny_models import EOS_TOKEN, tiny_tokenizer
+from tests.support.tiny_models import EOS_TOKEN, tiny_tokenizer
 from training.conversation import TokenizedConversation
 from training.dataset import Document, conversation_documents
 from training.distilled import read_distilled

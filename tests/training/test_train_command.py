@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from heads.medusa import MedusaHeads
 from server.model.draft_heads import DraftHeads, load_draft_heads
 from server.model.loading import LoadedModel, load_model
-from tests.tiny_adapters import save_adapted_heads, save_tiny_adapter
-from tests.tiny_models import save_tiny_model
+from tests.support.tiny_adapters import save_adapted_heads, save_tiny_adapter
+from tests.support.tiny_models import save_tiny_model
 from tests.training.corpora import document, write_lines
 from training.__main__ import main
 from training.answers import data_sha256

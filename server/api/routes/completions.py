@@ -24,7 +24,7 @@ from server.api.schemas.usage import Usage
 from server.api.sse import EventStream
 from server.api.token_texts import TokenTexts
 from server.api.usage import usage_of
-from server.engine.request import RequestOutput
+from server.core.request import RequestOutput
 from server.tokenizer import Tokenizer
 
 _DEFAULT_MAX_TOKENS = 16

@@ -15,7 +15,7 @@ from server.api.generation import (
 from server.api.schemas.completions import CompletionRequest
 from server.engine.async_engine import AsyncEngine
 from server.errors import InvalidRequestError
-from tests.engine_tools import make_engine
+from tests.support.engine_tools import make_engine
 
 
 def test_without_a_seed_no_choice_has_one() -> None:

@@ -4,9 +4,9 @@ import pytest
 
 from server.api.logprobs import chat_logprobs, completion_logprobs
 from server.api.token_texts import TokenTexts
-from server.engine.request import TokenLogprob
+from server.core.request import TokenLogprob
 from server.tokenizer import Tokenizer
-from tests.tiny_models import tiny_tokenizer
+from tests.support.tiny_models import tiny_tokenizer
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from transformers import PreTrainedTokenizerFast
 
 from server.api.token_texts import TokenTexts
 from server.tokenizer import Tokenizer
-from tests.tiny_models import EOS_TOKEN, tiny_tokenizer
+from tests.support.tiny_models import EOS_TOKEN, tiny_tokenizer
 
 
 @pytest.fixture

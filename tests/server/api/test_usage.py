@@ -1,7 +1,7 @@
 import pytest
 
 from server.api.usage import usage_of
-from server.engine.request import RequestOutput, SpecDecodeStats
+from server.core.request import RequestOutput, SpecDecodeStats
 
 
 def last_output(

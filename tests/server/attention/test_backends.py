@@ -18,9 +18,9 @@ from torch import Tensor
 
 from server.attention.backend import AttentionBackend, AttentionBatch, AttentionSpan
 from server.attention.sdpa import SDPABackend
+from server.cpu.tree_attention import NativeBackend
 from server.kv.kv_cache import KVCache, KVLayout
-from server.model.tree_attention import NativeBackend
-from tests.own_code import own_attention
+from tests.support.own_code import own_attention
 
 BLOCK_SIZE = 4
 HEAD_DIM = 24

@@ -7,9 +7,9 @@ from contextlib import aclosing
 import pytest
 from torch import Tensor
 
-from server.engine.sequence import Sequence
+from server.core.sequence import Sequence
 from server.errors import InvalidRequestError, QueueFullError
-from tests.async_tools import (
+from tests.support.async_tools import (
     collect,
     endless,
     first_output,
@@ -21,7 +21,7 @@ from tests.async_tools import (
     until,
     without_drafts,
 )
-from tests.engine_tools import (
+from tests.support.engine_tools import (
     SlowModel,
     assert_same_tokens,
     make_engine,

@@ -6,10 +6,10 @@ import logging
 import pytest
 from torch import Tensor
 
+from server.core.sequence import Sequence
 from server.engine.async_engine import AsyncEngine
-from server.engine.sequence import Sequence
 from server.errors import EngineStoppedError
-from tests.async_tools import (
+from tests.support.async_tools import (
     DEADLINE_S,
     collect,
     drain,
@@ -21,7 +21,7 @@ from tests.async_tools import (
     until,
     without_drafts,
 )
-from tests.engine_tools import (
+from tests.support.engine_tools import (
     make_engine,
     make_request,
     random_prompt,

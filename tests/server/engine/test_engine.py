@@ -8,14 +8,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from server.config import SpeculationParams
-from server.engine.completion import Completion
-from server.engine.cost_model import CostModel
+from server.core.completion import Completion
+from server.core.request import Request, RequestOutput
+from server.core.sequence import Sequence
 from server.engine.engine import Engine
-from server.engine.request import Request, RequestOutput
-from server.engine.sequence import Sequence
 from server.errors import InvalidRequestError
+from server.speculation.cost_model import CostModel
 from server.tokenizer import Tokenizer
-from tests.engine_tools import (
+from tests.support.engine_tools import (
     NUM_HEADS,
     NUM_RANKS,
     SlowModel,

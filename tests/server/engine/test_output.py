@@ -9,10 +9,10 @@ from heads.calibration import Estimate
 from heads.candidates import DraftTokens
 from heads.tree import DraftTree
 from server.config import SamplingParams
+from server.core.step import StepEntry
 from server.engine.output import Emission, emit, request_output, token_logprobs
-from server.engine.scheduler import ScheduledSequence
-from server.engine.verify import Verdict
-from tests.engine_tools import byte_tokenizer, make_sequence
+from server.sampling.verify import Verdict
+from tests.support.engine_tools import byte_tokenizer, make_sequence
 
 EOS = 2
 TOKENIZER = byte_tokenizer()
@@ -21,18 +21,18 @@ A, B, C, D, E = (TOKENIZER.encode(letter)[0] for letter in "abcde")
 
 def chain_item(
     drafted: tuple[int, ...], sampling: SamplingParams, generated: tuple[int, ...] = (E,)
-) -> ScheduledSequence:
+) -> StepEntry:
     """A decoding sequence with a chain of drafts below its last token."""
     sequence = make_sequence((A, B), generated, sampling)
     for token_id in generated:
         sequence.text.add(token_id)
     sequence.text.take()
     drafts = DraftTokens(DraftTree.chain(len(drafted)), (generated[-1], *drafted))
-    return ScheduledSequence(sequence, 1, drafts, is_verified=True, is_decoding=True)
+    return StepEntry(sequence, 1, drafts, is_verified=True, is_decoding=True)
 
 
 def emit_all(
-    item: ScheduledSequence, bonus: int, num_accepted: int | None = None, max_len: int = 100
+    item: StepEntry, bonus: int, num_accepted: int | None = None, max_len: int = 100
 ) -> Emission:
     """Emit a verdict that accepts the first drafts of a chain."""
     if num_accepted is None:
@@ -41,7 +41,7 @@ def emit_all(
     return emit(item, verdict, frozenset({EOS}), max_len)
 
 
-def predicted(item: ScheduledSequence, places: tuple[int, ...]) -> ScheduledSequence:
+def predicted(item: StepEntry, places: tuple[int, ...]) -> StepEntry:
     """The same with drafts from those places of a prediction; -1 for drafts from elsewhere."""
     sequence = item.sequence
     sequence.request = replace(sequence.request, prediction_token_ids=(A,) * 9)
@@ -50,7 +50,7 @@ def predicted(item: ScheduledSequence, places: tuple[int, ...]) -> ScheduledSequ
 
 
 class TestPredictionTokens:
-    def counts(self, item: ScheduledSequence) -> tuple[int, int]:
+    def counts(self, item: StepEntry) -> tuple[int, int]:
         stats = item.sequence.stats()
         return stats.num_accepted_prediction_tokens, stats.num_rejected_prediction_tokens
 
@@ -165,7 +165,7 @@ class TestCounts:
     def test_the_token_that_ends_a_prompt_belongs_to_no_verify_step(self) -> None:
         sequence = make_sequence((A, B), (), SamplingParams(max_tokens=5))
         drafts = DraftTokens(DraftTree.root_only(), (B,))
-        item = ScheduledSequence(sequence, 2, drafts, is_verified=True, is_decoding=False)
+        item = StepEntry(sequence, 2, drafts, is_verified=True, is_decoding=False)
         emit_all(item, bonus=C)
         assert sequence.stats().num_steps == 0
         assert sequence.stats().mean_acceptance_length == 0.0

@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.config import Method, SamplingParams, SpeculationParams
-from server.engine.completion import Completion
+from server.core.completion import Completion
+from server.core.request import Request, RequestOutput
 from server.engine.engine import Engine
-from server.engine.request import Request, RequestOutput
 from server.tokenizer import Tokenizer
-from tests.engine_tools import (
+from tests.support.engine_tools import (
     SlowCompletion,
     SlowModel,
     assert_as_expected,

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from heads.candidates import PAD_TOKEN
+from server.core.sequence import Sequence
 from server.engine.scheduler import root_only
-from server.engine.sequence import Sequence
-from tests.scheduler_simulation import Simulation
+from tests.support.scheduler_simulation import Simulation
 
 
 class TestPrefill:

@@ -8,7 +8,7 @@ import numpy as np
 from gguf import GGUFWriter, TokenType
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.tiny_models import CHAT_TEMPLATE, MAX_MODEL_LEN, save_tiny_model
+from tests.support.tiny_models import CHAT_TEMPLATE, MAX_MODEL_LEN, save_tiny_model
 
 _LAYER_TENSORS = {
     "self_attn.q_proj": "attn_q",

@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from server.config import EngineConfig
+from server.cpu.packed_linear import PackedLinear
 from server.engine.engine import Engine
 from server.errors import ConfigError, HeadsMismatchError
 from server.model.draft_heads import load_draft_heads
 from server.model.loading import load_model
-from server.model.packed_linear import PackedLinear
-from tests.engine_tools import make_request
-from tests.tiny_adapters import adapted, save_adapted_heads, save_tiny_adapter
-from tests.tiny_heads import save_tiny_heads
-from tests.tiny_models import save_tiny_model
+from tests.support.engine_tools import make_request
+from tests.support.tiny_adapters import adapted, save_adapted_heads, save_tiny_adapter
+from tests.support.tiny_heads import save_tiny_heads
+from tests.support.tiny_models import save_tiny_model
 
 IDS = torch.arange(3, 60).unsqueeze(0)
 

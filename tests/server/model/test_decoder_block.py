@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from server.attention.hook import AttentionContext
 from server.errors import ModelError
-from server.model.attention_hook import AttentionContext
 from server.model.decoder_block import DecoderBlock
 from server.model.loading import load_model
-from tests.tiny_models import TinyKind, save_tiny_model
+from tests.support.tiny_models import TinyKind, save_tiny_model
 from training.unrolled_attention import Unroll, UnrolledAttention
 
 

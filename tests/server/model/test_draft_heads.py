@@ -6,12 +6,12 @@ import torch
 from heads.checkpoint import save_heads
 from heads.medusa import MedusaConfig, MedusaHeads
 from heads.mtp import MTPConfig, MTPModule
+from server.attention.hook import AttentionContext
 from server.errors import ConfigError, HeadsMismatchError
-from server.model.attention_hook import AttentionContext
 from server.model.decoder_block import DecoderBlock
 from server.model.draft_heads import load_draft_heads
 from server.model.loading import LoadedModel, load_model
-from tests.tiny_models import save_tiny_model
+from tests.support.tiny_models import save_tiny_model
 from training.unrolled_attention import Unroll, UnrolledAttention
 
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from server.errors import ModelError
 from server.model.gguf import convert_gguf, converted_dir
 from tests.server.model.gguf_files import save_tiny_gguf
-from tests.tiny_models import EOS_TOKEN
+from tests.support.tiny_models import EOS_TOKEN
 
 TEXTS = ["The draft tree has a root.", f"user: Ça va? 你好{EOS_TOKEN}", "  \n🦑"]
 

@@ -11,11 +11,11 @@ from tokenizers import AddedToken
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3Config
 
+from server.cpu.int8_linear import Int8Linear, can_quantize
+from server.cpu.packed_linear import PackedLinear, can_pack
 from server.errors import ConfigError, ModelError
-from server.model.int8_linear import Int8Linear, can_quantize
 from server.model.loading import load_model
-from server.model.packed_linear import PackedLinear, can_pack
-from tests.tiny_models import (
+from tests.support.tiny_models import (
     MAX_MODEL_LEN,
     TINY_KINDS,
     VOCAB_SIZE,

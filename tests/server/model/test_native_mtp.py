@@ -7,11 +7,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import MtpModel
 
+from server.attention.hook import AttentionContext, install_attention
 from server.errors import ModelError
-from server.model.attention_hook import AttentionContext, install_attention
 from server.model.loading import load_model
 from server.model.native_mtp import NativeMTP, load_native_mtp
-from tests.native_checkpoints import (
+from tests.support.native_checkpoints import (
     NATIVE_NAMES,
     NUM_LAYERS,
     WIDTH,
@@ -20,7 +20,7 @@ from tests.native_checkpoints import (
     reference_states,
     save_native,
 )
-from tests.tiny_models import VOCAB_SIZE, save_tiny_model
+from tests.support.tiny_models import VOCAB_SIZE, save_tiny_model
 from training.unrolled_attention import Unroll, UnrolledAttention
 
 LENGTH = 12

@@ -5,7 +5,7 @@ import torch
 
 from server.errors import ModelError
 from server.model.safetensors_files import SafetensorsFiles
-from tests.native_checkpoints import save_native
+from tests.support.native_checkpoints import save_native
 
 NAME = "mtp.fc.weight"
 

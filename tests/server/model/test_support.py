@@ -42,7 +42,7 @@ from transformers import (
 
 from server.errors import ModelError
 from server.model.support import KVShape, check_config, probe_model
-from tests.tiny_models import TINY_KINDS, TinyKind, tiny_config
+from tests.support.tiny_models import TINY_KINDS, TinyKind, tiny_config
 
 LLAMA_SIZES: dict[str, Any] = {
     "vocab_size": 64,

@@ -1,0 +1,150 @@
+"""Our paged tree attention as a `transformers` attention implementation.
+
+`transformers` calls it for every layer and passes on unknown keywords of the model's forward, so
+the step's context travels as one keyword and no model code of ours exists. In an exported graph it
+is one operator that no compiler looks into; whoever runs the graph says with `attending` what it
+attends with.
+
+Shapes: T flat tokens, H attention heads, G KV heads, C channels per head.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from server.attention.backend import AttentionBackend
+from server.cpu.tree_attention import attended_shape
+from server.errors import ModelError
+
+ATTENTION_NAME = "euryale"
+# Keywords that change the result and that the backends do not compute.
+UNSUPPORTED_KEYWORDS = ("softcap", "s_aux", "position_bias", "alibi")
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionContext:
+    """What the layers of one forward pass need: the backend and its metadata of the step."""
+
+    backend: AttentionBackend
+    metadata: Any
+
+
+@dataclass(frozen=True, slots=True)
+class _LayerCall:
+    context: AttentionContext
+    layer: int
+
+    def attend(
+        self,
+        query_1HTC: Tensor,
+        key_1GTC: Tensor,
+        value_1GTC: Tensor,
+        scaling: float,
+        sliding_window: int | None,
+    ) -> Tensor:
+        output_THC = self.context.backend.forward(
+            query_1HTC[0],
+            key_1GTC[0],
+            value_1GTC[0],
+            self.layer,
+            scaling,
+            sliding_window,
+            self.context.metadata,
+        )
+        return output_THC.unsqueeze(0)
+
+
+# NOTE: An operator takes tensors and numbers only, so the rest reaches it this way.
+_layer_call: ContextVar[_LayerCall] = ContextVar("_layer_call")
+_OPERATOR = "euryale::attend"
+_NO_WINDOW = -1
+
+
+@contextmanager
+def attending(context: AttentionContext, layer: int) -> Iterator[None]:
+    """Let the attention of an exported graph that runs inside attend as this layer."""
+    token = _layer_call.set(_LayerCall(context, layer))
+    try:
+        yield
+    finally:
+        _layer_call.reset(token)
+
+
+@contextmanager
+def exporting_native_attention() -> Iterator[None]:
+    """Let graphs that are exported inside attend by `tree_attention`, without Python."""
+    token = _operator.set(torch.ops.euryale.native_attend.default)
+    try:
+        yield
+    finally:
+        _operator.reset(token)
+
+
+def _attend(
+    query_1HTC: Tensor, key_1GTC: Tensor, value_1GTC: Tensor, scaling: float, window: int
+) -> Tensor:
+    call = _layer_call.get()
+    sliding_window = None if window == _NO_WINDOW else window
+    return call.attend(query_1HTC, key_1GTC, value_1GTC, scaling, sliding_window)
+
+
+torch.library.define(
+    _OPERATOR, "(Tensor query, Tensor key, Tensor value, float scaling, int window) -> Tensor"
+)
+torch.library.impl(_OPERATOR, "CPU", _attend)
+torch.library.register_fake(_OPERATOR, attended_shape)
+_operator: ContextVar[Any] = ContextVar("_operator", default=torch.ops.euryale.attend.default)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    attention_context: AttentionContext | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    is_exporting = torch.compiler.is_exporting()
+    if attention_context is None and not is_exporting:
+        raise ModelError("the attention implementation 'euryale' only runs inside the engine")
+    for name in UNSUPPORTED_KEYWORDS:
+        if kwargs.get(name) is not None:
+            raise ModelError(
+                f"{type(module).__name__} uses {name}, which the paged attention does not support; "
+                "serve a model without it"
+            )
+    factor = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if attention_context is None:
+        window = _NO_WINDOW if sliding_window is None else sliding_window
+        operator = _operator.get()
+        # Our own code reads heads and tokens in any order, but the channels of one in a row.
+        rows = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+        return operator(*rows, factor, window), None
+    layer = int(module.layer_idx)  # type: ignore[arg-type]  # nn.Module types attributes as tensors
+    call = _LayerCall(attention_context, layer)
+    return call.attend(query, key, value, factor, sliding_window), None
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """The backend masks by itself."""
+
+
+def register_attention() -> None:
+    """Make the name known to `transformers`; may be called again."""
+    AttentionInterface.register(ATTENTION_NAME, _attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
+
+
+def install_attention(model: PreTrainedModel) -> None:
+    """Make the model attend through the context that its forward gets as `attention_context`."""
+    register_attention()
+    model.set_attn_implementation(ATTENTION_NAME)

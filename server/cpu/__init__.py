@@ -1,0 +1,1 @@
+"""Makes a model fast on CPU: own kernels, packed linear layers, compiled decoder layers."""

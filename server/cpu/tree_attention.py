@@ -1,0 +1,278 @@
+"""Paged tree attention in our own machine code: float32 on x86 CPUs with AVX-512.
+
+Where a step goes through Python in every layer, that takes longer than its attention. Compiled
+blocks call this without Python; `attend_as` says before what they attend with.
+
+A token's output is the same to the bit in any company: beside other sequences, as a node of a tree
+or as plain text.
+
+Shapes: T flat tokens, H attention heads, G KV heads, C channels per head.
+"""
+
+import ctypes
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from server.attention.backend import AttentionBatch, AttentionSpan
+from server.cpu.native_library import load_native
+from server.errors import CompilationError
+from server.kv.kv_cache import KVCache, KVLayout
+
+_SOURCE = Path(__file__).with_name("tree_attention.cpp")
+_NEEDED = {"avx512f"}
+# Channels of a head are computed so many at a time.
+_CHANNELS = 8
+_NO_WINDOW = -1
+_Long = ctypes.c_int64
+_Address = ctypes.c_void_p
+
+
+class _Span(ctypes.Structure):
+    _fields_ = (
+        ("start", _Long),
+        ("num_queries", _Long),
+        ("context_len", _Long),
+        ("num_slots", _Long),
+        ("block_table", _Address),
+        ("mask", _Address),
+        ("depths", _Address),
+    )
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        ("spans", _Address),
+        ("num_spans", _Long),
+        ("slots", _Address),
+        ("num_tokens", _Long),
+        ("block_size", _Long),
+    )
+
+
+_OPERATOR = "euryale::native_attend"
+
+
+def attended_shape(
+    query_1HTC: Tensor, key_1GTC: Tensor, value_1GTC: Tensor, scaling: float, window: int
+) -> Tensor:
+    """The shape of what an attention operator returns, for exported graphs."""
+    _, num_heads, num_tokens, num_channels = query_1HTC.shape
+    return query_1HTC.new_empty(1, num_tokens, num_heads, num_channels)
+
+
+torch.library.define(
+    _OPERATOR, "(Tensor query, Tensor key, Tensor value, float scaling, int window) -> Tensor"
+)
+torch.library.register_fake(_OPERATOR, attended_shape)
+# It has no implementation: it only stands in exported graphs.
+
+# For torch's compiler: the operator, and what compiled code calls in its place.
+ATTENTION_SHIMS = {
+    torch.ops.euryale.native_attend.default: [
+        "AOTITorchError aoti_torch_cpu_native_attend(AtenTensorHandle, AtenTensorHandle, "
+        "AtenTensorHandle, double, int64_t, AtenTensorHandle*)"
+    ]
+}
+
+
+class TreeAttention:
+    """The loaded library."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._set_num_threads = library.euryale_attention_threads
+        self._set_num_threads.argtypes = [ctypes.c_int]
+        self._set_num_threads.restype = None
+        self.attend_with = library.euryale_attend_with
+        self.attend_with.argtypes = [_Address] * 3
+        self.attend_with.restype = None
+        # Lets the next compiled block on this thread attend as the echo of `block_calls`.
+        self.attend_as_echo = library.euryale_attend_as_echo
+        self.attend_as_echo.argtypes = []
+        self.attend_as_echo.restype = None
+        self.attend = library.euryale_tree_attention
+        self.attend.argtypes = [
+            *(_Address, _Long, _Long, _Long),
+            *(_Address, _Long, _Long, _Long),
+            *(_Address, _Long, _Long),
+            *(_Address, _Long, ctypes.c_double, _Long),
+        ]
+        self.attend.restype = ctypes.c_int
+
+    def follow_threads(self) -> None:
+        """Compute with as many threads as torch does at present."""
+        self._set_num_threads(torch.get_num_threads())
+
+
+def load_tree_attention(report: Callable[[str], None]) -> TreeAttention:
+    """Load the library, and build it if no earlier start did.
+
+    Args:
+        report: Called with a short line if it must be built.
+
+    Raises:
+        CompilationError: If this CPU cannot run it, or it cannot be built.
+    """
+    library = load_native(_SOURCE, _NEEDED, _checked, report)
+    library.follow_threads()
+    return library
+
+
+def can_attend(layout: KVLayout) -> bool:
+    """Whether it computes with such keys and values."""
+    is_float = layout.dtype == torch.float32 and layout.device.type == "cpu"
+    return is_float and layout.head_dim % _CHANNELS == 0
+
+
+def _checked(loaded: ctypes.CDLL) -> TreeAttention:
+    """The library, after a prompt of a few tokens was attended rightly."""
+    library = TreeAttention(loaded)
+    num_tokens, layout = 5, KVLayout(1, 2, 24, 4, torch.float32, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    queries_HTC = torch.randn(6, num_tokens, layout.head_dim, generator=generator)
+    keys_GTC, values_GTC = torch.randn(2, 2, num_tokens, layout.head_dim, generator=generator)
+    backend = NativeBackend(KVCache(layout, 2), library)
+    span = AttentionSpan(0, num_tokens, 0, [0, 1], None, None)
+    metadata = backend.prepare(AttentionBatch((span,), torch.arange(num_tokens)))
+    output_THC = backend.forward(queries_HTC, keys_GTC, values_GTC, 0, 0.2, None, metadata)
+    expected_HTC = F.scaled_dot_product_attention(
+        queries_HTC, keys_GTC, values_GTC, is_causal=True, scale=0.2, enable_gqa=True
+    )
+    distance = float((output_THC - expected_HTC.transpose(0, 1)).abs().max())
+    if not distance < 1e-4:
+        raise CompilationError(f"it computes something else, at a distance of {distance:.3g}")
+    return library
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NativeMetadata:
+    """Shared by all layers of one step.
+
+    Attributes:
+        step: What the library reads.
+        owned: What that points to.
+    """
+
+    step: _Step
+    address: int
+    owned: list[Any]
+
+
+class NativeBackend:
+    """Attention over the paged cache, one call of the library per layer.
+
+    Args:
+        kv_cache: Whose layout `can_attend` takes.
+        library: Computes it.
+
+    Raises:
+        ValueError: If it does not compute with such keys and values.
+    """
+
+    def __init__(self, kv_cache: KVCache, library: TreeAttention) -> None:
+        layout = kv_cache.layout
+        if not can_attend(layout):
+            raise ValueError(
+                f"KV is {layout.dtype} on {layout.device} with {layout.head_dim} channels per "
+                f"head; give float32 on cpu with a multiple of {_CHANNELS}, or take SDPA"
+            )
+        self._kv = kv_cache
+        self._library = library
+        self._keys = [keys_SGC.data_ptr() for keys_SGC in kv_cache.keys]
+        self._values = [values_SGC.data_ptr() for values_SGC in kv_cache.values]
+
+    def prepare(self, batch: AttentionBatch) -> NativeMetadata:
+        """Put the spans where the library reads them; see `AttentionBackend.prepare`."""
+        owned: list[Any] = []
+        size = self._kv.layout.block_size
+        spans = (_Span * len(batch.spans))(
+            *(_native_span(span, size, owned) for span in batch.spans)
+        )
+        owned.append(spans)
+        step = _Step(
+            ctypes.addressof(spans),
+            len(batch.spans),
+            _address_of(batch.slots_T, torch.int64, owned),
+            batch.slots_T.shape[0],
+            size,
+        )
+        return NativeMetadata(step, ctypes.addressof(step), owned)
+
+    def attend_as(self, layer: int, metadata: NativeMetadata) -> None:
+        """Let the next compiled block on this thread attend as this layer."""
+        self._library.attend_with(metadata.address, self._keys[layer], self._values[layer])
+
+    def forward(
+        self,
+        queries_HTC: Tensor,
+        keys_HTC: Tensor,
+        values_HTC: Tensor,
+        layer: int,
+        scaling: float,
+        sliding_window: int | None,
+        metadata: NativeMetadata,
+    ) -> Tensor:
+        """See `AttentionBackend.forward`."""
+        num_heads, num_tokens, num_channels = queries_HTC.shape
+        kv_shape = (self._kv.layout.num_kv_heads, num_tokens, num_channels)
+        fits = keys_HTC.shape == values_HTC.shape == kv_shape
+        fits = fits and num_tokens == metadata.step.num_tokens
+        if not fits or not queries_HTC.dtype == keys_HTC.dtype == values_HTC.dtype == torch.float32:
+            raise ValueError(
+                f"queries {tuple(queries_HTC.shape)}, keys {tuple(keys_HTC.shape)} and values "
+                f"{tuple(values_HTC.shape)} do not belong to a float32 step of "
+                f"{metadata.step.num_tokens} tokens"
+            )
+        queries, keys, values = (
+            x if x.stride(2) == 1 else x.contiguous() for x in (queries_HTC, keys_HTC, values_HTC)
+        )
+        output_THC = queries.new_empty(num_tokens, num_heads, num_channels)
+        self.attend_as(layer, metadata)
+        failed = self._library.attend(
+            *(queries.data_ptr(), num_heads, queries.stride(0), queries.stride(1)),
+            *(keys.data_ptr(), keys.shape[0], keys.stride(0), keys.stride(1)),
+            *(values.data_ptr(), values.stride(0), values.stride(1)),
+            *(output_THC.data_ptr(), num_channels, scaling),
+            _NO_WINDOW if sliding_window is None else sliding_window,
+        )
+        if failed:
+            raise MemoryError("there is no memory for the scores of a step")
+        return output_THC
+
+
+def _native_span(span: AttentionSpan, block_size: int, owned: list[Any]) -> _Span:
+    """The span as the library reads it; adds to `owned` what it points to."""
+    num_blocks = -(-span.num_slots // block_size)
+    table = array("q", span.block_table[:num_blocks])
+    mask_QS, depths_S = span.ancestor_mask_QS, span.depths_S
+    num_own = span.num_slots - span.context_len
+    if (
+        len(table) < num_blocks
+        or (mask_QS is not None and mask_QS.shape != (span.num_queries, num_own))
+        or (depths_S is not None and depths_S.shape != (num_own,))
+    ):
+        raise ValueError(f"a span's blocks, mask or depths do not belong together: {span}")
+    owned.append(table)
+    return _Span(
+        span.start,
+        span.num_queries,
+        span.context_len,
+        span.num_slots,
+        table.buffer_info()[0],
+        _address_of(mask_QS, torch.bool, owned),
+        _address_of(depths_S, torch.int64, owned),
+    )
+
+
+def _address_of(x: Tensor | None, dtype: torch.dtype, owned: list[Any]) -> int | None:
+    if x is None:
+        return None
+    kept = x.to(dtype).contiguous()
+    owned.append(kept)
+    return kept.data_ptr()
