@@ -51,9 +51,7 @@ ENGINE_OPTIONS: Mapping[str, str] = {
     "max_prefill_tokens": "Prompt tokens of a step in which others decode; 64 on CPU if not given.",
     "max_model_len": "Longest prompt plus output; the model's own limit if not given.",
     "max_nodes": "Largest draft tree of a sequence, root included.",
-    "tree": "auto drafts what pays; a number takes the heads' own tree of that size each time.",
-    "budget": "Nodes of each tree that --tree auto makes; auto chooses by the measured step cost.",
-    "latency_weight": "0 plans for most tokens per second, up to 10 for shorter steps.",
+    "tree_size": "Nodes of each draft tree; auto chooses by the measured step cost.",
     "lookup": "Draft from earlier text of the prompt and the output too.",
     "acceptance": "Rule of requests that ask for auto and have no seed and no log-probs.",
     "prefix_caching": "Reuse the KV of earlier prompts with the same beginning.",
@@ -83,7 +81,7 @@ SAMPLING_OPTIONS: Mapping[str, str] = {
 SPECULATION_OPTIONS: Mapping[str, str] = {
     "method": f"Draft source, one of {', '.join(METHODS)}; none decodes plainly.",
 }
-_SPECIAL_TYPES: Mapping[str, Any] = {"tree": str, "budget": str}
+_SPECIAL_TYPES: Mapping[str, Any] = {"tree_size": str}
 _EXIT_CODES: tuple[tuple[type[EuryaleError], int], ...] = (
     (ConfigError, 2),
     (InvalidRequestError, 2),
@@ -176,7 +174,7 @@ def _takes(
 def _parsed(values: Mapping[str, Any]) -> dict[str, Any]:
     """Read the options whose value is a word or a number."""
     parsed = dict(values)
-    for name in ("tree", "budget"):
+    for name in ("tree_size",):
         value = parsed.get(name, "auto")
         if value != "auto":
             if not value.isdecimal():

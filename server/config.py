@@ -198,11 +198,8 @@ class EngineConfig:
             for them; None takes 64 on CPU and no limit of its own on CUDA.
         max_model_len: Longest prompt plus output; None takes the model's own limit.
         max_nodes: Largest tree of a sequence, root included.
-        tree: `auto` makes a tree for each step, by what drafts are worth in it; a number takes the
-            heads' own tree of that size every time, for comparison.
-        budget: Nodes of each tree that is made so; `auto` follows the measured step cost.
-        latency_weight: 0 plans trees for most tokens per second of the whole server; larger values
-            for shorter steps, so that a stream's next tokens come sooner.
+        tree_size: Nodes of each draft tree, root included; `auto` chooses them for each step by
+            the measured step cost.
         lookup: Whether earlier text of a sequence is a source of drafts too.
         acceptance: Rule for requests that ask for `auto`; those that are greedy, have a seed or
             ask for log-probs are exact whatever it says.
@@ -228,9 +225,7 @@ class EngineConfig:
     max_prefill_tokens: int | None = None
     max_model_len: int | None = None
     max_nodes: int = 32
-    tree: Literal["auto"] | int = "auto"
-    budget: Literal["auto"] | int = "auto"
-    latency_weight: float = 0.0
+    tree_size: Literal["auto"] | int = "auto"
     lookup: bool = True
     acceptance: AcceptanceName = "auto"
     prefix_caching: bool = True
@@ -252,7 +247,7 @@ class EngineConfig:
                 raise ConfigError(f"{name} is {value}; give at least 1")
         if not 1 <= self.max_nodes <= MAX_TREE_NODES:
             raise ConfigError(f"max_nodes is {self.max_nodes}; give 1 to {MAX_TREE_NODES}")
-        self._check_trees()
+        self._check_tree_size()
         if self.compile not in COMPILES:
             raise ConfigError(f"compile is {self.compile!r}; give one of {COMPILES}")
         if self.acceptance not in ACCEPTANCES:
@@ -265,24 +260,15 @@ class EngineConfig:
                 "larger of max_num_seqs and max_nodes"
             )
 
-    def _check_trees(self) -> None:
-        for name, size in (("tree", self.tree), ("budget", self.budget)):
-            if size != "auto" and not 1 <= size <= self.max_nodes:
-                raise ConfigError(
-                    f"{name} is {size}; give auto or 1 to max_nodes ({self.max_nodes})"
-                )
-            if self.latency_weight and size != "auto":
-                raise ConfigError(
-                    f"latency_weight is {self.latency_weight}, but {name} {size} fixes the size of "
-                    "trees; give one of them"
-                )
-            if self.remeasure and size != "auto":
-                raise ConfigError(
-                    f"remeasure is set, but {name} {size} needs no step cost; give one of them"
-                )
-        if self.tree != "auto" and self.budget != "auto":
+    def _check_tree_size(self) -> None:
+        size = self.tree_size
+        if size == "auto":
+            return
+        if not 1 <= size <= self.max_nodes:
             raise ConfigError(
-                f"budget is {self.budget}, but tree {self.tree} fixes the trees; give one of them"
+                f"tree_size is {size}; give auto or 1 to max_nodes ({self.max_nodes})"
             )
-        if not 0.0 <= self.latency_weight <= 10.0:
-            raise ConfigError(f"latency_weight is {self.latency_weight}; give 0 to 10")
+        if self.remeasure:
+            raise ConfigError(
+                f"remeasure is set, but tree_size {size} needs no step cost; give one of them"
+            )

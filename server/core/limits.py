@@ -37,7 +37,7 @@ class RequestLimits:
             raise InvalidRequestError(
                 f"speculation.method is {method!r}, but this server has "
                 f"{', '.join(sorted(self.methods))}; give one of them, or start the server with "
-                "--heads of that kind, or without --tree for lookup",
+                "--heads of that kind, or with --lookup for lookup",
                 "speculation.method",
             )
 
@@ -77,7 +77,7 @@ class RequestLimits:
         if "lookup" not in self.methods:
             raise InvalidRequestError(
                 "a prediction is given, but prompt lookup, which would use it, is off; leave it "
-                "out, or start the server without --no-lookup and --tree",
+                "out, or start the server without --no-lookup",
                 "prediction",
             )
         if speculation.method not in ("auto", "lookup"):

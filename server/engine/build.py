@@ -31,7 +31,7 @@ from server.speculation.drafter import Drafter, MedusaDrafter
 from server.speculation.mtp_drafter import Growth, MTPDrafter
 from server.speculation.speculator import Speculator
 from server.speculation.step_probes import step_probes
-from server.speculation.tree_builders import MergedTrees, OwnTrees
+from server.speculation.tree_builders import MergedTrees
 from server.speculation.tree_sizes import FixedSizes, PlannedSizes
 
 _MAX_CPU_CACHE_BYTES = 4 << 30
@@ -107,7 +107,7 @@ def build_parts(
     is_compiled = _compile(config, loaded, attention, report)
     runner = ModelRunner(loaded, kv_cache, attention)
     speculator = make_speculator(config, loaded_heads, kv_cache, blocks, draft_kernel)
-    if len(speculator.methods) > 2 and config.tree == "auto" and config.budget == "auto":
+    if len(speculator.methods) > 2 and config.tree_size == "auto":
         probes = step_probes(runner, loaded, speculator.drafter, layout, num_blocks)
         own_code = {
             "blocks": is_compiled,
@@ -118,7 +118,7 @@ def build_parts(
         key = cost_key(loaded, loaded_heads, config.block_size, config.max_nodes, probes, own_code)
         cache = CostCache(cache_dir() / "costs", key)
         costs = cached_costs(cache, probes, report, config.remeasure)
-        speculator.sizes = PlannedSizes(StepCosts(costs), config.latency_weight)
+        speculator.sizes = PlannedSizes(StepCosts(costs))
     return EngineParts(
         config=config,
         loaded=loaded,
@@ -226,13 +226,11 @@ def make_speculator(
     """
     kernel = int8_kernel if _is_float_on_cpu(cache.layout) else None
     drafter = None if draft is None else _drafter(config, draft, cache, blocks, kernel)
-    if config.tree != "auto":
-        return Speculator(drafter, OwnTrees(), FixedSizes(config.tree))
-    budget = config.max_nodes if config.budget == "auto" else config.budget
+    tree_size = config.max_nodes if config.tree_size == "auto" else config.tree_size
     measured = None if draft is None or draft.profile is None else draft.profile.calibration_KC
     calibrator = Calibrator(ratios_from_heads(measured or ()))
     trees = MergedTrees(config.max_nodes, config.lookup, calibrator)
-    return Speculator(drafter, trees, FixedSizes(budget))
+    return Speculator(drafter, trees, FixedSizes(tree_size))
 
 
 def _is_float_on_cpu(layout: KVLayout) -> bool:

@@ -17,8 +17,6 @@ there are always prompts, nothing else is ever saved: a draft that is accepted s
 later step, which adds as much as two nodes do, so a node must be worth half a token. Where only
 some steps carry prompts, what a token saves is the mean of both.
 
-Larger steps come less often. A latency weight w counts a second as 1 + w.
-
 Shape suffixes: N numbers of draft tokens, from 0.
 """
 
@@ -55,12 +53,10 @@ class Worth:
 
     Attributes:
         pace: Tokens per second that steps of this load make on average; None if it is unknown.
-        latency_weight: 0 for most tokens per second; larger for shorter steps.
         prompt_share: Of the recent steps of this load, those that carried prompts.
     """
 
     pace: float | None = None
-    latency_weight: float = 0.0
     prompt_share: float = 0.0
 
 
@@ -114,17 +110,15 @@ def plan_trees(
     whole_N = seconds_N[:-1] + draft_s
     pace = worth.pace
     if pace is None:
-        weighted_N = (num_roots + gains_N) / whole_N ** (1.0 + worth.latency_weight)
-        best = int(weighted_N.argmax())
+        best = int(((num_roots + gains_N) / whole_N).argmax())
         pace = float((num_roots + gains_N[best]) / whole_N[best])
-    weight = 1.0 + worth.latency_weight
-    best = int((gains_N - weight * pace * whole_N).argmax())
+    best = int((gains_N - pace * whole_N).argmax())
     num_tokens, seconds = num_roots + float(gains_N[best]), float(whole_N[best])
     if request.num_prompt_tokens:
         num_others = num_roots + request.num_prompt_tokens
         seconds_N = costs.all_seconds(num_others, num_others + len(ranked) + 1, load)
         pace = _pace_beside_prompts(pace, seconds_N, worth.prompt_share)
-        best = int((gains_N - weight * pace * seconds_N[:-1]).argmax())
+        best = int((gains_N - pace * seconds_N[:-1]).argmax())
     added_s = float(seconds_N[best] - seconds_N[0]) + draft_s
     sizes = [1] * num_roots
     for _, owner in ranked[:best]:
@@ -133,8 +127,8 @@ def plan_trees(
         sizes=tuple(sizes),
         num_tokens=num_tokens,
         seconds=seconds,
-        node_price=weight * pace * float(seconds_N[best + 1] - seconds_N[best]),
-        gain=float(gains_N[best]) - weight * pace * added_s,
+        node_price=pace * float(seconds_N[best + 1] - seconds_N[best]),
+        gain=float(gains_N[best]) - pace * added_s,
     )
 
 

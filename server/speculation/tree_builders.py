@@ -30,19 +30,6 @@ class TreeBuilder(Protocol):
         """Take note of which drafts were accepted."""
 
 
-class OwnTrees:
-    """The trees that the heads would draft by themselves; for comparison."""
-
-    uses_lookup = False
-
-    def build(self, sequence: Sequence, min_value: float) -> DraftTokens | None:
-        """See `TreeBuilder.build`."""
-        return None if sequence.head_proposal is None else sequence.head_proposal.own_tree()
-
-    def learn(self, sequence: Sequence, drafts: DraftTokens, path: Seq[int]) -> None:
-        """See `TreeBuilder.learn`; these trees never change."""
-
-
 @dataclass(slots=True)
 class MergedTrees:
     """Trees by calibrated values, from heads and prompt lookup.

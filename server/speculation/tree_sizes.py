@@ -109,9 +109,8 @@ class PlannedSizes:
         costs: Learns from every step.
     """
 
-    def __init__(self, costs: StepCosts, latency_weight: float = 0.0) -> None:
+    def __init__(self, costs: StepCosts) -> None:
         self._costs = costs
-        self._latency_weight = latency_weight
         self._foresight = Foresight()
         self._loads: dict[int, _Load] = {}
         self._node_price = 0.0
@@ -138,7 +137,7 @@ class PlannedSizes:
             StepLoad(num_roots, sum(sequence.num_computed_tokens for sequence in decoding)),
             request,
             self._costs.draft_seconds(num_headed) if num_headed else 0.0,
-            Worth(learned.pace.speed, self._latency_weight, learned.prompt_share),
+            Worth(learned.pace.speed, learned.prompt_share),
         )
         # Requests that want no drafts would make time look cheap to the next one that does.
         if any(sequence.sources.any for sequence in decoding):

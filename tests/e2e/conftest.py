@@ -44,7 +44,7 @@ def engine_factory(model_dir: Path, heads_dir: Path) -> Callable[..., Engine]:
                 num_blocks=1024,
                 max_num_seqs=max_num_seqs,
                 max_nodes=8,
-                tree=8,
+                tree_size=8,
                 num_threads=1,
             )
         )

@@ -47,7 +47,7 @@ def lookup_server(model_dir: Path) -> Iterator[RunningServer]:
         dtype="float32",
         num_blocks=1024,
         max_nodes=16,
-        budget=16,
+        tree_size=16,
         num_threads=1,
     )
     with running_server(Engine.from_config(config)) as running:

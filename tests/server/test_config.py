@@ -194,7 +194,7 @@ class TestEngineConfig:
     def test_a_fixed_tree_is_at_most_the_largest(self, tree: int) -> None:
         with pytest.raises(ConfigError, match=rf"tree is {tree}; .*max_nodes \(8\)"):
             EngineConfig(max_nodes=8, tree=tree)
-        assert EngineConfig(max_nodes=8, tree=8).tree == 8
+        assert EngineConfig(max_nodes=8, tree_size=8).tree == 8
 
     @pytest.mark.parametrize("name", ["tree", "budget"])
     def test_nothing_is_measured_again_where_nothing_is_measured(self, name: str) -> None:
@@ -208,7 +208,7 @@ class TestEngineConfig:
         with pytest.raises(ConfigError, match="latency_weight is -1"):
             EngineConfig(latency_weight=-1.0)
         with pytest.raises(ConfigError, match=r"latency_weight is 1\.0, but budget 4 fixes"):
-            EngineConfig(latency_weight=1.0, budget=4)
+            EngineConfig(latency_weight=1.0, tree_size=4)
 
     def test_compiling_is_off_unless_it_is_asked_for(self) -> None:
         assert EngineConfig().compile == "off"

@@ -47,7 +47,7 @@ class Simulation:
             max_tokens_per_step=self.max_tokens_per_step,
             max_nodes=self.max_nodes,
             max_prefill_tokens=self.max_prefill_tokens,
-            tree=self.max_nodes,
+            tree_size=self.max_nodes,
         )
         self.rng = Random(self.seed)
         self.blocks = BlockManager(self.num_blocks, self.block_size, self.prefix_caching)

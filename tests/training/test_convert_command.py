@@ -39,7 +39,7 @@ def convert(source: Path, output: Path, model: Path, *more: str) -> int:
 
 
 def generated(model: Path, heads: str) -> list[Completion]:
-    config = EngineConfig(model=str(model), heads=heads, device="cpu", num_blocks=64, tree=6)
+    config = EngineConfig(model=str(model), heads=heads, device="cpu", num_blocks=64, tree_size=6)
     engine = Engine.from_config(config)
     return engine.generate(
         [

@@ -196,7 +196,7 @@ def test_depths_cannot_be_chosen_for_medusa_heads(
 
 
 def generated(model: Path, heads: str) -> list[Completion]:
-    config = EngineConfig(model=str(model), heads=heads, device="cpu", num_blocks=64, tree=6)
+    config = EngineConfig(model=str(model), heads=heads, device="cpu", num_blocks=64, tree_size=6)
     params, speculation = SamplingParams(max_tokens=24, temperature=0.0), SpeculationParams()
     return Engine.from_config(config).generate(
         [Request(str(i), (1, 40 + i, 60), params, speculation) for i in range(4)]

@@ -264,7 +264,7 @@ def engine(directory: Path, heads: Path, **options: Any) -> Engine:
             device="cpu",
             dtype="float32",
             max_nodes=8,
-            budget=8,
+            tree_size=8,
             **(sizes | options),
         )
     )

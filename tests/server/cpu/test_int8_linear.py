@@ -256,7 +256,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Engine]:
                 quantization="int8",
                 num_blocks=256,
                 max_nodes=num_nodes,
-                tree=num_nodes,
+                tree_size=num_nodes,
             )
         )
         for num_nodes in (1, 12)

@@ -112,7 +112,7 @@ class TestHeads:
     def test_heads_of_this_model_are_loaded_and_leave_the_text_as_it_is(
         self, model_dir: Path, heads_dir: Path
     ) -> None:
-        engine = build(model_dir, heads=str(heads_dir), tree=8)
+        engine = build(model_dir, heads=str(heads_dir), tree_size=8)
         assert engine.heads_name == "tiny-medusa"
         assert engine.speculator.sizes.costs is None, "a fixed tree needs no measurement"
         assert_generates_as_the_oracle(engine)
@@ -133,7 +133,7 @@ class TestHeads:
         ratios_KC = ((0.5,) * NUM_BINS, (2.0,) * NUM_BINS)
         profile = replace(wide_profile(), calibration_KC=ratios_KC)
         draft = DraftHeads(heads_for(loaded), None, profile, "tiny")
-        trees = make_engine(draft=draft, budget=8).speculator.trees
+        trees = make_engine(draft=draft, tree_size=8).speculator.trees
         assert isinstance(trees, MergedTrees)
         assert trees.calibrator.ratios == ratios_from_heads(ratios_KC)
 
@@ -180,7 +180,7 @@ class TestNativeHeads:
         requests = [make_request(random_prompt(seed, 9), max_tokens=12) for seed in range(3)]
         plain, drafting = (
             build(tmp_path, num_blocks=128),
-            build(tmp_path, heads="native", tree=8, num_blocks=128),
+            build(tmp_path, heads="native", tree_size=8, num_blocks=128),
         )
         assert (drafting.heads_name, plain.heads_name) == ("native", None)
         expected = [completion.token_ids for completion in plain.generate(requests)]

@@ -34,7 +34,7 @@ def heads_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def build(model_dir: Path, heads_dir: Path, lines: list[str]) -> Engine:
     config = EngineConfig(
-        model=str(model_dir), heads=str(heads_dir), device="cpu", num_blocks=16, tree=4
+        model=str(model_dir), heads=str(heads_dir), device="cpu", num_blocks=16, tree_size=4
     )
     return Engine.from_config(config, lines.append)
 
