@@ -10,15 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from server.errors import EuryaleError
-from training import (
-    convert_command,
-    distill_command,
-    evaluate_command,
-    report_command,
-    train_command,
-)
-from training.errors import DivergedError
-from training.options import (
+from training.commands import convert, distill, evaluate, report, train
+from training.commands.options import (
     ConvertOptions,
     DistillOptions,
     EvaluateOptions,
@@ -27,6 +20,7 @@ from training.options import (
     TrainOptions,
     parse_options,
 )
+from training.errors import DivergedError
 from training.progress import note, note_error
 
 
@@ -51,15 +45,15 @@ def main(argv: Sequence[str]) -> int:
 def _run(options: Options) -> dict[str, Any] | None:
     match options:
         case DistillOptions():
-            return distill_command.run(options)
+            return distill.run(options)
         case TrainOptions():
-            return train_command.run(options)
+            return train.run(options)
         case EvaluateOptions():
-            return evaluate_command.run(options)
+            return evaluate.run(options)
         case ConvertOptions():
-            return convert_command.run(options)
+            return convert.run(options)
         case ReportOptions():
-            return report_command.run(options)
+            return report.run(options)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from server.model.decoder_block import DecoderBlock
 from server.model.draft_heads import load_draft_heads
 from server.model.loading import LoadedModel, load_model
 from tests.support.tiny_models import save_tiny_model
-from training.unrolled_attention import Unroll, UnrolledAttention
+from training.methods.unrolled_attention import Unroll, UnrolledAttention
 
 
 def load_tiny(directory: Path, seed: int) -> LoadedModel:
