@@ -23,7 +23,7 @@ class AcceptanceProfile:
     Attributes:
         accept_rates_KR: Entry (k, r) is the probability that the candidate of rank r at depth
             k + 1 is accepted, given that its parent on the path was.
-        calibration_KC: By depth and `heads.calibration.head_bin` what a draft probability is
+        calibration_KC: By depth and `heads.calibration.probability_bin` what a draft probability is
             multiplied by to get an accept rate, given the same; empty if not measured.
 
     Raises:

@@ -21,7 +21,7 @@ from rich.segment import Segment, Segments
 from rich.text import Text
 
 from server.api.config import ApiConfig, ServerConfig, installed_version
-from server.config import METHODS, EngineConfig, SamplingParams, SpeculationParams
+from server.config import EngineConfig, SamplingParams, SpeculationParams
 from server.core.request import Request, RequestOutput
 from server.errors import (
     ConfigError,
@@ -79,7 +79,7 @@ SAMPLING_OPTIONS: Mapping[str, str] = {
     "seed": "Makes a sampled text reproducible.",
 }
 SPECULATION_OPTIONS: Mapping[str, str] = {
-    "method": f"Draft source, one of {', '.join(METHODS)}; none decodes plainly.",
+    "method": "Draft source: medusa, mtp or lookup; auto takes all, none decodes plainly.",
 }
 _SPECIAL_TYPES: Mapping[str, Any] = {"tree_size": str}
 _EXIT_CODES: tuple[tuple[type[EuryaleError], int], ...] = (

@@ -1,6 +1,5 @@
 """Builds what an engine is made of: model, KV cache, heads, limits and the measured step cost."""
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,39 +8,34 @@ import psutil
 import torch
 
 import heads as heads_package
-from heads.calibration import Calibrator, ratios_from_heads
-from heads.medusa import MedusaHeads
-from heads.tree_search import AcceptanceProfile, best_tree
 from server.cache import cache_dir
 from server.config import NATIVE_HEADS, SHIPPED_HEADS, EngineConfig
 from server.core.limits import RequestLimits
 from server.cpu.compiled_blocks import compile_blocks
 from server.cpu.int8_kernel import Int8Kernel, load_int8_kernel
-from server.cpu.int8_linear import Int8Product
 from server.cpu.tree_attention import TreeAttention, can_attend, load_tree_attention
 from server.errors import CompilationError, ConfigError
+from server.executor.executor import Executor
+from server.executor.host import HostExecutor
 from server.executor.model_runner import ModelRunner
 from server.kv.block_manager import BlockManager
 from server.kv.kv_cache import KVCache, KVLayout
 from server.model.draft_heads import DraftHeads, load_draft_heads, native_draft_heads
 from server.model.loading import LoadedModel, load_model
+from server.sampling.acceptance import check_acceptance, check_default
 from server.speculation.cost_cache import CostCache, cached_costs, cost_key
 from server.speculation.cost_model import StepCosts
-from server.speculation.drafter import Drafter, MedusaDrafter
-from server.speculation.mtp_drafter import Growth, MTPDrafter
+from server.speculation.source import SourceContext
+from server.speculation.sources import make_sources
 from server.speculation.speculator import Speculator
 from server.speculation.step_probes import step_probes
-from server.speculation.tree_builders import MergedTrees
-from server.speculation.tree_sizes import FixedSizes, PlannedSizes
+from server.speculation.tree_sizes import FixedSizes, PlannedSizes, TreeSizes
 
 _MAX_CPU_CACHE_BYTES = 4 << 30
 _CPU_MEMORY_SHARE = 0.25
 _CUDA_MEMORY_SHARE = 0.85
 # Of the heads that ship for the built-in model; docs/benchmarks.md says why.
 _DEFAULT_KIND = "medusa"
-# For heads that were saved without a measured profile; the rates are of weak heads, so that trees
-# stay small rather than wasteful.
-_CAUTIOUS_PROFILE = AcceptanceProfile(((0.35, 0.12, 0.06, 0.04), (0.2, 0.08, 0.04, 0.03)))
 # About three times the time of a decode step of the built-in model.
 _CPU_PREFILL_TOKENS = 64
 
@@ -56,7 +50,7 @@ class EngineParts:
 
     config: EngineConfig
     loaded: LoadedModel
-    runner: ModelRunner
+    executor: Executor
     blocks: BlockManager
     speculator: Speculator
     limits: RequestLimits
@@ -105,10 +99,18 @@ def build_parts(
     blocks = BlockManager(num_blocks, config.block_size, config.prefix_caching)
     attention = _tree_attention(config, layout, report)
     is_compiled = _compile(config, loaded, attention, report)
-    runner = ModelRunner(loaded, kv_cache, attention)
-    speculator = make_speculator(config, loaded_heads, kv_cache, blocks, draft_kernel)
-    if len(speculator.methods) > 2 and config.tree_size == "auto":
-        probes = step_probes(runner, loaded, speculator.drafter, layout, num_blocks)
+    check_default(config.acceptance)
+    if not _is_float_on_cpu(layout):
+        draft_kernel = None
+    sources = make_sources(SourceContext(config, loaded_heads, kv_cache, blocks, draft_kernel))
+    drafters = {source.name: source.drafter for source in sources if source.drafter is not None}
+    executor = HostExecutor(ModelRunner(loaded, kv_cache, attention), layout, drafters)
+    sizes: TreeSizes = FixedSizes(
+        config.max_nodes if config.tree_size == "auto" else config.tree_size
+    )
+    if sources and config.tree_size == "auto":
+        num_slots = num_blocks * config.block_size
+        probes = step_probes(executor, bool(drafters), num_slots, loaded.max_model_len)
         own_code = {
             "blocks": is_compiled,
             "attention": attention is not None,
@@ -118,14 +120,15 @@ def build_parts(
         key = cost_key(loaded, loaded_heads, config.block_size, config.max_nodes, probes, own_code)
         cache = CostCache(cache_dir() / "costs", key)
         costs = cached_costs(cache, probes, report, config.remeasure)
-        speculator.sizes = PlannedSizes(StepCosts(costs))
+        sizes = PlannedSizes(StepCosts(costs), drafters.keys())
+    speculator = Speculator(sources, sizes, config.max_nodes)
     return EngineParts(
         config=config,
         loaded=loaded,
-        runner=runner,
+        executor=executor,
         blocks=blocks,
         speculator=speculator,
-        limits=RequestLimits(max_len, loaded.vocab_size, speculator.methods),
+        limits=RequestLimits(max_len, loaded.vocab_size, speculator.methods, check_acceptance),
         heads_name=_heads_name(config, heads_dir),
         is_compiled=is_compiled,
     )
@@ -208,57 +211,8 @@ def kv_layout(
     )
 
 
-def make_speculator(
-    config: EngineConfig,
-    draft: DraftHeads | None,
-    cache: KVCache,
-    blocks: BlockManager,
-    int8_kernel: Int8Kernel | None = None,
-) -> Speculator:
-    """Put a drafter around loaded heads; trees are as large as allowed until costs are known.
-
-    Args:
-        config: Of the engine.
-        draft: The heads; None if there are none.
-        cache: Has room for an MTP module's KV.
-        blocks: Of that cache.
-        int8_kernel: Computes float32 heads on CPU; None leaves them as they are.
-    """
-    kernel = int8_kernel if _is_float_on_cpu(cache.layout) else None
-    drafter = None if draft is None else _drafter(config, draft, cache, blocks, kernel)
-    tree_size = config.max_nodes if config.tree_size == "auto" else config.tree_size
-    measured = None if draft is None or draft.profile is None else draft.profile.calibration_KC
-    calibrator = Calibrator(ratios_from_heads(measured or ()))
-    trees = MergedTrees(config.max_nodes, config.lookup, calibrator)
-    return Speculator(drafter, trees, FixedSizes(tree_size))
-
-
 def _is_float_on_cpu(layout: KVLayout) -> bool:
     return layout.dtype == torch.float32 and layout.device.type == "cpu"
-
-
-def _drafter(
-    config: EngineConfig,
-    draft: DraftHeads,
-    cache: KVCache,
-    blocks: BlockManager,
-    kernel: Int8Kernel | None,
-) -> Drafter:
-    rates_KR = (draft.profile or _CAUTIOUS_PROFILE).accept_rates_KR
-    if isinstance(draft.heads, MedusaHeads):
-        rates_KR = rates_KR[: draft.heads.config.num_heads]
-    profile = AcceptanceProfile(rates_KR)
-    # Of heads that were measured to be useless it is the root alone.
-    tree = best_tree(profile, config.max_nodes)
-    if isinstance(draft.heads, MedusaHeads):
-        if kernel is not None:
-            draft.heads.freeze(functools.partial(Int8Product, kernel=kernel))
-        return MedusaDrafter(draft.heads, tree)
-    if draft.block is None:
-        raise AssertionError("an MTP module came without its block")
-    growth = Growth(num_nodes=config.max_nodes, num_depths=profile.max_depth)
-    max_tokens = config.max_tokens_per_step
-    return MTPDrafter(draft.heads, draft.block, cache, blocks, growth, max_tokens, kernel)
 
 
 def _heads_name(config: EngineConfig, directory: Path | None) -> str | None:

@@ -16,7 +16,7 @@ from server.attention.backend import AttentionBatch
 from server.attention.hook import AttentionContext
 from server.model.decoder_block import DecoderBlock
 from server.model.loading import LoadedModel
-from server.speculation.mtp_drafter import Growth
+from server.speculation.sources.mtp_drafter import Growth
 from tests.support.engine_tools import tiny_loaded, tiny_reference
 from tests.support.tiny_models import TinyKind
 

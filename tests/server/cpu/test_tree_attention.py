@@ -19,6 +19,7 @@ from server.cpu import native_library
 from server.cpu.tree_attention import NativeBackend, TreeAttention, can_attend
 from server.engine.build import build_parts
 from server.errors import CompilationError
+from server.executor.host import HostExecutor
 from server.kv.kv_cache import KVCache, KVLayout
 from tests.support.own_code import own_attention
 from tests.support.tiny_models import save_tiny_model
@@ -254,7 +255,8 @@ def test_an_engine_attends_by_it_where_it_may_compile(
         model=str(save_tiny_model("llama", tmp_path)), device="cpu", num_blocks=16, **options
     )
     parts = build_parts(config, lambda line: None)
-    assert isinstance(parts.runner._backend, NativeBackend) == is_own
+    assert isinstance(parts.executor, HostExecutor)
+    assert isinstance(parts.executor.runner._backend, NativeBackend) == is_own
 
 
 def test_an_engine_without_it_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
