@@ -138,8 +138,8 @@ class ScriptedDrafter(MedusaDrafter):
         for drafting, hidden_D in zip(rooted, hidden_BD, strict=True):
             text = tuple(drafting.tokens(0, drafting.num_tokens))
             candidates = self._script(drafting.sequence.request.request_id, text, hidden_D)
-            probabilities = [[1.0 / NUM_RANKS] * len(row) for row in candidates]
-            proposals.append(MedusaProposal(candidates, probabilities))
+            rates_KR = [list(wide_profile().accept_rates_KR[0])] * len(candidates)
+            proposals.append(MedusaProposal(candidates, rates_KR))
         return proposals
 
 

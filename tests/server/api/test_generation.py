@@ -75,7 +75,7 @@ def job(prompts: list[list[int]], n: int) -> Job:
 
 
 def test_every_choice_gets_the_prediction_without_special_tokens() -> None:
-    context = ApiContext.of(AsyncEngine(make_engine(heads="none", tree_size=8)), ApiConfig())
+    context = ApiContext.of(AsyncEngine(make_engine(heads="none", lookup=True)), ApiConfig())
     body = CompletionRequest.model_validate(
         {"model": context.model_name, "prompt": "a", "n": 2, "prediction": PREDICTION}
     )

@@ -208,7 +208,7 @@ def test_a_stream_of_the_wrong_type_is_the_only_error_beside_stream_options() ->
 
 
 def test_all_sampling_params_can_be_set_over_http() -> None:
-    taken_from_elsewhere = {"max_tokens", "logprobs"}
+    taken_from_elsewhere = {"max_tokens", "logprobs", "processor_options"}
     declared = set(GenerationRequest.model_fields) | taken_from_elsewhere
     assert set(SamplingParams.__dataclass_fields__) <= declared
     assert set(SpeculationParams.__dataclass_fields__) == set(SpeculationOptions.model_fields)

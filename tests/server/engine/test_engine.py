@@ -367,7 +367,7 @@ class TestText:
 
 class TestTotals:
     def test_gauges_follow_the_work(self) -> None:
-        engine = make_engine(max_num_seqs=1)
+        engine = make_engine(max_num_seqs=1, heads="none")
         idle = engine.totals()
         assert (idle["num_running"], idle["num_waiting"], idle["num_blocks_in_use"]) == (0, 0, 0)
         for seed in range(2):
