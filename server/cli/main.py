@@ -26,6 +26,7 @@ from server.core.request import Request, RequestOutput
 from server.errors import (
     ConfigError,
     EuryaleError,
+    HeadsCheckpointError,
     HeadsMismatchError,
     InvalidRequestError,
     ModelError,
@@ -87,6 +88,7 @@ _EXIT_CODES: tuple[tuple[type[EuryaleError], int], ...] = (
     (InvalidRequestError, 2),
     (ModelError, 3),
     (HeadsMismatchError, 4),
+    (HeadsCheckpointError, 2),
     (EuryaleError, 1),
 )
 # Colours of accepted tokens by depth in the draft tree; deeper ones share the last.
