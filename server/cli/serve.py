@@ -8,7 +8,7 @@ from server.cli.options import Command, Settings
 from server.config import EngineConfig
 
 ENVIRONMENT = "EURYALE"
-# Whoever types a command has time for a compiler; a program that builds an engine may not.
+# A server has the time to compile its model once; a program that builds an engine may not.
 ENGINE = Settings(EngineConfig, defaults={"compile": "auto"})
 
 
