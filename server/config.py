@@ -57,8 +57,8 @@ class SamplingParams:
         repetition_penalty: Divides positive (multiplies negative) logits of tokens in prompt or
             generated text; 1 is off.
         logit_bias: Token id to a number added to its logit.
-        seed: With a seed and exact acceptance, which a seed implies unless the request asks for
-            typical, the text is reproducible, whatever the drafts or the batch.
+        seed: Makes a sampled text reproducible with any drafts and in any batch; implies exact
+            acceptance unless the request asks for typical.
         stop: Strings that end generation; they are not part of the text.
         logprobs: Number of most probable tokens to report at each position; None reports nothing.
         ignore_eos: Generate on after an end-of-sequence token.
