@@ -1,4 +1,4 @@
-"""Options of the HTTP side; checked on construction, like all options."""
+"""Options of the HTTP side, checked on construction."""
 
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -11,12 +11,12 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 
 @dataclass(frozen=True, slots=True)
 class ApiConfig:
-    """What the application is built from, beside the engine.
+    """Options of the application.
 
     Attributes:
-        served_model_name: Name that clients give as `model`; None takes the engine's model name.
-        api_key: Bearer token that `/v1`, `/tokenize` and `/detokenize` ask for; None asks for none.
-        max_request_bytes: Longest request body.
+        served_model_name: Name that clients give as `model`; None takes the model's own name.
+        api_key: Bearer token that `/v1`, `/tokenize` and `/detokenize` require; None requires none.
+        max_request_bytes: Longest request body, in bytes.
 
     Raises:
         ConfigError: If a value is out of range.
@@ -37,7 +37,7 @@ class ApiConfig:
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
-    """How the server process listens and ends.
+    """How the server process listens, queues, logs and ends.
 
     Attributes:
         host: Address to listen on.
