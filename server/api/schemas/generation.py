@@ -16,7 +16,7 @@ from server.tokenizer import Tokenizer
 MAX_CHOICES = 128
 
 # NOTE: Options of OpenAI's API and of other servers' extensions that a client could rely on. Each
-# is refused by name unless its value is among those listed, which change nothing.
+# is an error that names it, unless its value is among those listed, which change nothing.
 _UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "allowed_token_ids": ([],),
     "bad_words": ([],),
@@ -49,7 +49,7 @@ _HARMLESS = frozenset(
 
 
 class StreamOptions(RequestBody):
-    """What a stream carries beside the text."""
+    """What a stream carries besides the text."""
 
     unsupported: ClassVar[Mapping[str, tuple[object, ...]]] = {
         "continuous_usage_stats": (False,),
