@@ -226,8 +226,7 @@ def serve(
         level=server_config.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s"
     )
     with listen(server_config) as taken:
-        report = logging.getLogger("euryale").info
-        engine = in_own_thread(lambda: Engine.from_config(engine_config, report))
+        engine = in_own_thread(lambda: Engine.from_config(engine_config))
         async_engine = AsyncEngine(engine, server_config.max_queue)
         asyncio.run(serve_http(async_engine, api_config, server_config, taken))
 
@@ -251,7 +250,7 @@ def generate(
     from server.engine.engine import Engine
 
     notes = Console(stderr=True, highlight=False)
-    engine = Engine.from_config(engine_config, lambda stage: notes.print(stage, style="dim"))
+    engine = Engine.from_config(engine_config)
     if raw:
         token_ids = engine.tokenizer.encode(prompt)
     else:

