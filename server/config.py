@@ -195,6 +195,8 @@ class EngineConfig:
         compile: `on` compiles the model's layers and takes our own kernels for int8 products, draft
             heads and attention, on CPU only, which needs a C++ compiler at the first start; `auto`
             does so where it can; `off` does not.
+        attention: Name of an attention backend, or its factory as `module:attribute`; `auto` takes
+            the device's best one.
         block_size: Tokens per KV block.
         num_blocks: KV blocks in all; derived from `kv_cache_bytes` if not given.
         kv_cache_bytes: Memory of the KV cache; a share of the free memory if not given.
@@ -223,6 +225,7 @@ class EngineConfig:
     dtype: DtypeName = "auto"
     quantization: QuantizationName = "none"
     compile: CompileName = "off"
+    attention: str = "auto"
     block_size: int = 16
     num_blocks: int | None = None
     kv_cache_bytes: int | None = None
