@@ -15,13 +15,13 @@ from typing import Any
 from heads.calibration import RequestCalibration
 from heads.candidates import DraftTokens
 from server.core.processor import LogitProcessor
-from server.core.request import FinishReason, Request, SpecDecodeStats
+from server.core.request import FinishReason, Request, RequestStats
 from server.core.text import TextStream
 
 
 @dataclass(slots=True)
 class SpecDecodeCounters:
-    """Running counts behind `SpecDecodeStats`.
+    """Running counts behind `RequestStats`.
 
     Attributes:
         drafted_places: Places in the request's prediction whose tokens were drafted.
@@ -150,10 +150,13 @@ class Sequence:
                 return count, "length"
         return len(new_ids), None
 
-    def stats(self) -> SpecDecodeStats:
-        """A snapshot of what speculation did so far."""
+    def stats(self) -> RequestStats:
+        """A snapshot of the counts so far."""
         counters = self.counters
-        return SpecDecodeStats(
+        return RequestStats(
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_cached_tokens=self.num_cached_tokens,
+            num_output_tokens=self.num_output_tokens,
             method="+".join(self.sources) or "none",
             # Without drafts every token is the target's own, whatever the rule.
             acceptance=self.acceptance if self.sources else "exact",

@@ -77,17 +77,13 @@ class Engine:
         self._airborne: _Airborne | None = None
 
     @classmethod
-    def from_config(
-        cls,
-        config: EngineConfig,
-        report: Callable[[str], None] = lambda message: None,
-        on_hidden: OnHidden | None = None,
-    ) -> "Engine":
+    def from_config(cls, config: EngineConfig, on_hidden: OnHidden | None = None) -> "Engine":
         """Load the model and its heads, size the KV cache and measure the step cost.
+
+        Each stage begins with a line in the log.
 
         Args:
             config: Validated options.
-            report: Called with a short line at the beginning of each stage.
             on_hidden: See `Engine`.
 
         Raises:
@@ -95,7 +91,7 @@ class Engine:
             ModelError: If the model cannot be loaded or is not supported.
             HeadsMismatchError: If the heads belong to another base model.
         """
-        return cls(build_parts(config, report, on_hidden is not None), on_hidden)
+        return cls(build_parts(config, on_hidden is not None), on_hidden)
 
     @property
     def model_name(self) -> str:

@@ -63,7 +63,7 @@ def _cut(sequence: Sequence, num_tokens: int) -> None:
 
 
 def request_output(outcome: Outcome, emission: Emission) -> RequestOutput:
-    """What the client gets of a step."""
+    """What the client gets of a step; the last step's has the request's counts."""
     sequence = outcome.entry.sequence
     logprobs = outcome.landed.logprobs
     return RequestOutput(
@@ -73,9 +73,7 @@ def request_output(outcome: Outcome, emission: Emission) -> RequestOutput:
         text=sequence.text.take(),
         token_texts=emission.texts,
         logprobs=None if logprobs is None else logprobs[: len(emission.token_ids)],
+        is_verify_step=outcome.entry.is_decoding,
         finish_reason=emission.finish_reason,
-        num_prompt_tokens=sequence.num_prompt_tokens,
-        num_cached_tokens=sequence.num_cached_tokens,
-        num_output_tokens=sequence.num_output_tokens,
-        stats=sequence.stats(),
+        stats=None if emission.finish_reason is None else sequence.stats(),
     )

@@ -17,6 +17,7 @@ from torch import Tensor
 from heads.proposals import Proposal
 from server.attention.backend import AttentionBatch, AttentionSpan
 from server.core.step import DraftAsk, Landed, Step, StepEntry, Verdict
+from server.device.create import create_device
 from server.executor.batch import StepBatch, build_batch
 from server.executor.executor import Drafter, Drafting, DraftRun, Landing
 from server.executor.model_runner import ModelRunner, TargetOutput
@@ -39,6 +40,7 @@ class HostExecutor:
         self.runner = runner
         self.layout = layout
         self.drafters = drafters
+        self._device = create_device(layout.device)
 
     def launch(self, step: Step) -> "HostFlight":
         """Pack the step."""
@@ -67,7 +69,7 @@ class HostExecutor:
         )
         started_s = time.perf_counter()
         self.runner.run(batch)
-        self._synchronize()
+        self._device.synchronize()
         return time.perf_counter() - started_s
 
     def time_drafts(self, num_sequences: int, context_len: int) -> float:
@@ -75,12 +77,8 @@ class HostExecutor:
         started_s = time.perf_counter()
         for drafter in self.drafters.values():
             drafter.draft_for(num_sequences, context_len)
-        self._synchronize()
+        self._device.synchronize()
         return time.perf_counter() - started_s
-
-    def _synchronize(self) -> None:
-        if self.layout.device.type == "cuda":
-            torch.cuda.synchronize(self.layout.device)
 
 
 class HostFlight:

@@ -13,7 +13,7 @@ from heads.proposals import Proposal
 from server.config import EngineConfig
 from server.core.sequence import Sequence
 from server.core.step import Outcome, StepEntry
-from server.cpu.int8_kernel import Int8Kernel
+from server.device.base import DraftProducts
 from server.executor.executor import Drafter
 from server.kv.block_manager import BlockManager
 from server.kv.kv_cache import KVCache
@@ -66,14 +66,14 @@ class SourceContext:
         draft: The draft heads; None if none are loaded.
         cache: Has room for an MTP module's KV if the heads are one.
         blocks: Blocks of that cache.
-        int8_kernel: Computes heads in float32 on CPU; None leaves them as they are.
+        products: What draft heads are to multiply with.
     """
 
     config: EngineConfig
     draft: DraftHeads | None
     cache: KVCache
     blocks: BlockManager
-    int8_kernel: Int8Kernel | None = None
+    products: DraftProducts
 
 
 # Returns None where the server does not have the source.

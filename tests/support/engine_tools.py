@@ -21,13 +21,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from heads.medusa import MedusaConfig, MedusaHeads
 from heads.proposals import MedusaProposal, Proposal
 from heads.tree_search import AcceptanceProfile
+from server.attention.create import create_attention
 from server.config import EngineConfig, SamplingParams, SpeculationParams
 from server.core.completion import Completion
 from server.core.limits import RequestLimits
 from server.core.request import Request
 from server.core.sequence import Sequence, request_seed
 from server.core.text import TextStream
-from server.cpu.int8_kernel import Int8Kernel
+from server.cpu.accelerate import draft_products
+from server.device.base import DraftProducts
+from server.device.create import create_device
 from server.engine.build import EngineParts, kv_layout
 from server.engine.engine import Engine, OnHidden
 from server.executor.executor import Drafting
@@ -71,9 +74,11 @@ def byte_tokenizer() -> Tokenizer:
 
 @cache
 def tiny_loaded(kind: TinyKind = "llama") -> LoadedModel:
-    """A tiny model as the server loads it."""
+    """A tiny model as the server runs it uncompiled."""
     with tempfile.TemporaryDirectory() as directory:
-        return load_model(str(save_tiny_model(kind, Path(directory))), "cpu", "float32")
+        loaded = load_model(str(save_tiny_model(kind, Path(directory))), "cpu", "float32")
+    create_device(loaded.device).pack(loaded.model)
+    return loaded
 
 
 @cache
@@ -93,7 +98,7 @@ def _tiny_runner(kind: TinyKind, layout: KVLayout) -> tuple[ModelRunner, KVCache
     """Shared by all engines of a test run; what earlier ones left in its cache is never read."""
     loaded, block_size = tiny_loaded(kind), layout.block_size
     cache = KVCache(layout, -(-_CACHE_SLOTS // block_size))
-    return ModelRunner(loaded, cache), cache
+    return ModelRunner(loaded, cache, create_attention("sdpa", cache)), cache
 
 
 def random_heads(vocab_size: int, num_heads: int = NUM_HEADS, hidden_size: int = 8) -> MedusaHeads:
@@ -157,7 +162,7 @@ def make_engine(
     costs: CostModel | None = None,
     draft: DraftHeads | None = None,
     on_hidden: OnHidden | None = None,
-    int8_kernel: Int8Kernel | None = None,
+    products: DraftProducts | None = None,
     **options: Any,
 ) -> Engine:
     """An engine over a tiny model with small sizes.
@@ -167,7 +172,7 @@ def make_engine(
         costs: Chooses the tree sizes; without it trees are as large as the options allow.
         draft: Heads instead of untrained Medusa heads.
         on_hidden: As `Engine` takes it.
-        int8_kernel: Computes the heads; None leaves them in float.
+        products: What the heads multiply with; None takes those of an uncompiled server.
         options: Of `EngineConfig`; `heads="none"` serves without drafts.
     """
     sizes: dict[str, Any] = {
@@ -189,7 +194,8 @@ def make_engine(
     layout = kv_layout(loaded, config.block_size, draft, on_hidden is not None)
     runner, cache = _tiny_runner(kind, layout)
     blocks = BlockManager(config.num_blocks, config.block_size, config.prefix_caching)
-    sources = make_sources(SourceContext(config, draft, cache, blocks, int8_kernel))
+    made = products or draft_products(None)
+    sources = make_sources(SourceContext(config, draft, cache, blocks, made))
     if script is not None:
         sources = [
             ScriptedSource(heads_for(loaded), script) if source.name == "medusa" else source

@@ -3,7 +3,6 @@
 Shapes: B sequences, D model width.
 """
 
-import functools
 from collections.abc import Sequence as Seq
 
 import torch
@@ -14,7 +13,6 @@ from heads.medusa import MedusaHeads
 from heads.proposals import MedusaProposal, Proposal
 from heads.tree_search import AcceptanceProfile, best_tree
 from server.core.sequence import Sequence
-from server.cpu.int8_linear import Int8Product
 from server.executor.executor import Drafting
 from server.model.draft_heads import DraftHeads
 from server.speculation.source import DraftSource, SourceContext
@@ -92,8 +90,8 @@ def make_medusa(context: SourceContext) -> MedusaSource | None:
     draft = context.draft
     if draft is None or not isinstance(draft.heads, MedusaHeads):
         return None
-    if context.int8_kernel is not None:
-        draft.heads.freeze(functools.partial(Int8Product, kernel=context.int8_kernel))
+    if context.products.is_own:
+        draft.heads.freeze(context.products.make)
     return MedusaSource(draft.heads, profile_of(draft), context.config.max_nodes)
 
 

@@ -2,6 +2,7 @@
 
 from heads.calibration import head_ratios
 from heads.mtp import MTPModule
+from server.attention.create import create_attention
 from server.core.sequence import Sequence
 from server.core.step import Outcome, StepEntry
 from server.kv.block_manager import BlockManager
@@ -61,16 +62,19 @@ def make_mtp(context: SourceContext) -> MTPSource | None:
     draft, config = context.draft, context.config
     if draft is None or not isinstance(draft.heads, MTPModule):
         return None
-    if draft.block is None:
+    if draft.layer is None:
         raise AssertionError("an MTP module came without its decoder layer")
     profile = profile_of(draft)
     drafter = MTPDrafter(
         draft.heads,
-        draft.block,
+        draft.layer,
         context.cache,
+        # NOTE: Its levels are few tokens with masks of their own; our own attention is not
+        # measured for them.
+        create_attention("sdpa", context.cache),
+        context.products,
         Growth(num_nodes=config.max_nodes, num_depths=profile.max_depth),
         config.max_tokens_per_step,
-        context.int8_kernel,
     )
     source = MTPSource(drafter, context.blocks, config.block_size)
     source.ratios = head_ratios(profile.calibration_KC or ())

@@ -1,7 +1,7 @@
 """A sequence's derived state: its seed, where its text ends, and where it stands."""
 
 from server.config import SamplingParams
-from server.core.request import Request, SpecDecodeStats
+from server.core.request import Request, RequestStats
 from server.core.sequence import request_seed
 from tests.support.engine_tools import make_sequence
 
@@ -41,12 +41,16 @@ class TestSequence:
     def test_stats_name_the_method_and_the_rule(self) -> None:
         sequence = make_sequence((1,), (), SAMPLED)
         sequence.drafts_allowed, sequence.sources = 8, ("medusa",)
-        assert sequence.stats() == SpecDecodeStats(method="medusa", acceptance="typical")
+        assert sequence.stats() == RequestStats(
+            num_prompt_tokens=1, method="medusa", acceptance="typical"
+        )
 
     def test_without_drafts_what_ran_was_exact_whatever_the_rule(self) -> None:
         sequence = make_sequence((1,), (), SAMPLED)
         assert sequence.acceptance == "typical"
-        assert sequence.stats() == SpecDecodeStats(method="none", acceptance="exact")
+        assert sequence.stats() == RequestStats(
+            num_prompt_tokens=1, method="none", acceptance="exact"
+        )
 
     def test_stats_name_all_sources_in_their_order(self) -> None:
         sequence = make_sequence((1,), (), GREEDY)

@@ -13,7 +13,7 @@ from heads.calibration import NUM_BINS, head_cell
 from server.cache import CACHE_VARIABLE
 from server.config import EngineConfig
 from server.engine.engine import Engine
-from server.errors import ConfigError, HeadsMismatchError, ModelError
+from server.errors import ConfigError, HeadsCheckpointError, HeadsMismatchError, ModelError
 from server.model.draft_heads import DraftHeads
 from tests.support.engine_tools import (
     SlowModel,
@@ -25,6 +25,7 @@ from tests.support.engine_tools import (
     tiny_loaded,
     wide_profile,
 )
+from tests.support.log_lines import LogLines
 from tests.support.native_checkpoints import NativeName, save_native
 from tests.support.tiny_heads import save_tiny_heads
 from tests.support.tiny_models import save_tiny_model
@@ -88,14 +89,13 @@ class TestModel:
             build(tmp_path / "nowhere")
 
     def test_each_stage_is_reported_and_the_step_cost_kept(
-        self, model_dir: Path, heads_dir: Path, own_cache: Path
+        self, model_dir: Path, heads_dir: Path, own_cache: Path, log: LogLines
     ) -> None:
-        lines: list[str] = []
         config = EngineConfig(
             model=str(model_dir), heads=str(heads_dir), device="cpu", num_blocks=16, max_nodes=4
         )
-        engine = Engine.from_config(config, lines.append)
-        assert [line.split()[0] for line in lines] == ["loading"] * 2 + ["measuring"] * 3
+        engine = Engine.from_config(config)
+        assert [line.split()[0] for line in log.take()] == ["loading"] * 2 + ["measuring"] * 3
         costs = engine.speculator.stats().costs
         assert costs is not None
         [kept] = (own_cache / "costs").iterdir()
@@ -157,7 +157,7 @@ class TestHeads:
     def test_a_directory_without_a_checkpoint_is_refused(
         self, model_dir: Path, tmp_path: Path
     ) -> None:
-        with pytest.raises(ConfigError):
+        with pytest.raises(HeadsCheckpointError):
             build(model_dir, heads=str(tmp_path))
 
     @pytest.mark.parametrize("kind", ["medusa", "mtp"])

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from server.config import SpeculationParams
-from server.core.completion import Completion
+from server.core.completion import Completion, join_outputs
 from server.core.request import Request, RequestOutput
 from server.engine.engine import Engine
 from server.errors import InvalidRequestError
@@ -141,18 +141,20 @@ class TestDrafts:
         engine = make_engine(script=propose, costs=costs)
         long = make_request(PROMPT, max_tokens=30, ignore_eos=True)
         engine.add_request(long)
-        length, num_drafted, loads = len(PROMPT), 0, []
+        (sequence,) = engine._scheduler.waiting
+        counters, length, num_drafted = sequence.counters, len(PROMPT), 0
+        loads: list[int] = []
         while engine.has_unfinished:
             if length == len(PROMPT) + 8:
                 engine.add_request(make_request(random_prompt(8, 5), max_tokens=9, ignore_eos=True))
             outputs = {output.request_id: output for output in engine.step()}
             loads.append(engine.num_running)
             if long.request_id in outputs:
-                output = outputs[long.request_id]
-                if output.stats.num_draft_tokens > num_drafted:
+                drafted = counters.num_draft_tokens
+                if drafted > num_drafted:
                     assert length in proposed_at
-                num_drafted = output.stats.num_draft_tokens
-                length += len(output.token_ids)
+                num_drafted = drafted
+                length += len(outputs[long.request_id].token_ids)
         assert num_drafted > 10
         assert loads.count(2) > 5
 
@@ -263,8 +265,9 @@ class TestPrefixReuse:
         outputs: list[RequestOutput] = []
         while engine.has_unfinished:
             outputs += engine.step()
-        assert outputs[0].num_cached_tokens == 12
-        assert tuple(t for output in outputs for t in output.token_ids) == first.token_ids
+        second = join_outputs(outputs)
+        assert second.stats.num_cached_tokens == 12
+        assert second.token_ids == first.token_ids
         assert engine.counters.num_steps - steps <= steps
         assert engine.counters.num_cached_tokens == 12
         assert engine.counters.num_prompt_tokens == 28

@@ -192,17 +192,24 @@ class TestCounts:
 
 
 class TestRequestOutput:
-    def test_tells_only_what_is_new_and_the_totals(self) -> None:
-        item = chain_item((A, B), SamplingParams(max_tokens=50))
+    def test_tells_only_what_is_new_and_at_the_end_the_counts(self) -> None:
+        item = chain_item((A, B), SamplingParams(max_tokens=5))
         item.sequence.num_cached_tokens = 1
         outcome = commit_all(item, bonus=C)
         first = request_output(outcome, emit(outcome))
         outcome = commit_all(item, bonus=D, num_accepted=0)
         second = request_output(outcome, emit(outcome))
         assert (first.text, second.text) == ("abc", "d")
-        assert (first.num_output_tokens, second.num_output_tokens) == (4, 5)
-        assert (second.num_prompt_tokens, second.num_cached_tokens) == (2, 1)
-        assert first.stats.num_steps == 1, "a snapshot does not change afterwards"
+        assert first.stats is None
+        assert second.stats is not None
+        assert (second.stats.num_prompt_tokens, second.stats.num_cached_tokens) == (2, 1)
+        assert (second.stats.num_output_tokens, second.stats.num_steps) == (5, 2)
+
+    def test_says_whether_it_comes_from_a_verify_step(self) -> None:
+        item = chain_item((), SamplingParams(max_tokens=50))
+        for is_decoding in (True, False):
+            outcome = commit_all(replace(item, is_decoding=is_decoding), bonus=C)
+            assert request_output(outcome, emit(outcome)).is_verify_step == is_decoding
 
     def test_there_is_no_log_probability_of_tokens_that_were_cut_off(self) -> None:
         entries = tuple(TokenLogprob(token_id, -1.0, ()) for token_id in (A, B, C, D))

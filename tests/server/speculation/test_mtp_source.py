@@ -16,6 +16,7 @@ from torch import Tensor
 from heads.proposals import GrownProposal, Proposal
 from server.config import SamplingParams, SpeculationParams
 from server.core.request import Request
+from server.cpu.accelerate import draft_products
 from server.engine.engine import Engine
 from server.errors import InvalidRequestError
 from server.executor.executor import Drafter, Drafting
@@ -288,8 +289,8 @@ def test_a_module_with_int8_weights_drafts_nearly_the_same() -> None:
     requests = [make_request(random_prompt(i, 9), max_tokens=30, ignore_eos=True) for i in range(3)]
     found: list[dict[tuple[int, ...], set[tuple[int, ...]]]] = []
     texts = []
-    for kernel in (None, own_kernel()):
-        engine = mtp_engine(int8_kernel=kernel)
+    for products in (None, draft_products(own_kernel())):
+        engine = mtp_engine(products=products)
         proposals = recorded(engine)
         texts.append([completion.token_ids for completion in engine.generate(requests)])
         found.append({text: {path[:2] for path in paths} for text, _, paths in proposals})
