@@ -73,7 +73,7 @@ def engine_config(
 
 def build_engine(config: EngineConfig) -> Engine:
     """Load an engine; its stages, and a lack of draft heads, are told on stderr."""
-    engine = Engine.from_config(config, note)
+    engine = Engine.from_config(config)
     if engine.heads_name is None:
         note("no draft heads are loaded: speculation on is plain decoding too")
     return engine

@@ -5,7 +5,7 @@ Shape suffixes: V vocabulary, D model width.
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -16,8 +16,15 @@ MEDUSA_TYPE = "medusa"
 MTP_TYPE = "mtp"
 TYPES = (MEDUSA_TYPE, MTP_TYPE)
 AnyHeads = MedusaHeads | MTPModule
+Value = TypeVar("Value")
 
 _BLOCK_KEY = "block"
+# Names that sizes and weights had in earlier checkpoints.
+_FORMER_NAMES = {
+    "num_blocks": "num_layers",
+    "block_weights": "layer_weights",
+    "block_biases": "layer_biases",
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,10 +32,10 @@ class BaseParts:
     """What draft heads take from their base model.
 
     Attributes:
-        unembedding_VD: In the dtype and on the device of the heads.
-        input_embedding_VD: Likewise.
-        make_block: Makes a fresh decoder block of the base's class; None where there is none, and
-            then no MTP module can be built.
+        unembedding_VD: Unembedding, in the dtype and on the device of the heads.
+        input_embedding_VD: Input embedding, likewise.
+        make_block: Makes a fresh decoder layer of the base's class; None if there is none to make,
+            so that no MTP module can be built.
     """
 
     unembedding_VD: Tensor
@@ -42,11 +49,16 @@ def type_of(heads: AnyHeads) -> str:
 
 
 def describe(heads: AnyHeads) -> dict[str, Any]:
-    """Return the heads' sizes as JSON; an MTP module's with the class of its block."""
+    """Return the heads' sizes as JSON; an MTP module's with the class of its decoder layer."""
     sizes = asdict(heads.config)
     if isinstance(heads, MTPModule):
         sizes[_BLOCK_KEY] = type(heads.block).__name__
     return sizes
+
+
+def renamed(values: Mapping[str, Value]) -> dict[str, Value]:
+    """Return sizes or weights of a checkpoint under the names that they have today."""
+    return {_FORMER_NAMES.get(name, name): value for name, value in values.items()}
 
 
 def build_heads(kind: str, sizes: Any, draft_vocab_ids: Tensor | None, base: BaseParts) -> AnyHeads:
@@ -55,8 +67,8 @@ def build_heads(kind: str, sizes: Any, draft_vocab_ids: Tensor | None, base: Bas
     Args:
         kind: One of `TYPES`.
         sizes: What `describe` returned.
-        draft_vocab_ids: If the checkpoint has any.
-        base: Of the base model that they belong to.
+        draft_vocab_ids: Ids of the draft vocabulary, if the checkpoint has any.
+        base: What the heads take from the base model that they belong to.
 
     Raises:
         ValueError: If the sizes are unknown or do not fit the base model.
@@ -64,6 +76,7 @@ def build_heads(kind: str, sizes: Any, draft_vocab_ids: Tensor | None, base: Bas
     matrices = (base.unembedding_VD, base.input_embedding_VD)
     if kind == MEDUSA_TYPE:
         # Heads that were saved before there were others do not say it.
+        sizes = renamed(sizes) if isinstance(sizes, dict) else sizes
         config = MedusaConfig(**_known(sizes, MedusaConfig, {"own_unembedding": False}))
         return MedusaHeads(config, *matrices, draft_vocab_ids)
     if base.make_block is None:

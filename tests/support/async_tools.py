@@ -10,7 +10,6 @@ from prometheus_client import generate_latest
 from torch import Tensor
 
 from server.core.request import Request, RequestOutput
-from server.core.sequence import Sequence
 from server.engine.async_engine import AsyncEngine
 from server.engine.engine import Engine
 from tests.support.engine_tools import (
@@ -39,16 +38,16 @@ async def running(engine: Engine | None = None, max_queue: int = 64) -> AsyncIte
         await async_engine.stop()
 
 
-def without_drafts(sequence: Sequence, hidden_D: Tensor) -> list[list[int]]:
+def without_drafts(request_id: str, so_far: tuple[int, ...], hidden_D: Tensor) -> list[list[int]]:
     return [[-1] * NUM_RANKS] * NUM_HEADS
 
 
 def slow_engine(**options: Any) -> Engine:
     """An engine that takes at least 10 ms for each token of each sequence."""
 
-    def wait(sequence: Sequence, hidden_D: Tensor) -> list[list[int]]:
+    def wait(request_id: str, so_far: tuple[int, ...], hidden_D: Tensor) -> list[list[int]]:
         time.sleep(0.01)
-        return without_drafts(sequence, hidden_D)
+        return without_drafts(request_id, so_far, hidden_D)
 
     return make_engine(script=wait, num_blocks=256, **options)
 
@@ -59,14 +58,14 @@ def endless(seed: int = 0) -> Request:
 
 
 async def collect(async_engine: AsyncEngine, request: Request) -> list[RequestOutput]:
-    return [output async for output in async_engine.generate(request)]
+    return [output async for _, output in async_engine.generate([request])]
 
 
-async def first_output(stream: AsyncIterator[RequestOutput]) -> RequestOutput:
-    return await anext(stream)
+async def first_output(stream: AsyncIterator[tuple[int, RequestOutput]]) -> RequestOutput:
+    return (await anext(stream))[1]
 
 
-async def drain(stream: AsyncIterator[RequestOutput]) -> None:
+async def drain(stream: AsyncIterator[tuple[int, RequestOutput]]) -> None:
     async for _ in stream:
         pass
 

@@ -1,22 +1,36 @@
 """`convert`: heads of another layout in, a checkpoint of ours out.
 
-They are Medusa heads of the original layout, or, if the source is the base model itself, the MTP
+They are Medusa heads of the original layout or, if the source is the base model itself, the MTP
 layer that its checkpoint ships.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from heads.checkpoint import CONFIG_FILE, save_heads
-from heads.errors import HeadsCheckpointError
 from heads.original_medusa import load_original_heads
-from server.errors import ConfigError
+from server.cli.options import Command, Settings
 from server.model.loading import LoadedModel
 from server.model.native_mtp import load_native_mtp
-from training.commands.config_file import save_config
-from training.commands.options import ConvertOptions
+from training.commands.common import ModelOptions, save_options
 from training.errors import RunError
-from training.states.base_model import load_base
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions(ModelOptions):
+    """Heads of another layout and their base model.
+
+    Attributes:
+        source: Directory of original Medusa heads (config.json and medusa_lm_head.*); or what
+            `--model` says, for the MTP layer that the base model ships.
+        output: Directory of the heads to write.
+        overwrite: Whether heads are replaced that OUTPUT holds.
+    """
+
+    source: Path
+    output: Path
+    overwrite: bool = False
 
 
 def run(options: ConvertOptions) -> dict[str, Any]:
@@ -24,7 +38,7 @@ def run(options: ConvertOptions) -> dict[str, Any]:
 
     Raises:
         RunError: If `output` holds heads already, or is the source.
-        ConfigError: If the source cannot be read or does not fit the base model.
+        HeadsCheckpointError: If the source cannot be read or does not fit the base model.
         ModelError: If the base model cannot be loaded, or its MTP layer is wanted and cannot be
             read.
     """
@@ -37,7 +51,7 @@ def run(options: ConvertOptions) -> dict[str, Any]:
         raise RunError(
             f"{options.output} holds heads already; give another --output or --overwrite"
         )
-    loaded = load_base(options)
+    loaded = options.load()
     result = (_convert_native if _is_base(options) else _convert_medusa)(options, loaded)
     return {
         "output": str(options.output),
@@ -58,14 +72,19 @@ def _convert_native(options: ConvertOptions, loaded: LoadedModel) -> dict[str, A
 
 
 def _convert_medusa(options: ConvertOptions, loaded: LoadedModel) -> dict[str, Any]:
-    try:
-        heads = load_original_heads(options.source, loaded.unembedding(), loaded.input_embedding())
-    except HeadsCheckpointError as error:
-        raise ConfigError(str(error)) from error
+    heads = load_original_heads(options.source, loaded.unembedding(), loaded.input_embedding())
     save_heads(options.output, heads, loaded.fingerprint, options.model, None)
-    save_config(options.output / "convert.toml", "convert", options)
+    save_options(options.output / "convert.toml", CONVERT, {"options": options})
     return {
         "num_heads": heads.config.num_heads,
-        "num_blocks": heads.config.num_blocks,
+        "num_layers": heads.config.num_layers,
         "own_unembedding": heads.config.own_unembedding,
     }
+
+
+CONVERT = Command(
+    "convert",
+    "Import Medusa heads or an MTP layer that a base model ships.",
+    run,
+    {"options": Settings(ConvertOptions)},
+)

@@ -4,30 +4,83 @@ Owns the distilled file and its manifest. Each finished conversation is one appe
 killed run loses only what was in flight.
 """
 
+import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from server.cli.console import Bar, progress_bar
+from server.cli.options import Between, Command, Count, ReadBy, Settings
 from server.config import EngineConfig
 from server.engine.engine import Engine
-from training.commands.config_file import save_config
-from training.commands.options import DistillOptions
-from training.data.data_source import open_data
-from training.data.distilled import DistilledConversation, Manifest, manifest_path, read_distilled
+from training.commands.common import ModelOptions, save_options
+from training.data.data_source import DataOption, OpenData, open_data
+from training.data.distilled import (
+    WHOLE,
+    DistilledConversation,
+    Manifest,
+    Sampling,
+    Shard,
+    manifest_path,
+    read_distilled,
+    read_shard,
+)
 from training.data.jsonl import LineAppender, drop_torn_line
 from training.data.prompt_order import PromptOrder, check_weights
 from training.data.prompts import Prompts, read_prompts
 from training.data.self_distill import SelfDistiller
 from training.errors import DataError, RunError
-from training.progress import Bar, note, progress_bar
-from training.states.document_states import open_states
+from training.states.document_states import DocumentStates
+from training.states.hidden_cache import HiddenCacheOptions
 from training.states.hidden_capture import HiddenCapture
 
+_LOGGER = logging.getLogger("euryale.training")
 _SAVE_INTERVAL = 50
 _MIN_TOKENS_PER_STEP = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillOptions(ModelOptions):
+    """Prompts, answers and the model that writes them.
+
+    Attributes:
+        data: Prompts: JSON lines (.gz) or `hf:NAME#SPLIT`.
+        output: JSON lines to write; a run that they hold goes on.
+        limit: Conversations, from the beginning of the prompts; not given, all.
+        shard: Every Nth of them, from number I on.
+        max_tokens: Begin no conversation after so many answer tokens.
+        category_weights: Share of the answer tokens of each category, 1 if it is not named; not
+            given, the prompts keep their order.
+        method: Draft source, such as `medusa`, `mtp` or `lookup`; changes the speed but no token.
+        heads: Directory of draft heads, `auto` or `none`; not used if METHOD is `none`.
+        concurrency: Conversations in flight.
+    """
+
+    data: DataOption
+    output: Path
+    limit: Count | None = None
+    shard: Annotated[Shard, ReadBy(read_shard, "I/N")] = WHOLE
+    max_tokens: Count | None = None
+    category_weights: Mapping[str, Annotated[float, Between(0, 1000)]] | None = None
+    method: str = "none"
+    heads: str = "auto"
+    concurrency: Count = 64
+
+    @property
+    def engine_config(self) -> EngineConfig:
+        """The engine that answers."""
+        return EngineConfig(
+            model=self.model,
+            heads="none" if self.method == "none" else self.heads,
+            device=self.device,
+            dtype=self.dtype,
+            num_threads=self.num_threads,
+            max_num_seqs=self.concurrency,
+            max_tokens_per_step=max(_MIN_TOKENS_PER_STEP, 2 * self.concurrency),
+        )
 
 
 @dataclass(slots=True)
@@ -40,54 +93,86 @@ class _Account:
     num_drawn: int = 0
 
 
-def run(options: DistillOptions) -> dict[str, Any]:
+def run(options: DistillOptions, sampling: Sampling, cache: HiddenCacheOptions) -> dict[str, Any]:
     """Answer the prompts that are not answered yet; returns the result to print.
 
     Raises:
         DataError: If the prompts or the manifest are broken.
         RunError: If `output` holds something else, or the heads change the model.
-        EuryaleError: If the engine cannot be built or refuses a prompt.
+        EuryaleError: If the engine cannot be built or rejects a prompt.
     """
     if options.output.suffix == ".gz":
         raise RunError(
             f"output is {options.output}, but answers are appended line by line; give a name "
             "without .gz and compress the file later"
         )
-    shard = options.shard
     data = open_data(options.data)
-    prompts = list(read_prompts(data.rows()))[: options.limit][shard.index :: shard.total]
-    if not prompts:
-        raise DataError(f"{options.data} has no prompts for shard {shard}; give a smaller N")
-    check_weights(options.category_weights, prompts)
+    prompts = _prompts(data, options)
     capture = HiddenCapture()
-    on_hidden = None if options.hidden_cache is None else capture.take
-    engine = Engine.from_config(_engine_config(options), note, on_hidden)
-    kept = open_states(options, engine.loaded)
+    on_hidden = None if cache.hidden_cache is None else capture.take
+    engine = Engine.from_config(options.engine_config, on_hidden)
+    kept = cache.open_states(engine.loaded)
     if engine.loaded.adapter_sha256 is not None:
         raise RunError(
             f"the heads {options.heads} bring an adapter, so the answers would not be those of "
             f"{options.model} itself; give other --heads or --method none"
         )
+    if options.method not in engine.limits.methods:
+        raise RunError(
+            f"method is {options.method!r}, but this model and these heads have "
+            f"{', '.join(sorted(engine.limits.methods))}; give one of them"
+        )
     manifest = Manifest(
         model=options.model,
         fingerprint=engine.loaded.fingerprint,
-        sampling=options.sampling,
+        sampling=sampling,
         prompts_sha256=data.sha256(),
         prompts_origin=data.origin,
         chat_template_sha256=engine.tokenizer.chat_template_sha256,
-        shard=shard,
+        shard=options.shard,
     )
-    account = _take_up(options.output, manifest)
+    account = _resumed(options.output, manifest)
     config = options.output.with_name(f"{options.output.name}.toml")
-    save_config(config, "distill", options)
+    save_options(config, DISTILL, {"options": options, "sampling": sampling, "cache": cache})
+    order = _order(prompts, account, options.category_weights)
+    distiller = SelfDistiller(engine, sampling, options.method, options.concurrency)
+    _distill(distiller, order, account, options, capture, kept)
+    return _result(options.output, account)
+
+
+def _prompts(data: OpenData, options: DistillOptions) -> list[Prompts]:
+    shard = options.shard
+    prompts = list(read_prompts(data.rows()))[: options.limit][shard.index :: shard.total]
+    if not prompts:
+        raise DataError(f"{options.data} has no prompts for shard {shard}; give a smaller N")
+    check_weights(options.category_weights, prompts)
+    return prompts
+
+
+def _order(
+    prompts: list[Prompts], account: _Account, weights: Mapping[str, float] | None
+) -> PromptOrder:
+    """The order of the prompts that are left."""
     waiting = [item for item in prompts if item.id not in account.ids]
     if account.ids:
-        note(f"{len(account.ids)} conversations are answered, {len(waiting)} are left")
-    order = PromptOrder(waiting, options.category_weights)
+        _LOGGER.info("%d conversations are answered, %d are left", len(account.ids), len(waiting))
+    order = PromptOrder(waiting, weights)
     for category, num_tokens in account.num_tokens_of:
         order.count(category, num_tokens)
-    distiller = SelfDistiller(engine, options.sampling, options.method, options.concurrency)
-    with LineAppender(options.output) as file, _progress(len(waiting), account, options) as bar:
+    return order
+
+
+def _distill(
+    distiller: SelfDistiller,
+    order: PromptOrder,
+    account: _Account,
+    options: DistillOptions,
+    capture: HiddenCapture,
+    kept: DocumentStates | None,
+) -> None:
+    """Answer prompts and write what is finished; whatever ends this, the file is whole."""
+    bar_of = _progress(len(order), account, options)
+    with LineAppender(options.output) as file, bar_of as bar:
 
         def write(conversation: DistilledConversation) -> None:
             file.append(conversation.to_json())
@@ -101,7 +186,6 @@ def run(options: DistillOptions) -> dict[str, Any]:
             account.manifest.save(options.output)
             if kept is not None:
                 capture.flush(kept)
-    return _result(options.output, account)
 
 
 def _progress(
@@ -114,19 +198,7 @@ def _progress(
     return progress_bar("distilling tokens", num_left, "tokens")
 
 
-def _engine_config(options: DistillOptions) -> EngineConfig:
-    return EngineConfig(
-        model=options.model,
-        heads="none" if options.method == "none" else options.heads,
-        device=options.device,
-        dtype=options.dtype,
-        num_threads=options.num_threads,
-        max_num_seqs=options.concurrency,
-        max_tokens_per_step=max(_MIN_TOKENS_PER_STEP, 2 * options.concurrency),
-    )
-
-
-def _take_up(output: Path, manifest: Manifest) -> _Account:
+def _resumed(output: Path, manifest: Manifest) -> _Account:
     """Read what is there already; repairs the end of the file.
 
     Raises:
@@ -148,7 +220,7 @@ def _take_up(output: Path, manifest: Manifest) -> _Account:
         )
     num_dropped = drop_torn_line(output)
     if num_dropped:
-        note(f"dropped {num_dropped} bytes of an unfinished last line of {output}")
+        _LOGGER.info("dropped %d bytes of an unfinished last line of %s", num_dropped, output)
     ids: set[str] = set()
     num_tokens_of: list[tuple[str, int]] = []
     num_turns = num_tokens = 0
@@ -228,3 +300,15 @@ def _result(output: Path, account: _Account) -> dict[str, Any]:
         "num_skipped": manifest.num_skipped,
         "num_new_tokens": account.num_drawn,
     }
+
+
+DISTILL = Command(
+    "distill",
+    "Have the base model answer prompts.",
+    run,
+    {
+        "options": Settings(DistillOptions),
+        "sampling": Settings(Sampling),
+        "cache": Settings(HiddenCacheOptions),
+    },
+)

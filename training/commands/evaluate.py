@@ -1,29 +1,50 @@
 """`evaluate`: heads and answers that they were not trained on in, the acceptance profile out."""
 
+import logging
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from heads.checkpoint import save_heads
-from heads.medusa import MedusaHeads
+from server.cli.options import Command, Count, Settings
 from server.model.draft_heads import DraftHeads, load_draft_heads
 from server.model.loading import LoadedModel
-from training.commands.config_file import save_config
-from training.commands.options import EvaluateOptions
+from training.commands.common import ModelOptions, save_options
 from training.data.answers import load_answers
+from training.data.data_source import DataOptions
 from training.data.dataset import Corpus
-from training.errors import RunError
-from training.measure.acceptance import measure, save_acceptance, summary
+from training.measure.acceptance import Measurement, measure, save_acceptance, summary
 from training.measure.perplexity import comparison, perplexity
-from training.methods.drafts import Drafts, MedusaDrafts, MTPDrafts
-from training.progress import note
-from training.states.base_model import load_base
-from training.states.hidden_cache import open_cache
+from training.methods.drafts import drafts_of
+from training.states.hidden_cache import HiddenCacheOptions
 from training.states.hidden_states import HiddenStateEncoder, HiddenStates
 
-# Of an MTP module that was never measured.
-_DEFAULT_DEPTHS = 4
+_LOGGER = logging.getLogger("euryale.training")
 
 
-def run(options: EvaluateOptions) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(ModelOptions):
+    """Heads, answers and the base model.
+
+    Attributes:
+        heads: Directory of the heads.
+        data: Answers that the heads were not trained on: JSON lines (.gz) or `hf:NAME#SPLIT`;
+            repeatable.
+        limit: Conversations, from the beginning of the data; not given, all.
+        num_ranks: Candidates per depth that the profile covers.
+        num_depths: Depths that an MTP module is measured at; not given, as many as its profile has.
+        save: Whether the profile is written into the checkpoint.
+    """
+
+    heads: Path
+    data: DataOptions
+    limit: Count | None = None
+    num_ranks: Count = 16
+    num_depths: Count | None = None
+    save: bool = True
+
+
+def run(options: EvaluateOptions, cache: HiddenCacheOptions) -> dict[str, Any]:
     """Measure heads and save their profile; returns the result to print.
 
     Raises:
@@ -33,29 +54,40 @@ def run(options: EvaluateOptions) -> dict[str, Any]:
         HeadsMismatchError: If the heads belong to another base model.
         ModelError: If the base model cannot be loaded.
     """
-    loaded = load_base(options, options.heads)
+    loaded = options.load(options.heads)
     found = load_draft_heads(options.heads, loaded)
     answers = load_answers(options.data, loaded, options.limit)
     encoder = HiddenStateEncoder(loaded)
-    states: HiddenStates = open_cache(options, encoder, loaded) or encoder
-    drafts = _drafts(options, found, states)
+    states: HiddenStates = cache.open_cache(encoder, loaded) or encoder
+    drafts = drafts_of(found, states, options.num_depths)
     measured = measure(answers.corpus, drafts, options.num_ranks)
     if options.save:
-        profile = measured.result.profile
-        save_heads(
-            options.heads,
-            found.heads,
-            loaded.fingerprint,
-            found.base_name,
-            profile,
-            adapter=found.adapter,
+        _save(options, found, loaded, measured, answers.sha256)
+        save_options(
+            options.heads / "evaluate.toml", EVALUATE, {"options": options, "cache": cache}
         )
-        save_config(options.heads / "evaluate.toml", "evaluate", options)
-        save_acceptance(options.heads, measured, found.base_name, answers.sha256)
     printed = summary(measured.result)
     if found.adapter is not None:
         printed["perplexity"] = _perplexities(options, loaded, encoder, answers.corpus)
     return {"heads": str(options.heads), **printed}
+
+
+def _save(
+    options: EvaluateOptions,
+    found: DraftHeads,
+    loaded: LoadedModel,
+    measured: Measurement,
+    data_sha256: str,
+) -> None:
+    save_heads(
+        options.heads,
+        found.heads,
+        loaded.fingerprint,
+        found.base_name,
+        measured.result.profile,
+        adapter=found.adapter,
+    )
+    save_acceptance(options.heads, measured, found.base_name, data_sha256)
 
 
 def _perplexities(
@@ -63,27 +95,19 @@ def _perplexities(
 ) -> dict[str, float] | None:
     """Compare the base model with its adapter and without; None if its logits are unusual."""
     if not encoder.has_plain_logits:
-        note(f"{loaded.name} scales, caps or shifts its logits: its perplexity is not measured")
+        _LOGGER.info(
+            "%s scales, caps or shifts its logits: its perplexity is not measured", loaded.name
+        )
         return None
     adapted = perplexity(corpus, encoder, loaded.unembedding())
-    base = load_base(options)
+    base = options.load()
     plain = perplexity(corpus, HiddenStateEncoder(base), base.unembedding())
     return comparison(plain, adapted)
 
 
-def _drafts(options: EvaluateOptions, found: DraftHeads, states: HiddenStates) -> Drafts:
-    # In float32, because ranks must not hang on how a kernel rounds.
-    found.heads.float()
-    if isinstance(found.heads, MedusaHeads):
-        if options.num_depths is not None:
-            raise RunError(
-                f"num_depths is {options.num_depths}, but {options.heads} holds Medusa heads, "
-                "which have one depth each; leave it out"
-            )
-        return MedusaDrafts(states, found.heads)
-    if found.block is None:
-        raise AssertionError("an MTP module came without its block")
-    num_depths = options.num_depths
-    if num_depths is None:
-        num_depths = found.profile.max_depth if found.profile else _DEFAULT_DEPTHS
-    return MTPDrafts(states, found.heads, found.block, num_depths)
+EVALUATE = Command(
+    "evaluate",
+    "Measure heads on answers that they were not trained on.",
+    run,
+    {"options": Settings(EvaluateOptions), "cache": Settings(HiddenCacheOptions)},
+)

@@ -2,10 +2,11 @@
 
 import html
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.commands.options import ReportOptions
+from server.cli.options import Command, Settings
 from training.data.jsonl import replace_file
 from training.errors import DataError
 from training.loop.metrics import METRICS_FILE, read_metrics
@@ -17,6 +18,19 @@ _STYLE = (
     "svg{max-width:100%;height:auto}table{border-collapse:collapse}"
     "td,th{padding:.2em .8em;border:1px solid #ccc;text-align:left}"
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """Heads that were trained or evaluated.
+
+    Attributes:
+        heads: Directory of the heads, with acceptance.json.
+        output: Page to write; not given, `report.html` in that directory.
+    """
+
+    heads: Path
+    output: Path | None = None
 
 
 def run(options: ReportOptions) -> dict[str, Any]:
@@ -89,3 +103,8 @@ def _table(acceptance: Mapping[str, Any]) -> str:
         for name, value in rows.items()
     )
     return f"<table>{cells}</table>"
+
+
+REPORT = Command(
+    "report", "Plot a training run and its heads.", run, {"options": Settings(ReportOptions)}
+)

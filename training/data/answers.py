@@ -5,31 +5,31 @@ others (see `training.data.supervised`), tokenised here; a line shows by its fie
 """
 
 import hashlib
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from server.model.loading import LoadedModel
-from training.data.conversation import TokenizedConversation
 from training.data.data_source import DataSource, OpenData, open_data
-from training.data.dataset import Corpus, build_corpus
-from training.data.distilled import distilled_conversation, is_distilled
+from training.data.dataset import Corpus, TokenizedConversation, build_corpus
+from training.data.distilled import Manifest, distilled_conversation, is_distilled
 from training.data.prompts import given_id
 from training.data.supervised import tokenize_row
 from training.errors import DataError
-from training.progress import note
-from training.states.base_model import check_base
 
+_LOGGER = logging.getLogger("euryale.training")
 _NUM_NAMED = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """What all files hold together.
+    """What all sources hold together.
 
     Attributes:
-        sha256: Of the source; of all sources' digests, in order, if there are several.
+        corpus: The answers as documents.
+        sha256: Digest of the source; of all sources' digests, in order, if there are several.
     """
 
     corpus: Corpus
@@ -42,8 +42,8 @@ def load_answers(
     """Read all sources; conversations beyond the context are left out, counted and noted.
 
     Args:
-        sources: Read one after the other.
-        loaded: The base model.
+        sources: Files and data sets, read one after the other.
+        loaded: Base model that wrote the answers or is to learn from them.
         limit: Number of conversations to read; None reads all.
 
     Raises:
@@ -61,6 +61,24 @@ def load_answers(
             "give more answers"
         )
     return Answers(corpus, data_sha256(opened))
+
+
+def check_base(data: Path, loaded: LoadedModel) -> bool:
+    """Check that no other base model wrote the data; False if no manifest says which one did.
+
+    Raises:
+        DataError: If the data's manifest is damaged or names another base.
+    """
+    manifest = Manifest.load(data)
+    if manifest is None:
+        return False
+    difference = manifest.fingerprint.difference(loaded.fingerprint)
+    if difference is not None:
+        raise DataError(
+            f"{data} holds answers of {manifest.model}, not of {loaded.name}: "
+            f"{difference}; distill with the model you train for"
+        )
+    return True
 
 
 def data_sha256(opened: Sequence[OpenData]) -> str:
@@ -90,8 +108,10 @@ def _conversations(
                 yield tokenize_row(row, loaded.tokenizer)
                 continue
             if not (is_checked or is_noted):
-                note(
-                    f"{data.source} has no manifest: whether {loaded.name} wrote it is not checked"
+                _LOGGER.info(
+                    "%s has no manifest: whether %s wrote it is not checked",
+                    data.source,
+                    loaded.name,
                 )
                 is_noted = True
             yield distilled_conversation(row)
@@ -109,7 +129,10 @@ def _fitting(
             too_long.append(f"{conversation.where} ({conversation.length} tokens)")
     if too_long:
         more = "" if len(too_long) <= _NUM_NAMED else ", and so on"
-        note(
-            f"left out {len(too_long)} conversations longer than the context of {max_model_len} "
-            f"tokens: {', '.join(too_long[:_NUM_NAMED])}{more}"
+        _LOGGER.info(
+            "left out %d conversations longer than the context of %d tokens: %s%s",
+            len(too_long),
+            max_model_len,
+            ", ".join(too_long[:_NUM_NAMED]),
+            more,
         )

@@ -13,9 +13,11 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from training.data.jsonl import Row, file_sha256, read_rows
+from heads.files import file_sha256
+from server.cli.values import REPEATED, ReadBy
+from training.data.jsonl import Row, read_rows
 from training.errors import DataError
 
 _PREFIX = "hf:"
@@ -25,7 +27,7 @@ _SYNTAX = re.compile(
 # Since then no data set brings code of its own.
 _MIN_VERSION = 4
 _ANSWERS_OR_PROMPTS = ("messages", "turns", "prompt")
-# All that readers of rows look at; also what they refuse by name.
+# All that readers of rows look at, and what they reject with an error that names it.
 _COLUMNS = (
     *_ANSWERS_OR_PROMPTS,
     *("completion", "id", "question_id", "task_id", "category"),
@@ -39,6 +41,8 @@ class HubData:
 
     Attributes:
         name: OWNER/NAME on the hub, or a directory.
+        split: Part of the data set, as `datasets` takes it.
+        config: Configuration of the data set; None is the default one.
         revision: Branch, tag or commit; None is the branch that the hub shows first.
     """
 
@@ -73,14 +77,18 @@ def data_source(text: str) -> DataSource:
     return HubData(**match.groupdict())
 
 
+# As options: one source, and one or several.
+DataOption = Annotated[DataSource, ReadBy(data_source, "FILE")]
+DataOptions = Annotated[tuple[DataOption, ...], REPEATED]
+
+
 @dataclass(frozen=True, slots=True)
 class OpenData:
     """Rows that can be read more than once.
 
     Attributes:
-        source: Where they are from.
-        origin: What the source was when it was opened, by the names of what is known; empty for a
-            file.
+        source: Where the rows come from.
+        origin: What is known of a data set as it was opened, by name; empty for a file.
     """
 
     source: DataSource

@@ -11,8 +11,35 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from training.data.conversation import TokenizedConversation
 from training.errors import DataError
+
+# Stands where a depth has no label because the answer ends before, or the token is not drafted.
+NO_LABEL = -100
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedConversation:
+    """The answers of one conversation.
+
+    Attributes:
+        turns: Pairs of everything before an answer and the answer, as token ids.
+        where: File and line, for messages.
+    """
+
+    id: str
+    category: str
+    turns: tuple[tuple[list[int], list[int]], ...]
+    where: str
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all answers."""
+        return sum(len(answer) for _, answer in self.turns)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest sequence that a model must take."""
+        return max(len(prompt) + len(answer) for prompt, answer in self.turns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,3 +179,23 @@ def frequent_tokens(documents: Sequence[Document], vocab_size: int, size: int) -
             answer = document.token_ids_T[span.start : span.end]
             counts_V += torch.bincount(answer, minlength=vocab_size)
     return counts_V.argsort(descending=True, stable=True)[:size].clone()
+
+
+def draft_vocab_index(draft_vocab_ids: Tensor, vocab_size: int) -> Tensor:
+    """Return for each token its place in the draft vocabulary, int64 [V + 1].
+
+    `NO_LABEL` for tokens outside of it. The last entry too, so that -1 can be looked up.
+    """
+    index_V = draft_vocab_ids.new_full((vocab_size + 1,), NO_LABEL)
+    index_V[draft_vocab_ids] = torch.arange(len(draft_vocab_ids), device=draft_vocab_ids.device)
+    return index_V
+
+
+def document_labels(document: Document, num_depths: int) -> Tensor:
+    """Return the tokens after each root, int64 NK on the CPU; `NO_LABEL` behind the answer."""
+    labels = [torch.zeros(0, num_depths, dtype=torch.int64)]
+    for span in document.spans:
+        answer = document.token_ids_T[span.start : span.end]
+        padded = torch.cat((answer, answer.new_full((num_depths,), NO_LABEL)))
+        labels.append(padded[1:].unfold(0, num_depths, 1)[: span.num_examples])
+    return torch.cat(labels)

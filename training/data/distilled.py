@@ -11,10 +11,11 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from heads.checkpoint import BaseFingerprint
-from training.data.conversation import TokenizedConversation
+from server.cli.values import Between, Count, Whole
+from training.data.dataset import TokenizedConversation
 from training.data.jsonl import Row, read_rows, replace_file
 from training.errors import DataError
 
@@ -44,6 +45,7 @@ class DistilledConversation:
     """A conversation with the model's answers.
 
     Attributes:
+        system: Message that opens the conversation, or None.
         user_turns: As many as `turns`, or more where the conversation was cut short.
     """
 
@@ -129,14 +131,17 @@ class Sampling:
     Attributes:
         max_new_tokens: Longest answer.
         temperatures: Each conversation has one of them, by its id; 0 is greedy.
+        top_p: Probability mass of the nucleus.
+        top_k: Most probable tokens that are kept; 0 keeps all.
         seed: Each answer's own seed derives from it.
+        stop_repeats: Whether answers end that go in circles.
     """
 
-    max_new_tokens: int = 256
-    temperatures: tuple[float, ...] = (0.0,)
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
+    max_new_tokens: Count = 256
+    temperatures: tuple[Annotated[float, Between(0, 2)], ...] = (0.0,)
+    top_p: Annotated[float, Between(0, 1)] = 1.0
+    top_k: Whole = 0
+    seed: Whole = 0
     stop_repeats: bool = True
 
 
@@ -154,18 +159,35 @@ class Shard:
 WHOLE = Shard()
 
 
+def read_shard(text: str) -> Shard:
+    """Read a shard as I/N, with I from 0.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    index, slash, total = text.partition("/")
+    if not (slash and index.isdecimal() and total.isdecimal() and int(index) < int(total)):
+        raise ValueError("give I/N with I from 0 and below N, such as 0/2")
+    return Shard(int(index), int(total))
+
+
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """What a distilled file holds and how it was made.
 
     Attributes:
         model: Name of the base model.
-        fingerprint: Of that base model.
-        prompts_sha256: Of the prompts file as it lies on disk, or of a data set's rows.
-        chat_template_sha256: Of the template that rendered the prompts; empty if not recorded.
+        fingerprint: Tells that base model from others.
+        sampling: How the answers were drawn.
+        prompts_sha256: Digest of the prompts file as it lies on disk, or of a data set's rows.
+        chat_template_sha256: Digest of the template that rendered the prompts; empty if it was not
+            recorded.
         shard: The part of the prompts that are answered in this file.
         tokens_by_category: Answer tokens of each category.
-        prompts_origin: What is known of the data set of the prompts; empty if from a file.
+        prompts_origin: What is known of the data set of the prompts; empty if they were in a file.
+        num_conversations: Conversations in the file.
+        num_turns: Their answers.
+        num_tokens: The tokens of these answers.
         num_skipped: Conversations whose first prompt does not fit the model's context.
         is_finished: Whether all prompts that were asked for are answered.
     """

@@ -5,7 +5,6 @@ at most the line it was writing.
 """
 
 import gzip
-import hashlib
 import json
 import os
 import zlib
@@ -16,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from heads.files import atomic_write
 from training.errors import DataError, RunError
 
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -138,29 +138,14 @@ class LineAppender:
         self._file.close()
 
 
-def file_sha256(path: Path) -> str:
-    """Hex digest of a file as it lies on disk."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def replace_file(path: Path, data: bytes) -> None:
     """Write a file whole or not at all.
 
     Raises:
         RunError: If the disk is full or fails; a file that was there stays as it was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with _writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with _writing(path), atomic_write(path, "wb") as file:
+        file.write(data)
 
 
 @contextmanager

@@ -16,11 +16,10 @@ class PromptOrder:
     """Hands out prompts; counts the tokens of their answers.
 
     Args:
-        prompts: Not yet answered, in file order, which is kept within a category.
+        prompts: Prompts that are not yet answered, in file order, which is kept within a category.
         weights: Share of a category's tokens relative to the others; 1 if it is not named, 0
             leaves it out. None keeps the order of the file for all.
         expected_tokens: Guess of a conversation's answer tokens until its category has some.
-
     """
 
     def __init__(
@@ -37,6 +36,10 @@ class PromptOrder:
         self._num_tokens = dict.fromkeys(self._waiting, 0)
         self._num_answered = dict.fromkeys(self._waiting, 0)
         self._num_in_flight = dict.fromkeys(self._waiting, 0)
+
+    def __len__(self) -> int:
+        """Prompts that are still to be handed out."""
+        return sum(map(len, self._waiting.values()))
 
     def _group(self, category: str) -> str:
         return "" if self._weights is None else category

@@ -4,17 +4,19 @@ Owns the order of turns: the answer to a user turn stands in the next one's prom
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from server.config import Method, SamplingParams, SpeculationParams
+from server.config import SamplingParams, SpeculationParams
 from server.core.request import Request, RequestOutput
 from server.engine.engine import Engine
 from server.errors import InvalidRequestError
 from training.data.distilled import AssistantTurn, DistilledConversation, Sampling
 from training.data.prompts import Prompts
-from training.data.repeats import ends_in_circle
 
+# A circle teaches a draft head nothing that its first two rounds did not.
+MAX_PERIOD = 24
+MIN_REPEATED_TOKENS = 48
 _TOO_LONG = "context_length_exceeded"
 # Looking for circles costs more than a token is worth, so it is not done for each.
 _REPEATS_INTERVAL = 16
@@ -48,7 +50,7 @@ class SelfDistiller:
     """
 
     def __init__(
-        self, engine: Engine, sampling: Sampling, method: Method = "none", max_in_flight: int = 64
+        self, engine: Engine, sampling: Sampling, method: str = "none", max_in_flight: int = 64
     ) -> None:
         self._engine = engine
         self._sampling = sampling
@@ -167,3 +169,18 @@ def _messages(dialogue: _Dialogue) -> list[dict[str, str]]:
         messages.append({"role": "assistant", "content": turn.text})
     messages.append({"role": "user", "content": prompts.turns[len(dialogue.turns)]})
     return messages
+
+
+def ends_in_circle(token_ids: Sequence[int]) -> bool:
+    """Whether the last tokens repeat themselves with a period of at most `MAX_PERIOD`.
+
+    At least `MIN_REPEATED_TOKENS` tokens and four rounds of the period must be equal.
+    """
+    for period in range(1, MAX_PERIOD + 1):
+        length = max(MIN_REPEATED_TOKENS, 4 * period)
+        if len(token_ids) < length:
+            continue
+        tail = token_ids[-length:]
+        if tail[period:] == tail[:-period]:
+            return True
+    return False

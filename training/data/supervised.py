@@ -17,7 +17,7 @@ from typing import Any
 
 from server.errors import InvalidRequestError
 from server.tokenizer import Tokenizer
-from training.data.conversation import TokenizedConversation
+from training.data.dataset import TokenizedConversation
 from training.data.jsonl import Row
 from training.data.prompts import category_of, given_id
 

@@ -1,7 +1,7 @@
 """Ends a run when its module no longer gets better on held-out answers, and keeps the best weights.
 
-A trainer asks a `Validation` after each step and knows no more of it; what it found is part of the
-run's state, so that a run that was killed ends as one that was not.
+A trainer asks a `Validation` after each step and knows nothing else of it; its best measurement is
+part of the run's state, so that a run that was killed ends as one that was not.
 """
 
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 from torch import nn
+from typing_extensions import override
 
 from training.loop.processes import Processes
 from training.loop.run_state import Best
@@ -21,61 +22,62 @@ class Validation(Protocol):
     """What a trainer asks after each step.
 
     Attributes:
-        best: What was best so far; set when a run is taken up.
+        best: Best measurement so far; set when a run is resumed.
     """
 
     best: Best | None
 
     def after_step(self, step: int, is_last: bool) -> dict[str, float]:
-        """Measure the module if it is time to; returns what was found, for the metrics."""
+        """Measure the module if it is due; returns what was found, for the metrics."""
 
     def is_over(self, step: int) -> bool:
         """Whether the run ends after a step, measured or not."""
 
     def finish(self) -> None:
-        """Give the module the weights that it is to end with."""
+        """Give the module the weights that the run ends with."""
 
 
-class NoValidation:
+class NoValidation(Validation):
     """Never measures and never ends a run."""
 
     def __init__(self) -> None:
         self.best: Best | None = None
 
+    @override
     def after_step(self, step: int, is_last: bool) -> dict[str, float]:
-        """See `Validation.after_step`."""
         return {}
 
+    @override
     def is_over(self, step: int) -> bool:
-        """See `Validation.is_over`."""
         return False
 
+    @override
     def finish(self) -> None:
-        """See `Validation.finish`."""
+        pass
 
 
 @dataclass(frozen=True, slots=True)
 class StoppingPlan:
-    """When a module is measured, and how often it may be none the better.
+    """When a module is measured, and when it is measured for the last time.
 
     Attributes:
         interval: Steps between two measurements; the last step of a run has one too.
-        patience: A run ends when so many measurements in a row brought nothing better.
+        patience: A run ends after so many measurements in a row of which none was the best.
     """
 
     interval: int
     patience: int
 
 
-class EarlyStopping:
-    """Measures at intervals; see `Validation`.
+class EarlyStopping(Validation):
+    """Measures at intervals.
 
     Args:
-        module: That is trained.
+        module: What is trained.
         measure: Returns the mean acceptance length of what the module drafts now. Called on the
-            first process alone, whose word counts for all.
-        plan: When.
-        processes: Of the run.
+            first process alone, whose result counts for all.
+        plan: Says when to measure and when to end.
+        processes: Those that train together.
     """
 
     def __init__(
@@ -91,8 +93,8 @@ class EarlyStopping:
         self._plan = plan
         self._processes = processes
 
+    @override
     def after_step(self, step: int, is_last: bool) -> dict[str, float]:
-        """See `Validation.after_step`."""
         if step % self._plan.interval and not is_last:
             return {}
         length = self._measured()
@@ -112,15 +114,15 @@ class EarlyStopping:
         shared = torch.tensor(length, dtype=torch.float64, device=self._processes.device)
         return float(self._processes.sum(shared))
 
+    @override
     def is_over(self, step: int) -> bool:
-        """See `Validation.is_over`."""
         if self.best is None:
             return False
         return step - self.best.step >= self._plan.patience * self._plan.interval
 
+    @override
     @torch.no_grad()
     def finish(self) -> None:
-        """See `Validation.finish`."""
         if self.best is not None:
             for name, parameter in self._module.named_parameters():
                 parameter.copy_(self.best.weights[name])

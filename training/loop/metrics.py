@@ -1,58 +1,52 @@
-"""A run's metrics as JSON lines, one per logged step; a resumed run drops what it repeats."""
+"""A run's metrics as JSON lines, one per logged step; a resumed run drops what it repeats.
+
+Trackers get the same figures.
+"""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
+
+from accelerate.tracking import GeneralTracker
 
 from training.data.jsonl import LineAppender, drop_torn_line, replace_file
-from training.loop.tensorboard import TensorBoardLog
+from training.loop.run_state import RunRecord
+from training.loop.trackers import flat_figures, open_trackers
 
 METRICS_FILE = "metrics.jsonl"
 
 
-class MetricsLog(Protocol):
+class MetricsLog:
     """Takes the metrics of logged steps."""
 
-    def append(self, metrics: Mapping[str, Any], /) -> None:
-        """Write those of one step."""
-
-
-class _Logs:
-    def __init__(self, logs: Sequence[MetricsLog]) -> None:
-        self._logs = logs
+    def __init__(self, lines: LineAppender, trackers: Sequence[GeneralTracker]) -> None:
+        self._lines = lines
+        self._trackers = trackers
 
     def append(self, metrics: Mapping[str, Any]) -> None:
-        for log in self._logs:
-            log.append(metrics)
+        """Write the metrics of one step, of which `step` is one."""
+        self._lines.append(metrics)
+        for tracker in self._trackers:
+            tracker.log(flat_figures(metrics), step=metrics["step"])
 
 
 @contextmanager
-def open_metrics(
-    directory: Path, first_step: int, tensorboard: Path | None = None
-) -> Iterator[MetricsLog]:
+def open_metrics(record: RunRecord, first_step: int) -> Iterator[MetricsLog]:
     """Open a run's metrics for the steps after `first_step`; later ones are removed.
 
-    Args:
-        directory: Gets JSON lines.
-        first_step: Last step of the run so far.
-        tensorboard: Gets the same for TensorBoard.
-
     Raises:
-        RunError: If they cannot be written, or TensorBoard is not installed.
+        RunError: If they cannot be written, or a tracker cannot be started.
     """
-    path = directory / METRICS_FILE
+    path = record.directory / METRICS_FILE
     if path.exists():
         drop_torn_line(path)
         lines = path.read_bytes().splitlines(keepends=True)
         kept = [line for line in lines if json.loads(line)["step"] <= first_step]
         replace_file(path, b"".join(kept))
-    with ExitStack() as stack:
-        logs: list[MetricsLog] = [stack.enter_context(LineAppender(path))]
-        if tensorboard is not None:
-            logs.append(stack.enter_context(closing(TensorBoardLog(tensorboard, first_step))))
-        yield _Logs(logs)
+    with LineAppender(path) as file, open_trackers(record.tracking, first_step) as trackers:
+        yield MetricsLog(file, trackers)
 
 
 def read_metrics(directory: Path) -> list[Mapping[str, Any]]:

@@ -1,6 +1,6 @@
 """What a trainer needs to know of the module that it trains: batches, and a loss for each depth.
 
-Losses are sums beside the numbers of their labels, so that the parts of a batch (micro-batches,
+Losses are sums, with the numbers of their labels apart, so that parts of a batch (micro-batches,
 processes) can be added up before anything is divided.
 
 Shape suffixes: K draft depths.
@@ -27,7 +27,7 @@ Batch_contra = TypeVar("Batch_contra", bound=Divisible, contravariant=True)
 
 
 class BatchSource(Protocol[Batch_co]):
-    """The batches of each epoch; they hang on the epoch alone, so that a run can be resumed."""
+    """The batches of each epoch; they depend on the epoch alone, so that a run can be resumed."""
 
     def num_batches(self, epoch: int) -> int:
         """Count the batches of an epoch."""
@@ -66,11 +66,12 @@ class Trainable(Generic[Batch]):
     """A module, what it learns from, and how well it does.
 
     Attributes:
-        module: Float32 weights; trained in place.
+        module: Has float32 weights, which are trained in place.
         groups: All parameters that are trained, each once.
-        source: Batches.
-        objective: Runs `module`.
-        further_losses: Names and weights of the losses that the objective gives beside those of
+        source: Batches to learn from.
+        objective: Runs `module` on a batch.
+        learning_rate: Learning rate at its peak, for groups with the factor 1.
+        further_losses: Names and weights of the losses that the objective gives after those of
             the depths.
     """
 
@@ -78,6 +79,7 @@ class Trainable(Generic[Batch]):
     groups: tuple[ParameterGroup, ...]
     source: BatchSource[Batch]
     objective: Objective[Batch]
+    learning_rate: float
     further_losses: Mapping[str, float] = field(default_factory=dict)
 
 

@@ -1,6 +1,7 @@
 """A training run's state on disk: weights, optimiser and step, written whole or not at all.
 
 One safetensors file; its metadata holds the step and the options that the run was begun with.
+Version 3 of it had the options of all methods, and `num_blocks` for `num_layers`.
 """
 
 import json
@@ -15,20 +16,42 @@ from torch import Tensor, nn
 
 from training.data.jsonl import replace_file
 from training.errors import RunError
+from training.loop.trackers import NO_TRACKING, Tracking
 
 STATE_FILE = "training_state.safetensors"
-_KIND = "euryale-training-state-3"
+_KIND = "euryale-training-state-4"
+_FORMER_KIND = "euryale-training-state-3"
 _BEST = "best."
+_FORMER_NAMES = {
+    "num_blocks": "num_layers",
+    "block_weights": "layer_weights",
+    "block_biases": "layer_biases",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """Where a run writes, and what it is known by.
+
+    Attributes:
+        directory: Gets the state and the metrics.
+        options: What must be the same when the run is resumed; JSON values.
+        tracking: Further places that get the metrics.
+    """
+
+    directory: Path
+    options: Mapping[str, object]
+    tracking: Tracking = NO_TRACKING
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Best:
-    """The best that a run was when it was measured.
+    """The best measurement of a run so far.
 
     Attributes:
-        step: After which that was.
+        step: Optimiser steps done when it was taken.
         length: Mean acceptance length on held-out answers.
-        weights: Of the module, by the names of its parameters, on the CPU.
+        weights: The module's weights then, by the names of its parameters, on the CPU.
     """
 
     step: int
@@ -43,8 +66,8 @@ class Progress:
     Attributes:
         step: Optimiser steps done.
         num_examples: Examples seen.
-        loss_scaling: As `Processes.loss_scaling` has it.
-        best: None if the run has not been measured.
+        loss_scaling: State of the loss scaling, see `Processes.loss_scaling`.
+        best: Best measurement; None if the run has not been measured.
     """
 
     step: int
@@ -54,20 +77,15 @@ class Progress:
 
 
 def save_state(
-    directory: Path,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    progress: Progress,
-    options: Mapping[str, object],
+    record: RunRecord, module: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress
 ) -> None:
     """Write the state of a run.
 
     Args:
-        directory: Of the run.
+        record: Says where, and what the run is known by.
         module: Its parameters are saved in full precision.
-        optimizer: Over these parameters.
+        optimizer: Has the state of these parameters.
         progress: Where the run stands.
-        options: What must be the same when the run is taken up again; JSON values.
     """
     tensors: dict[str, Tensor] = {f"heads.{name}": p for name, p in module.named_parameters()}
     for index, values in optimizer.state_dict()["state"].items():
@@ -82,32 +100,35 @@ def save_state(
         "num_examples": str(progress.num_examples),
         "loss_scaling": json.dumps(dict(progress.loss_scaling)),
         "best": json.dumps(None if best is None else [best.step, best.length]),
-        "options": json.dumps(dict(options), sort_keys=True),
+        "options": json.dumps(dict(record.options), sort_keys=True),
     }
-    replace_file(directory / STATE_FILE, safetensors.torch.save(stored, metadata))
+    replace_file(record.directory / STATE_FILE, safetensors.torch.save(stored, metadata))
 
 
 def load_state(
-    directory: Path,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    options: Mapping[str, object],
+    record: RunRecord, module: nn.Module, optimizer: torch.optim.Optimizer
 ) -> Progress | None:
-    """Take up a run: set module and optimiser; None, and nothing set, if there is no state.
+    """Resume a run: set module and optimiser; None, and nothing set, if there is no state.
 
     Raises:
         RunError: If the state is damaged, or of a run with other options.
     """
-    path = directory / STATE_FILE
+    path = record.directory / STATE_FILE
     if not path.exists():
         return None
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in list(file.keys())}
-        if metadata.get("kind") != _KIND:
-            raise ValueError(f"kind is {metadata.get('kind')!r}, not {_KIND!r}")
-        saved = json.loads(metadata["options"])
+        kind, saved = metadata.get("kind"), json.loads(metadata.get("options", "{}"))
+        if kind == _FORMER_KIND:
+            tensors = {_renamed(name): tensor for name, tensor in tensors.items()}
+            saved = {_renamed(name): value for name, value in saved.items()}
+            # Options of other methods had their defaults.
+            others = {name for name in saved.keys() - record.options.keys() if "sha256" not in name}
+            saved = {name: value for name, value in saved.items() if name not in others}
+        elif kind != _KIND:
+            raise ValueError(f"kind is {kind!r}, not {_KIND!r}")
         progress = Progress(
             int(metadata["step"]),
             int(metadata["num_examples"]),
@@ -118,7 +139,7 @@ def load_state(
         raise RunError(
             f"{path} is no state of a training run ({error}); remove it to start over"
         ) from error
-    _check_options(path, saved, options)
+    _check_options(path, saved, record.options)
     try:
         _set(module, optimizer, tensors)
     except (KeyError, RuntimeError, ValueError) as error:
@@ -133,6 +154,12 @@ def _pop_best(metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> Best |
     weights = {name.removeprefix(_BEST): tensors.pop(name) for name in names}
     found = json.loads(metadata["best"])
     return None if found is None else Best(int(found[0]), float(found[1]), weights)
+
+
+def _renamed(name: str) -> str:
+    """Today's name of an option or a tensor of version 3."""
+    path, dot, last = name.rpartition(".")
+    return f"{path}{dot}{_FORMER_NAMES.get(last, last)}"
 
 
 def _check_options(path: Path, saved: Mapping[str, object], options: Mapping[str, object]) -> None:

@@ -1,9 +1,9 @@
 """Trains draft heads of any kind: AdamW, warm-up and cosine decay, resumable, by any processes.
 
-A run that is killed and taken up again ends with the same weights as one that was not, on the same
-machine with the same number of threads and processes. With another number of processes, or of
-parts that a batch is taken in, it takes the same steps up to rounding: losses are divided by the
-labels of whole batches.
+A run that is killed and resumed ends with the same weights as one that was not, on the same machine
+with the same number of threads and processes. With another number of processes, or of parts that a
+batch is divided into, it takes the same steps up to rounding: losses are divided by the labels of
+whole batches.
 
 Shape suffixes: K draft depths.
 """
@@ -13,61 +13,68 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import Generic
+from typing import Annotated, Generic
 
 import torch
 from torch import Tensor
 
+from server.cli.values import Between, Count
 from training.errors import DivergedError
 from training.loop.early_stopping import Validation
 from training.loop.metrics import MetricsLog, open_metrics
 from training.loop.objective import Batch, Losses, Trainable
 from training.loop.processes import Processes
-from training.loop.run_state import STATE_FILE, Progress, load_state, save_state
+from training.loop.run_state import STATE_FILE, Progress, RunRecord, load_state, save_state
 from training.loop.usage import peak_cuda_memory_bytes, peak_memory_bytes
+
+# What may change while a run is interrupted.
+_FREE = frozenset({"gradient_accumulation", "save_interval", "log_interval"})
+Fraction = Annotated[float, Between(0, 1)]
 
 
 @dataclass(frozen=True, slots=True)
 class TrainConfig:
-    """How heads are trained.
+    """The training loop.
 
     Attributes:
         epochs: Passes over the examples.
-        learning_rate: At its peak.
-        warmup_fraction: Share of the steps in which the learning rate rises from 0.
-        weight_decay: Of AdamW.
-        head_decay: Weight of a depth's loss relative to the one before it.
-        clip_norm: Largest norm of the gradient.
         gradient_accumulation: Parts in which each process goes through its share of a batch.
+        warmup_fraction: Share of the steps in which the learning rate rises from 0.
+        weight_decay: Weight decay of AdamW.
+        max_grad_norm: Gradients with a larger norm are scaled down to it; 0 leaves them.
+        head_decay: Weight of a depth's loss relative to the one before it.
         save_interval: Steps between two saved states.
         log_interval: Steps between two lines of metrics.
-        tensorboard: Directory that gets the metrics too; None writes them to the run's alone.
     """
 
-    epochs: int = 4
-    learning_rate: float = 2e-3
-    warmup_fraction: float = 0.03
-    weight_decay: float = 0.0
-    head_decay: float = 0.8
-    clip_norm: float = 1.0
-    gradient_accumulation: int = 1
-    save_interval: int = 200
-    log_interval: int = 10
-    tensorboard: Path | None = None
+    epochs: Count = 3
+    gradient_accumulation: Count = 1
+    warmup_fraction: Fraction = 0.03
+    weight_decay: Fraction = 0.0
+    max_grad_norm: Annotated[float, Between(0, 1e6)] = 1.0
+    head_decay: Fraction = 0.8
+    save_interval: Count = 200
+    log_interval: Count = 10
+
+    def kept_options(self) -> Mapping[str, object]:
+        """Return the options that must be the same when a run is resumed, as JSON values."""
+        return {name: value for name, value in asdict(self).items() if name not in _FREE}
 
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """What a step brought.
+    """Figures of one step.
 
     Attributes:
         step: From 1.
+        epoch: From 0.
         loss: Weighted sum of all losses, in nats.
         loss_per_head: Each depth's mean loss, in nats; 0.0 for one without labels.
-        gradient_norm: Before clipping.
-        examples_per_s: Since this process began to train.
-        peak_memory_bytes: Of this process; `peak_cuda_memory_bytes` of its device, 0 without CUDA.
+        gradient_norm: Norm of the gradient before clipping.
+        num_examples: Examples seen, earlier processes' included.
+        examples_per_s: Mean since this process began to train.
+        peak_memory_bytes: Most main memory that this process has had.
+        peak_cuda_memory_bytes: Most memory that it has had on its device; 0 without CUDA.
         further_losses: Means of the trainable's further losses, in nats.
         validation: What was measured on held-out answers after this step, if anything was.
     """
@@ -88,7 +95,7 @@ class StepMetrics:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Loss:
-    """Loss of a batch, without gradient: the weighted sum, and the means that it is of."""
+    """Loss of a batch, without gradient: the weighted sum and its parts, which are means."""
 
     total: float
     per_depth_K: Tensor
@@ -101,21 +108,19 @@ class Trainer(Generic[Batch]):
     Args:
         trainable: What to train.
         config: How to train.
-        directory: Gets the state and the metrics.
-        options: What must be the same when the run is taken up again; JSON values.
-        processes: All have the same arguments otherwise; the first one writes.
-        validation: Is asked after every step.
+        record: Where state and metrics are written, by the first process.
+        processes: Those that train together, each with the same arguments otherwise.
+        validation: Asked after every step whether the run is over.
 
     Attributes:
-        module: As it is after the last step.
+        module: What is trained, with its weights of the last step.
     """
 
     def __init__(
         self,
         trainable: Trainable[Batch],
         config: TrainConfig,
-        directory: Path,
-        options: Mapping[str, object],
+        record: RunRecord,
         processes: Processes,
         validation: Validation,
     ) -> None:
@@ -124,8 +129,8 @@ class Trainer(Generic[Batch]):
         self._objective = trainable.objective
         self._further_weights = trainable.further_losses
         self._config = config
-        self._directory = directory
-        self._options = options
+        self._peak_rate = trainable.learning_rate
+        self._record = record
         self._processes = processes
         self._validation = validation
         optimizer = torch.optim.AdamW(
@@ -156,12 +161,12 @@ class Trainer(Generic[Batch]):
         return self._progress.num_examples
 
     def resume(self) -> bool:
-        """Take up the run that the directory holds; False if it holds none.
+        """Resume the run that the directory holds; False if it holds none.
 
         Raises:
             RunError: If its state is damaged or of a run with other options.
         """
-        found = load_state(self._directory, self.module, self._optimizer, self._options)
+        found = load_state(self._record, self.module, self._optimizer)
         if found is None:
             return False
         self._progress = found
@@ -191,19 +196,19 @@ class Trainer(Generic[Batch]):
                 validated = self._validation.after_step(self.step, self.step == self.num_steps)
                 found = self._metrics(epoch, loss, gradient_norm, rate, validated)
                 on_step(found)
-                self._record(found, metrics)
+                self._write(found, metrics)
         self._validation.finish()
         self.module.eval()
 
     def discard_state(self) -> None:
         """Remove the saved state of a run that has ended."""
         if self._processes.is_main:
-            (self._directory / STATE_FILE).unlink(missing_ok=True)
+            (self._record.directory / STATE_FILE).unlink(missing_ok=True)
 
     def _open_metrics(self) -> AbstractContextManager[MetricsLog | None]:
         if not self._processes.is_main:
             return nullcontext()
-        return open_metrics(self._directory, self.step, self._config.tensorboard)
+        return open_metrics(self._record, self.step)
 
     def _remaining_batches(self) -> Iterator[tuple[int, Batch]]:
         first = self.step
@@ -246,13 +251,14 @@ class Trainer(Generic[Batch]):
         """Take one optimiser step; returns the gradient's norm."""
         for group in self._optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step) * group["rate_factor"]
-        norm = self._processes.clip(self.module.parameters(), self._config.clip_norm)
+        limit = self._config.max_grad_norm or math.inf
+        norm = self._processes.clip(self.module.parameters(), limit)
         # While there is a scale to lower, a gradient out of float16's range costs only this step.
         is_skipped = self._processes.loss_scale > 1.0 and not math.isfinite(norm)
         if not math.isfinite(loss.total) or not (math.isfinite(norm) or is_skipped):
             raise DivergedError(
                 f"step {self.step + 1}: the loss is {loss.total} and its gradient's norm {norm}; "
-                f"lower --learning-rate (now {self._config.learning_rate}) and start again; the "
+                f"lower --learning-rate (now {self._peak_rate}) and start again; the "
                 "state saved last is of an earlier step"
             )
         self._optimizer.step()
@@ -269,9 +275,9 @@ class Trainer(Generic[Batch]):
         """Learning rate of a step, from 0: linear warm-up, then a cosine to 0."""
         num_warmup = max(1, round(self.num_steps * self._config.warmup_fraction))
         if step < num_warmup:
-            return self._config.learning_rate * (step + 1) / num_warmup
+            return self._peak_rate * (step + 1) / num_warmup
         share = (step - num_warmup) / max(1, self.num_steps - num_warmup)
-        return self._config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * share))
+        return self._peak_rate * 0.5 * (1.0 + math.cos(math.pi * share))
 
     def _metrics(
         self,
@@ -296,7 +302,7 @@ class Trainer(Generic[Batch]):
             validation=validated,
         )
 
-    def _record(self, metrics: StepMetrics, file: MetricsLog | None) -> None:
+    def _write(self, metrics: StepMetrics, file: MetricsLog | None) -> None:
         if file is None:
             return
         is_last = self.step == self.num_steps or self._validation.is_over(self.step)
@@ -305,4 +311,4 @@ class Trainer(Generic[Batch]):
             file.append(asdict(metrics))
         if is_last or self.step % self._config.save_interval == 0:
             progress = replace(self._progress, best=self._validation.best)
-            save_state(self._directory, self.module, self._optimizer, progress, self._options)
+            save_state(self._record, self.module, self._optimizer, progress)

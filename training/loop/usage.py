@@ -1,4 +1,4 @@
-"""What a training run takes: time by stage, throughput and memory, all of this process alone."""
+"""What a training run takes: time by stage, throughput and memory, of this process alone."""
 
 import resource
 import sys
@@ -16,7 +16,7 @@ _STATUS_FILE = Path("/proc/self/status")
 
 
 class Usage:
-    """Adds up what the stages of a run took; a stage may come several times."""
+    """Adds up the times of a run's stages; a stage may come several times."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
@@ -43,8 +43,8 @@ class Usage:
         """Return what is printed.
 
         Args:
-            train: That the examples are of; its answers and prompts give the rates of tokens.
-            device: That training ran on.
+            train: Answers that the examples are of; their lengths give the rates of tokens.
+            device: Device that training ran on.
         """
         rate = self._num_examples / max(self.seconds("steps"), 1e-9)
         seen = Corpus(tuple(doc for doc in train.documents if doc.num_examples))

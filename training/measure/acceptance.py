@@ -1,4 +1,4 @@
-"""What a measurement of heads looks like: while it runs, printed, and as `acceptance.json`."""
+"""A measurement of heads: taken with a progress bar, printed, and written as `acceptance.json`."""
 
 import json
 from collections.abc import Mapping
@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from heads.tree_search import node_values
+from server.cli.console import progress_bar
 from training.data.dataset import Corpus
 from training.data.jsonl import replace_file
 from training.errors import DataError
 from training.measure.calibration import CalibrationBin, CalibrationCounter
+from training.measure.drafts import Drafts
 from training.measure.evaluate import EvaluationResult, evaluate, rank_answers
-from training.methods.drafts import Drafts
-from training.progress import progress_bar
 
 # Candidates per head that a profile covers: more than the largest tree takes of any.
 NUM_RANKS = 16
@@ -42,7 +42,8 @@ class Measurement:
     """Heads on answers that they were not trained on.
 
     Attributes:
-        calibration: For each head its bins.
+        result: What the heads are worth.
+        calibration: How sure each head was and how often it was right, by bins.
     """
 
     result: EvaluationResult
@@ -115,6 +116,6 @@ def load_acceptance(directory: Path) -> Mapping[str, Any]:
     if not is_ours or (content["format"], content["format_version"]) != (FORMAT, FORMAT_VERSION):
         raise DataError(
             f"{path} is not of format {FORMAT} {FORMAT_VERSION}; `python -m training evaluate` "
-            "writes it anew"
+            "writes it again"
         )
     return dict(content)

@@ -20,8 +20,9 @@ class CalibrationBin:
     """Candidates whose draft probability lay in one interval of width 1 / `NUM_BINS`.
 
     Attributes:
-        mean_confidence: Mean draft probability; 0.0 if there are none.
-        accept_rate: Share of them that were the token drawn.
+        num_candidates: How many there were.
+        mean_confidence: Mean draft probability; 0.0 without candidates.
+        accept_rate: Share of the candidates that were the token drawn.
     """
 
     num_candidates: int
@@ -33,7 +34,7 @@ class CalibrationCounter:
     """Adds up candidates by depth and bin.
 
     Args:
-        num_heads: Depths.
+        num_heads: Depths that are counted apart.
     """
 
     def __init__(self, num_heads: int) -> None:
@@ -44,8 +45,8 @@ class CalibrationCounter:
         """Count a head's candidates at N positions.
 
         Args:
-            head: From 0.
-            logits_NU: Over everything that the head can draft there.
+            head: Which head, counted from 0.
+            logits_NU: The head's logits of everything that it can draft there.
             drawn_N: Index into U of the token drawn, or -1 if the head cannot draft it.
             is_labelled_N: False where the answer has ended before.
         """

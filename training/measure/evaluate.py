@@ -16,20 +16,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from heads.calibration import CELL_PRIOR, NUM_BINS, head_bin
+from heads.calibration import CELL_PRIOR, NUM_BINS, probability_bin
 from heads.tree import DraftTree
 from heads.tree_search import AcceptanceProfile, best_tree, expected_tokens_per_step
-from training.data.dataset import Corpus, Document
+from training.data.dataset import NO_LABEL, Corpus, Document, document_labels, draft_vocab_index
 from training.errors import DataError
 from training.measure.calibration import CalibrationCounter
-from training.methods.drafts import Drafts
-from training.methods.losses import draft_vocab_index
-from training.states.examples import NO_LABEL, document_labels
+from training.measure.drafts import Drafts
 
 # No candidate of any tree: the token is not drafted at all, or the answer ends before it.
 UNRANKED = -1
 TREE_SIZES = (1, 2, 4, 8, 16, 32, 64)
-# Of the tree that accept rates and categories are measured with; the server's largest by default.
+# Nodes of the tree that accept rates and categories are measured with: the server's default limit.
 PROFILE_TREE_SIZE = 32
 _DOCUMENTS_AT_ONCE = 64
 # Rates are conditional on an accepted parent, hence on a tree; each round takes the tree of the
@@ -41,7 +39,7 @@ _NUM_CALIBRATED_RANKS = 8
 
 @dataclass(frozen=True, slots=True)
 class RankedAnswer:
-    """Ranks in one answer.
+    """The ranks that heads give the tokens of one answer.
 
     Attributes:
         ranks: Entry [i][k] is the rank, from 0, that depth k gives the token k + 1 places after the
@@ -67,9 +65,9 @@ def rank_answers(
 
     Args:
         corpus: Answers of the base model that the heads belong to.
-        drafts: Of the heads.
+        drafts: What the heads draft.
         calibration: Counts the heads' candidates on the way.
-        on_documents: Called with the number of documents that are done.
+        on_documents: Called with the number of documents after each group.
     """
     answers: list[RankedAnswer] = []
     for start in range(0, len(corpus.documents), _DOCUMENTS_AT_ONCE):
@@ -148,7 +146,7 @@ class Walk:
 
     Attributes:
         num_steps: Verify steps.
-        num_tokens: Tokens that they emitted, bonus tokens included.
+        num_tokens: Tokens that the steps emitted, bonus tokens included.
     """
 
     num_steps: int = 0
@@ -205,8 +203,8 @@ def measure_profile(
 
     Args:
         answers: Ranked answers.
-        num_ranks: R.
-        num_nodes: Size of that tree.
+        num_ranks: Candidates per depth that get a rate, R.
+        num_nodes: Nodes of the tree.
 
     Raises:
         DataError: If no answer has two tokens.
@@ -259,8 +257,8 @@ def measure_calibration(
     A candidate counts where its parent was accepted, in the steps that decoding with a tree takes.
 
     Args:
-        answers: With their confidences.
-        tree: Of these steps.
+        answers: Ranked answers with their confidences.
+        tree: The tree that the steps verify.
 
     Returns:
         KC as in `AcceptanceProfile.calibration_KC`; a cell that is rarely seen is close to 1.
@@ -274,7 +272,7 @@ def measure_calibration(
         reached = step.confidences_KR[: step.accepted_depth + 1].tolist()
         for depth, confidences_R in enumerate(reached):
             for rank, confidence in enumerate(confidences_R):
-                place = head_bin(confidence)
+                place = probability_bin(confidence)
                 expected_KC[depth][place] += confidence
                 hits_KC[depth][place] += step.ranks[depth] == rank
     return tuple(
@@ -285,10 +283,11 @@ def measure_calibration(
 
 @dataclass(frozen=True, slots=True)
 class TreeResult:
-    """What trees of one size brought.
+    """What trees of one size are worth.
 
     Attributes:
-        expected_tokens_per_step: By the profile.
+        num_nodes: Nodes of the tree, root included.
+        expected_tokens_per_step: Follows from the profile.
         mean_acceptance_length: Counted by walking through the answers.
     """
 
@@ -299,11 +298,15 @@ class TreeResult:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationResult:
-    """What the heads are worth.
+    """What heads are worth.
 
     Attributes:
+        profile: Accept rates, and how the heads' probabilities relate to them.
+        trees: Results for trees of several sizes.
         by_category: Mean acceptance length of each category with `tree`.
         tree: The best tree of `PROFILE_TREE_SIZE` nodes.
+        num_answers: Answers that were measured.
+        num_answer_tokens: Tokens of these answers.
     """
 
     profile: AcceptanceProfile

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from server.cli.console import progress_bar
 from training.data.dataset import Corpus
 from training.errors import DataError
-from training.progress import progress_bar
 from training.states.hidden_states import HiddenStateEncoder
 
 _DOCUMENTS_AT_ONCE = 64
 # Logits of so many tokens are in memory together.
-_ROWS_AT_ONCE = 256
+_ROWS = 256
 
 
 @torch.no_grad()
@@ -25,20 +25,23 @@ def perplexity(corpus: Corpus, encoder: HiddenStateEncoder, unembedding_VD: Tens
 
     Args:
         corpus: Answers.
-        encoder: Of the base model, as it is to be measured.
-        unembedding_VD: Of that model.
+        encoder: Runs the base model, as it is to be measured.
+        unembedding_VD: That model's unembedding.
 
     Raises:
         DataError: If there are no answers.
     """
     total, num_tokens = 0.0, 0
     with progress_bar("perplexity", len(corpus.documents)) as bar:
-        for start in range(0, len(corpus.documents), _DOCUMENTS_AT_ONCE):
-            documents = corpus.documents[start : start + _DOCUMENTS_AT_ONCE]
+        for first in range(0, len(corpus.documents), _DOCUMENTS_AT_ONCE):
+            documents = corpus.documents[first : first + _DOCUMENTS_AT_ONCE]
             encoded = encoder.encode_answers(documents)
             for document, hidden_ND in zip(documents, encoded, strict=True):
                 drawn_N = document.token_ids_T[document.answers()].to(hidden_ND.device)
-                total += _negative_log_prob(hidden_ND, unembedding_VD, drawn_N)
+                for start in range(0, len(drawn_N), _ROWS):
+                    rows = slice(start, start + _ROWS)
+                    logits_NV = F.linear(hidden_ND[rows], unembedding_VD)
+                    total += negative_log_likelihood(logits_NV, drawn_N[rows])
                 num_tokens += len(drawn_N)
             bar.advance(len(documents))
     if num_tokens == 0:
@@ -46,13 +49,9 @@ def perplexity(corpus: Corpus, encoder: HiddenStateEncoder, unembedding_VD: Tens
     return math.exp(total / num_tokens)
 
 
-def _negative_log_prob(hidden_ND: Tensor, rows_VD: Tensor, drawn_N: Tensor) -> float:
-    total = 0.0
-    for start in range(0, len(drawn_N), _ROWS_AT_ONCE):
-        chunk = slice(start, start + _ROWS_AT_ONCE)
-        logits_NV = F.linear(hidden_ND[chunk], rows_VD).float()
-        total += float(F.cross_entropy(logits_NV, drawn_N[chunk], reduction="sum"))
-    return total
+def negative_log_likelihood(logits_NV: Tensor, token_ids_N: Tensor) -> float:
+    """Sum the negative log-probs that logits give to tokens, in nats; computed in float32."""
+    return float(F.cross_entropy(logits_NV.float(), token_ids_N, reduction="sum"))
 
 
 def comparison(plain: float, adapted: float) -> dict[str, float]:

@@ -1,120 +1,95 @@
-"""Draft heads of either kind as evaluation sees them: a state for every root and depth.
-
-By teacher forcing: the state at depth d is the one that the heads have where everything between the
-root and the drafted token is what the target model really drew.
+"""The drafts of Medusa heads and of MTP modules; see `training.measure.drafts`.
 
 Shape suffixes: N roots of a document, K depths, D model width, U draft vocabulary.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from heads.medusa import MedusaHeads
 from heads.mtp import MTPModule
 from heads.seen_rows import SeenRows
-from server.model.decoder_block import DecoderBlock
+from server.model.decoder_layer import DecoderLayer
+from server.model.draft_heads import DraftHeads
 from training.data.dataset import Document
+from training.errors import RunError
+from training.measure.drafts import Drafts
 from training.methods.mtp_unroll import unroll
 from training.states.encoded import EncodedDocument
 from training.states.hidden_states import HiddenStates
 
-
-class Drafts(Protocol):
-    """What heads draft for documents.
-
-    Attributes:
-        num_depths: K.
-        vocab_size: Of the base model.
-    """
-
-    num_depths: int
-    vocab_size: int
-
-    @property
-    def draft_vocab_ids(self) -> Tensor:
-        """Int64 [U]."""
-
-    def states(self, documents: Sequence[Document]) -> list[Tensor]:
-        """Return KND for each document, in the order of `Document.roots`.
-
-        A depth that lies behind the answer's end may hold anything.
-        """
-
-    def draft_rows(self, depth: int) -> Tensor:
-        """Return the unembedding UD of a depth, from 0."""
-
-    def seen_rows(self, prompt_token_ids: Sequence[int]) -> SeenRows | None:
-        """Return what the heads can draft beside the draft vocabulary after that prompt."""
+# Of an MTP module that was never measured.
+_DEFAULT_DEPTHS = 4
 
 
-class MedusaDrafts:
-    """Drafts of Medusa heads; see `Drafts`.
+class MedusaDrafts(Drafts):
+    """Drafts of Medusa heads.
 
     Args:
-        encoder: Gives the base model's hidden states.
-        heads: In eval mode, on the encoder's device.
+        states: Gives the base model's hidden states.
+        heads: Heads in eval mode, on the device of the states.
     """
 
-    def __init__(self, encoder: HiddenStates, heads: MedusaHeads) -> None:
+    def __init__(self, states: HiddenStates, heads: MedusaHeads) -> None:
         self.num_depths = heads.config.num_heads
         self.vocab_size = heads.config.vocab_size
-        self._encoder = encoder
+        self._states = states
         self._heads = heads
 
     @property
+    @override
     def draft_vocab_ids(self) -> Tensor:
-        """See `Drafts.draft_vocab_ids`."""
         return self._heads.draft_vocab_ids
 
+    @override
     @torch.no_grad()
     def states(self, documents: Sequence[Document]) -> list[Tensor]:
-        """See `Drafts.states`."""
-        encoded = self._encoder.encode(documents)
+        encoded = self._states.encode(documents)
         return [
             self._heads(hidden_ND, document.token_ids_T[document.roots()].to(hidden_ND.device))
             for document, hidden_ND in zip(documents, encoded, strict=True)
         ]
 
+    @override
     def draft_rows(self, depth: int) -> Tensor:
-        """See `Drafts.draft_rows`."""
         return self._heads.draft_rows(depth)
 
+    @override
     def seen_rows(self, prompt_token_ids: Sequence[int]) -> SeenRows | None:
-        """See `Drafts.seen_rows`."""
         return self._heads.seen_rows(prompt_token_ids)
 
 
-class MTPDrafts:
-    """Drafts of an MTP module; see `Drafts`.
+class MTPDrafts(Drafts):
+    """Drafts of an MTP module; all depths share one unembedding.
 
     Args:
-        encoder: Gives the base model's hidden states.
-        module: In eval mode, on the encoder's device.
-        block: Runs the module's block.
+        states: Gives the base model's hidden states.
+        module: Module in eval mode, on the device of the states.
+        layer: Runs the module's layer.
         num_depths: Depths to draft.
     """
 
     def __init__(
-        self, encoder: HiddenStates, module: MTPModule, block: DecoderBlock, num_depths: int
+        self, states: HiddenStates, module: MTPModule, layer: DecoderLayer, num_depths: int
     ) -> None:
         self.num_depths = num_depths
         self.vocab_size = module.config.vocab_size
-        self._encoder = encoder
+        self._states = states
         self._module = module
-        self._block = block
+        self._layer = layer
 
     @property
+    @override
     def draft_vocab_ids(self) -> Tensor:
-        """See `Drafts.draft_vocab_ids`."""
         return self._module.draft_vocab_ids
 
+    @override
     @torch.no_grad()
     def states(self, documents: Sequence[Document]) -> list[Tensor]:
-        """See `Drafts.states`."""
-        encoded = self._encoder.encode_all(documents)
+        encoded = self._states.encode_all(documents)
         return [
             self._unrolled(EncodedDocument(document, hidden_XD))
             for document, hidden_XD in zip(documents, encoded, strict=True)
@@ -124,7 +99,7 @@ class MTPDrafts:
         rows_UD = self._module.draft_rows_UD
         roots_N = item.document.roots().to(rows_UD.device)
         states_KND = rows_UD.new_zeros(self.num_depths, len(roots_N), rows_UD.shape[1])
-        outputs = unroll(self._module, self._block, [item], self.num_depths)
+        outputs = unroll(self._module, self._layer, [item], self.num_depths)
         for index, output in enumerate(outputs):
             at_N, places_T = roots_N + index, output.positions[0]
             is_drafted_N = torch.isin(at_N, places_T)
@@ -132,10 +107,36 @@ class MTPDrafts:
             states_KND[index, is_drafted_N] = output.states_TD[rows]
         return states_KND
 
+    @override
     def draft_rows(self, depth: int) -> Tensor:
-        """See `Drafts.draft_rows`; all depths share one."""
         return self._module.draft_rows_UD
 
+    @override
     def seen_rows(self, prompt_token_ids: Sequence[int]) -> SeenRows | None:
-        """See `Drafts.seen_rows`."""
         return self._module.seen_rows(prompt_token_ids)
+
+
+def drafts_of(found: DraftHeads, states: HiddenStates, num_depths: int | None) -> Drafts:
+    """Return the drafts of heads from a checkpoint.
+
+    Args:
+        found: Heads; turned to float32, because ranks must not depend on how a kernel rounds.
+        states: Gives the base model's hidden states.
+        num_depths: Depths to draft with an MTP module; None takes as many as its profile has.
+
+    Raises:
+        RunError: If the heads have a fixed number of depths, and another one is asked for.
+    """
+    found.heads.float()
+    if isinstance(found.heads, MedusaHeads):
+        if num_depths is not None:
+            raise RunError(
+                f"num_depths is {num_depths}, but the heads are Medusa heads, which have one depth "
+                "each; leave it out"
+            )
+        return MedusaDrafts(states, found.heads)
+    if found.layer is None:
+        raise AssertionError("an MTP module came without its layer")
+    if num_depths is None:
+        num_depths = found.profile.max_depth if found.profile else _DEFAULT_DEPTHS
+    return MTPDrafts(states, found.heads, found.layer, num_depths)

@@ -13,8 +13,10 @@ from torch import nn
 from heads.errors import HeadsCheckpointError
 from heads.lora import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, AdapterFiles, read_updates
 from server.model.loading import LoadedModel
-from training.commands.train_arguments import ALL_LINEAR
 from training.errors import RunError
+
+# Of `LoraPlan.targets`: all linear layers but the unembedding.
+ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,10 +24,10 @@ class LoraPlan:
     """Which adapter to train.
 
     Attributes:
-        rank: Of the update of each layer.
+        rank: Rank of each layer's update.
         alpha: The update is scaled by alpha / rank.
         targets: Last parts of layers' names; `all-linear` alone takes all but the unembedding.
-        seed: Of the initial weights.
+        seed: Decides the initial weights.
     """
 
     rank: int
@@ -38,8 +40,9 @@ class AdaptedBase:
     """A base model with an adapter, which starts without effect.
 
     Args:
-        loaded: Unpacked; changed in place, so that whatever runs it runs the adapter too.
-        plan: Of the adapter.
+        loaded: Unpacked base model; changed in place, so that the adapter is part of it wherever it
+            runs.
+        plan: Says which adapter.
 
     Attributes:
         parameters: The adapter's weights, float32, by their names in PEFT's model.
@@ -59,7 +62,7 @@ class AdaptedBase:
         self._check(linears, plan)
 
     def _check(self, linears: set[str], plan: LoraPlan) -> None:
-        """Refuse now what could not be served later."""
+        """Reject now what could not be served later."""
         try:
             adapted = set(read_updates(self.files()))
         except HeadsCheckpointError as error:
@@ -96,7 +99,7 @@ def _wrapped(loaded: LoadedModel, plan: LoraPlan) -> Any:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise RunError(
-            "method is medusa2, which needs peft; install it with pip install 'euryale[medusa2]'"
+            "training an adapter needs peft; install it with pip install 'euryale[medusa2]'"
         ) from error
     targets = ALL_LINEAR if plan.targets == (ALL_LINEAR,) else list(plan.targets)
     config = LoraConfig(

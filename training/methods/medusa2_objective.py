@@ -7,74 +7,21 @@ what it says itself stays. Source: Medusa, arXiv:2401.10774, 2.2.2 and 2.3.2.
 Shape suffixes: N examples, M answer tokens, D model width, K draft heads, V vocabulary.
 """
 
-import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from heads.medusa import MedusaHeads
-from training.data.dataset import Corpus, Document
+from training.data.batches import DocumentBatch
+from training.data.dataset import Document
 from training.methods.divergence import frozen_divergence
 from training.methods.lora import AdaptedBase
-from training.methods.losses import MedusaObjective
+from training.methods.medusa_objective import MedusaObjective
 from training.states.examples import Examples, document_examples
 from training.states.hidden_states import HiddenStateEncoder
 
 DIVERGENCE = "divergence"
-
-
-@dataclass(frozen=True, slots=True)
-class DocumentBatch:
-    """Documents of one step; as long as their examples are many."""
-
-    documents: tuple[Document, ...]
-
-    def __len__(self) -> int:
-        return sum(document.num_examples for document in self.documents)
-
-    def divide(self, num_parts: int) -> "Sequence[DocumentBatch]":
-        """Split the documents into parts, in order; some may be empty."""
-        ends = [len(self.documents) * part // num_parts for part in range(num_parts + 1)]
-        return [DocumentBatch(self.documents[a:b]) for a, b in pairwise(ends)]
-
-
-class DocumentSource:
-    """Whole documents in an order that the seed and the epoch give.
-
-    Args:
-        corpus: With at least one example.
-        batch_size: Examples of a step, at least; only the last step of an epoch may have fewer.
-        seed: Of the order.
-    """
-
-    def __init__(self, corpus: Corpus, batch_size: int, seed: int) -> None:
-        self._documents = [doc for doc in corpus.documents if doc.num_examples]
-        self._batch_size = batch_size
-        self._seed = seed
-
-    def num_batches(self, epoch: int) -> int:
-        """Count the batches of an epoch; epochs may differ by a few."""
-        return len(self._batches(epoch))
-
-    def batches(self, epoch: int, first: int = 0) -> Iterator[DocumentBatch]:
-        """Yield an epoch's batches from number `first` on."""
-        yield from self._batches(epoch)[first:]
-
-    def _batches(self, epoch: int) -> list[DocumentBatch]:
-        key = hashlib.sha256(f"{self._seed}/{epoch}/documents".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
-        batches: list[list[Document]] = []
-        num_examples = self._batch_size
-        for index in torch.randperm(len(self._documents), generator=generator).tolist():
-            if num_examples >= self._batch_size:
-                batches.append([])
-                num_examples = 0
-            batches[-1].append(self._documents[index])
-            num_examples += self._documents[index].num_examples
-        return [DocumentBatch(tuple(documents)) for documents in batches]
 
 
 class Medusa2Module(nn.Module):

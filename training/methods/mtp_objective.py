@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from heads.mtp import MTPModule
-from server.model.decoder_block import DecoderBlock
-from training.methods.losses import DraftLoss, draft_vocab_index
+from server.model.decoder_layer import DecoderLayer
+from training.data.dataset import draft_vocab_index
+from training.methods.draft_loss import DraftLoss
 from training.methods.mtp_unroll import DepthOutput, draft_positions, unroll
 from training.states.encoded import EncodedBatch
 
@@ -25,7 +26,7 @@ class MTPObjective:
     Args:
         module: Its draft vocabulary must not change any more; labels outside of it count for
             nothing.
-        block: Runs the module's block.
+        layer: Runs the module's layer.
         num_depths: Depths to unroll.
         compute_dtype: Of the matrix products; the weights keep theirs.
         kl_weight: As `DraftLoss` takes it.
@@ -34,13 +35,13 @@ class MTPObjective:
     def __init__(
         self,
         module: MTPModule,
-        block: DecoderBlock,
+        layer: DecoderLayer,
         num_depths: int,
         compute_dtype: torch.dtype,
         kl_weight: float = 0.0,
     ) -> None:
         self._module = module
-        self._block = block
+        self._layer = layer
         self._num_depths = num_depths
         self._dtype = compute_dtype
         self._loss = DraftLoss(module.draft_rows_UD, compute_dtype, kl_weight)
@@ -64,9 +65,9 @@ class MTPObjective:
         losses = []
         soft = _SoftLabels(batch, self._loss, self._index_V.device) if self._loss.is_soft else None
         with torch.autocast(self._index_V.device.type, self._dtype, enabled=is_mixed):
-            for output in unroll(self._module, self._block, batch.documents, self._num_depths):
+            for output in unroll(self._module, self._layer, batch.documents, self._num_depths):
                 labels_T = self._index_V[output.labels_T.clamp(min=-1)]
-                # The unembedding costs as much as the block, so it is left out where it can be.
+                # The unembedding costs as much as the layer, so it is left out where it can be.
                 at_N = (labels_T >= 0).nonzero()[:, 0]
                 soft_NU = None if soft is None else soft.of(output, at_N)
                 losses.append(self._loss(output.states_TD[at_N], labels_T[at_N], soft_NU))

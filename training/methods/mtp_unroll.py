@@ -19,11 +19,10 @@ from torch.nn import functional as F
 
 from heads.mtp import MTPModule
 from server.attention.hook import AttentionContext
-from server.model.decoder_block import DecoderBlock
-from training.data.dataset import Document
+from server.model.decoder_layer import DecoderLayer
+from training.data.dataset import NO_LABEL, Document
 from training.methods.unrolled_attention import Unroll, UnrolledAttention
 from training.states.encoded import EncodedDocument
-from training.states.examples import NO_LABEL
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,13 +41,13 @@ class DepthOutput:
 
 
 def unroll(
-    module: MTPModule, block: DecoderBlock, batch: Sequence[EncodedDocument], num_depths: int
+    module: MTPModule, layer: DecoderLayer, batch: Sequence[EncodedDocument], num_depths: int
 ) -> Iterator[DepthOutput]:
     """Run the module over documents, depth by depth.
 
     Args:
-        module: Built around `block.module`.
-        block: Runs it.
+        module: Built around `layer.module`.
+        layer: Runs it.
         batch: Documents; they do not see each other.
         num_depths: Depths to yield; fewer come where no answer is long enough for more.
     """
@@ -66,7 +65,7 @@ def unroll(
             return
         memory.begin_depth(places)
         tokens_T = torch.cat([tokens_X[at] for tokens_X, at in zip(tokens, places, strict=True)])
-        states_TD = module(torch.cat(before), tokens_T, block.runner(torch.cat(places), context))
+        states_TD = module(torch.cat(before), tokens_T, layer.runner(torch.cat(places), context))
         learnt = [draft_positions(document, depth).to(device) for document in documents]
         labels = [
             torch.where(torch.isin(at, learnt_X), tokens_X.roll(-1)[at], NO_LABEL)

@@ -7,7 +7,7 @@ root as depth 1 saw them, and to the drafts between, each as its own depth saw i
     keys of    depth 1 ...... 1     2         3        ...    d
 
 Each depth adds its keys; those of earlier depths stay, so gradients flow through all of them. An
-`AttentionBackend`, so that the block's own code runs unchanged. Grouped heads, no sliding window.
+`AttentionBackend`, so that the layer's own code runs unchanged. Grouped heads, no sliding window.
 
 Shape suffixes: T flat tokens, H attention heads, C channels per head, S keys of one document.
 """
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from server.attention.backend import AttentionBatch
+from server.attention.backend import AttentionBackend, AttentionBatch
 from server.errors import ModelError
 
 
@@ -62,7 +62,7 @@ def visible_keys(query_positions: Tensor, key_positions: Sequence[Tensor]) -> Te
     return torch.cat(visible, dim=1)
 
 
-class UnrolledAttention:
+class UnrolledAttention(AttentionBackend):
     """Attends within documents, over all depths of an `Unroll`."""
 
     def prepare(self, batch: AttentionBatch) -> Unroll:
@@ -82,7 +82,7 @@ class UnrolledAttention:
         """Add the depth's keys and values, then attend; see `AttentionBackend.forward`."""
         if sliding_window is not None:
             raise ModelError(
-                f"the block attends to a window of {sliding_window}; MTP modules need one that "
+                f"the layer attends to a window of {sliding_window}; MTP modules need one that "
                 "attends to everything before"
             )
         metadata.keys.append(keys_HTC)

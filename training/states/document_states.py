@@ -18,9 +18,8 @@ from torch import Tensor
 from server.config import DtypeName
 from server.errors import ModelError
 from server.model.loading import LoadedModel
-from training.commands.options import HiddenCacheOptions
 from training.data.dataset import Document
-from training.errors import DataError, RunError
+from training.errors import DataError
 from training.states.hidden_store import HiddenStore
 
 # What a killed run loses at most, and what is in memory before it is written.
@@ -31,12 +30,12 @@ class DocumentStates:
     """Keeps hidden states of all tokens of a document but the last, after the final norm.
 
     Args:
-        directory: Of the states; shared by processes and runs.
-        loaded: The base model.
-        dtype: Of the states on disk; `auto` is the base model's, which loses nothing.
+        directory: Holds the states; processes and runs may share it.
+        loaded: Base model that the states are of.
+        dtype: Type of the states on disk; `auto` is the base model's, which loses nothing.
 
     Attributes:
-        dtype: Of the states on disk.
+        dtype: Type of the states on disk.
         max_tokens: Tokens of the documents that should go into one file.
 
     Raises:
@@ -106,25 +105,8 @@ class DocumentStates:
         return kept_XD
 
 
-def open_states(options: HiddenCacheOptions, loaded: LoadedModel) -> DocumentStates | None:
-    """Return the states that options name a directory for; None if they name none.
-
-    Raises:
-        DataError: If a file in it is damaged or holds something else.
-        RunError: If it is no directory, or has a type but no name.
-    """
-    if options.hidden_cache is not None:
-        return DocumentStates(options.hidden_cache, loaded, options.hidden_cache_dtype)
-    if options.hidden_cache_dtype != "auto":
-        raise RunError(
-            f"hidden_cache_dtype is {options.hidden_cache_dtype}, but there is no directory to "
-            "keep hidden states in; give --hidden-cache too or leave it out"
-        )
-    return None
-
-
 def _base_digest(loaded: LoadedModel, stored_dtype: torch.dtype) -> bytes:
-    """Stands for everything but the tokens that hidden states hang on."""
+    """Stands for everything but the tokens that hidden states depend on."""
     identity = {
         "fingerprint": asdict(loaded.fingerprint),
         "adapter_sha256": loaded.adapter_sha256,

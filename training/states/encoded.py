@@ -1,18 +1,18 @@
 """Batches of whole documents with hidden states, for MTP modules.
 
-An MTP module attends to the prompt, so its examples come with all of their document. The batches of
+An MTP module attends to the prompt, so its examples come with the whole document. The batches of
 an epoch depend on the seed and the epoch alone, with or without a cache.
 
 Shape suffixes: X tokens of one document, D model width.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from training.data.batches import BatchPlan, shuffled
 from training.data.dataset import Corpus, Document
 from training.states.hidden_states import HiddenStates
 
@@ -53,35 +53,18 @@ class EncodedBatch:
         return [EncodedBatch(tuple(part)) for part in parts]
 
 
-@dataclass(frozen=True, slots=True)
-class TokenPlan:
-    """How documents are put into batches.
-
-    Attributes:
-        batch_tokens: Tokens of a batch at most, prompts included; a longer document is alone.
-        group_size: Documents whose hidden states are asked for together, roughly.
-        is_cached: Keep all hidden states in memory.
-        seed: Of the order.
-    """
-
-    batch_tokens: int = 4096
-    group_size: int = 256
-    is_cached: bool = True
-    seed: int = 0
-
-
 class EncodedSource:
     """The batches of each epoch.
 
     Args:
-        corpus: With at least one example.
-        encoder: Gives the hidden states.
-        plan: Sizes and order.
+        corpus: Has at least one example.
+        states: Gives the hidden states of its documents.
+        plan: A batch has at most `size` tokens, prompts included; a longer document is alone.
     """
 
-    def __init__(self, corpus: Corpus, encoder: HiddenStates, plan: TokenPlan) -> None:
+    def __init__(self, corpus: Corpus, states: HiddenStates, plan: BatchPlan) -> None:
         self._documents = [doc for doc in corpus.documents if doc.num_examples]
-        self._encoder = encoder
+        self._states = states
         self._plan = plan
         self._cache: list[Tensor] | None = None
 
@@ -90,17 +73,17 @@ class EncodedSource:
         return len(self._batches(epoch))
 
     def fill_cache(self, on_documents: Callable[[int], None]) -> None:
-        """Compute all hidden states now if they are to be kept.
+        """Compute all hidden states now if the plan has a cache.
 
         Args:
-            on_documents: Called with the number of documents that were added.
+            on_documents: Called with the number of documents after each group.
         """
         if not self._plan.is_cached or self._cache is not None:
             return
         cache: list[Tensor] = []
         for start in range(0, len(self._documents), self._plan.group_size):
             group = self._documents[start : start + self._plan.group_size]
-            cache += [hidden_XD.to(_CACHE_DTYPE) for hidden_XD in self._encoder.encode_all(group)]
+            cache += [hidden_XD.to(_CACHE_DTYPE) for hidden_XD in self._states.encode_all(group)]
             on_documents(len(group))
         self._cache = cache
 
@@ -109,27 +92,25 @@ class EncodedSource:
         self.fill_cache(lambda _: None)
         for group in self._groups(self._batches(epoch)):
             if first < len(group):
-                states = self._states(sorted({index for batch in group for index in batch}))
+                states = self._states_of(sorted({index for batch in group for index in batch}))
                 for batch in group[first:]:
                     yield EncodedBatch(
                         tuple(EncodedDocument(self._documents[i], states[i]) for i in batch)
                     )
             first = max(0, first - len(group))
 
-    def _states(self, indices: Sequence[int]) -> dict[int, Tensor]:
+    def _states_of(self, indices: Sequence[int]) -> dict[int, Tensor]:
         if self._cache is not None:
             return {index: self._cache[index] for index in indices}
-        encoded = self._encoder.encode_all([self._documents[index] for index in indices])
+        encoded = self._states.encode_all([self._documents[index] for index in indices])
         return dict(zip(indices, encoded, strict=True))
 
     def _batches(self, epoch: int) -> list[list[int]]:
-        key = hashlib.sha256(f"{self._plan.seed}/{epoch}/documents".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
         batches: list[list[int]] = []
         num_tokens = 0
-        for index in torch.randperm(len(self._documents), generator=generator).tolist():
+        for index in shuffled(len(self._documents), self._plan.seed, epoch):
             length = len(self._documents[index].token_ids_T)
-            if not batches or num_tokens + length > self._plan.batch_tokens:
+            if not batches or num_tokens + length > self._plan.size:
                 batches.append([])
                 num_tokens = 0
             batches[-1].append(index)

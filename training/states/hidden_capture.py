@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from training.data.conversation import TokenizedConversation
-from training.data.dataset import Document, conversation_documents
+from training.data.dataset import Document, TokenizedConversation, conversation_documents
 from training.data.distilled import DistilledConversation
 from training.states.document_states import DocumentStates
 

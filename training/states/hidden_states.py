@@ -6,12 +6,13 @@ token sees the padding or another document.
 Shape suffixes: B documents, T positions, N examples, D model width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import override
 
 from server.errors import ModelError
 from server.model.loading import LoadedModel
@@ -21,32 +22,41 @@ from training.data.dataset import Document
 class HiddenStates(Protocol):
     """Hidden states of documents, wherever they come from.
 
+    Each method returns tensors ND, one for each document, in the model's dtype and on its device.
+
     Attributes:
-        dtype: Of the hidden states.
+        dtype: Type of the hidden states.
     """
 
     dtype: torch.dtype
 
     def encode(self, documents: Sequence[Document]) -> list[Tensor]:
-        """See `HiddenStateEncoder.encode`."""
+        """Return the states that the roots were drawn from, in the order of `Document.roots`.
+
+        Raises:
+            ModelError: If a document is longer than the model's context.
+        """
 
     def encode_all(self, documents: Sequence[Document]) -> list[Tensor]:
-        """See `HiddenStateEncoder.encode_all`."""
+        """Return the states of all tokens of each document but the last; see `encode`."""
 
     def encode_answers(self, documents: Sequence[Document]) -> list[Tensor]:
-        """See `HiddenStateEncoder.encode_answers`."""
+        """Return the states that all answer tokens were drawn from; see `encode`.
+
+        They are in the order of `Document.answers`.
+        """
 
 
-class HiddenStateEncoder:
+class HiddenStateEncoder(HiddenStates):
     """Runs the base model over documents.
 
     Args:
-        loaded: Its attention is set to torch's own, so no engine may use the model any more.
+        loaded: Base model; its attention is set to torch's own, so no engine may use it any more.
         max_batch_tokens: Padded tokens of one forward pass; a longer document has its own.
 
     Attributes:
-        dtype: Of the hidden states.
-        device: Likewise.
+        dtype: Type of the hidden states.
+        device: Device of the hidden states.
         has_plain_logits: Whether the model's logits are the product of its hidden states and its
             unembedding, without a bias, a scale or a cap.
 
@@ -85,41 +95,24 @@ class HiddenStateEncoder:
         hidden_BTD: Tensor = self._decoder(input_ids=ids_BT, use_cache=False).last_hidden_state
         return hidden_BTD
 
+    @override
+    @torch.no_grad()
     def encode(self, documents: Sequence[Document]) -> list[Tensor]:
-        """Return for each document the hidden states that its roots were drawn from.
-
-        Returns:
-            Tensors ND of the model's dtype on its device, one per document, in the order of
-            `Document.roots`.
-
-        Raises:
-            ModelError: If a document is longer than the model's context.
-        """
         return self._encode(documents, [document.roots() - 1 for document in documents])
 
+    @override
     @torch.no_grad()
     def encode_all(self, documents: Sequence[Document]) -> list[Tensor]:
-        """Return for each document the hidden states of all its tokens but the last; see `encode`.
-
-        Raises:
-            ModelError: If a document is longer than the model's context.
-        """
         rows = [torch.arange(len(document.token_ids_T) - 1) for document in documents]
         return self._encode(documents, rows)
 
+    @override
     @torch.no_grad()
     def encode_answers(self, documents: Sequence[Document]) -> list[Tensor]:
-        """Return for each document the hidden states that all answer tokens were drawn from.
-
-        In the order of `Document.answers`; see `encode`.
-
-        Raises:
-            ModelError: If a document is longer than the model's context.
-        """
         return self.encode_answers_with_gradient(documents)
 
     def encode_answers_with_gradient(self, documents: Sequence[Document]) -> list[Tensor]:
-        """Do what `encode_answers` does; gradients flow to whatever of the model is trained."""
+        """Do what `encode_answers` does; gradients flow to the weights that are trained."""
         return self._encode(documents, [document.answers() - 1 for document in documents])
 
     def _encode(self, documents: Sequence[Document], rows: Sequence[Tensor]) -> list[Tensor]:
@@ -152,3 +145,40 @@ class HiddenStateEncoder:
             else:
                 batches.append([index])
         return batches
+
+
+class KeptStates(HiddenStates):
+    """Hidden states of documents that are measured again and again, computed once.
+
+    Args:
+        states: Computes them; of a model that does not change.
+    """
+
+    def __init__(self, states: HiddenStates) -> None:
+        self.dtype = states.dtype
+        self._states = states
+        self._kept: dict[tuple[str, Document], Tensor] = {}
+
+    @override
+    def encode(self, documents: Sequence[Document]) -> list[Tensor]:
+        return self._of("roots", documents, self._states.encode)
+
+    @override
+    def encode_all(self, documents: Sequence[Document]) -> list[Tensor]:
+        return self._of("all", documents, self._states.encode_all)
+
+    @override
+    def encode_answers(self, documents: Sequence[Document]) -> list[Tensor]:
+        return self._of("answers", documents, self._states.encode_answers)
+
+    def _of(
+        self,
+        which: str,
+        documents: Sequence[Document],
+        encode: Callable[[Sequence[Document]], list[Tensor]],
+    ) -> list[Tensor]:
+        missing = [document for document in documents if (which, document) not in self._kept]
+        if missing:
+            for document, hidden in zip(missing, encode(missing), strict=True):
+                self._kept[which, document] = hidden
+        return [self._kept[which, document] for document in documents]

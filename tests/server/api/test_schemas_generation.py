@@ -3,17 +3,18 @@ import math
 import pytest
 from pydantic import ValidationError
 
+from server.api.schemas.completions import CompletionRequest
 from server.api.schemas.generation import GenerationRequest, SpeculationOptions
 from server.config import SamplingParams, SpeculationParams
 from server.errors import InvalidRequestError
 
 
 def body(**fields: object) -> GenerationRequest:
-    return GenerationRequest.model_validate({"model": "m", **fields})
+    return CompletionRequest.model_validate({"model": "m", "prompt": "a", **fields})
 
 
 def test_defaults_are_those_of_openai() -> None:
-    sampling = body().sampling(max_tokens=16, logprobs=None, seed=None)
+    sampling = body().sampling(max_tokens=16, seed=None)
     assert sampling == SamplingParams(max_tokens=16, temperature=1.0, top_p=1.0)
     assert body().n == 1
     assert not body().stream
@@ -31,7 +32,8 @@ def test_every_sampling_option_arrives() -> None:
         logit_bias={"5": -100, "7": 1.5},
         stop=["a", "b"],
         ignore_eos=True,
-    ).sampling(max_tokens=9, logprobs=3, seed=11)
+        logprobs=3,
+    ).sampling(max_tokens=9, seed=11)
     assert sampling == SamplingParams(
         max_tokens=9,
         temperature=0.5,
@@ -92,7 +94,7 @@ def test_a_stop_of_another_form_is_refused(stop: object) -> None:
 @pytest.mark.parametrize("key", ["x", "-1", "1.0", " 5", "", "²", "9" * 30])
 def test_a_logit_bias_key_that_is_no_token_id_is_refused(key: str) -> None:
     with pytest.raises(InvalidRequestError, match="give token ids") as caught:
-        body(logit_bias={key: 1}).sampling(16, None, None)
+        body(logit_bias={key: 1}).sampling(16, None)
     assert caught.value.param == "logit_bias"
 
 
@@ -100,7 +102,7 @@ def test_a_logit_bias_key_that_is_no_token_id_is_refused(key: str) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e9, -7.0])
 def test_numbers_out_of_range_are_refused(name: str, value: float) -> None:
     with pytest.raises(InvalidRequestError, match=name) as caught:
-        body(**{name: value}).sampling(16, None, None)
+        body(**{name: value}).sampling(16, None)
     assert caught.value.param == name
 
 
@@ -132,17 +134,20 @@ def test_speculation_is_checked_and_passed_on() -> None:
         "max_nodes": 8,
     }
     assert body(speculation=asked).speculation.params() == SpeculationParams(
-        method="medusa", acceptance="typical", epsilon=0.1, delta=0.2, max_nodes=8
+        method="medusa",
+        acceptance="typical",
+        max_nodes=8,
+        acceptance_options={"epsilon": 0.1, "delta": 0.2},
     )
     assert body().speculation.params() == SpeculationParams()
 
 
 def test_a_wrong_speculation_value_is_named_with_its_path() -> None:
-    with pytest.raises(InvalidRequestError, match=r"speculation\.epsilon is 2\.0") as caught:
-        SpeculationOptions(epsilon=2.0).params()
-    assert caught.value.param == "speculation.epsilon"
-    with pytest.raises(ValidationError, match="'auto', 'none', 'medusa', 'mtp' or 'lookup'"):
-        body(speculation={"method": "magic"})
+    with pytest.raises(InvalidRequestError, match=r"speculation\.max_nodes is 99") as caught:
+        SpeculationOptions(max_nodes=99).params()
+    assert caught.value.param == "speculation.max_nodes"
+    with pytest.raises(ValidationError):
+        body(speculation={"epsilon": "much"})
     with pytest.raises(ValidationError, match="Extra inputs"):
         body(speculation={"metod": "none"})
 
@@ -205,7 +210,7 @@ def test_a_stream_of_the_wrong_type_is_the_only_error_beside_stream_options() ->
 
 
 def test_all_sampling_params_can_be_set_over_http() -> None:
-    taken_from_elsewhere = {"max_tokens", "logprobs"}
+    taken_from_elsewhere = {"max_tokens", "logprobs", "processor_options"}
     declared = set(GenerationRequest.model_fields) | taken_from_elsewhere
     assert set(SamplingParams.__dataclass_fields__) <= declared
     assert set(SpeculationParams.__dataclass_fields__) == set(SpeculationOptions.model_fields)

@@ -6,7 +6,7 @@ import logging
 import pytest
 from torch import Tensor
 
-from server.core.sequence import Sequence
+from server.core.completion import join_outputs
 from server.engine.async_engine import AsyncEngine
 from server.errors import EngineStoppedError
 from tests.support.async_tools import (
@@ -36,7 +36,7 @@ class TestStop:
             async_engine = AsyncEngine(make_engine())
             assert not async_engine.is_alive
             with pytest.raises(EngineStoppedError):
-                async_engine.check_admission()
+                await collect(async_engine, make_request(PROMPT, max_tokens=2))
             await async_engine.start()
             assert async_engine.is_ready
             await async_engine.stop()
@@ -60,7 +60,7 @@ class TestStop:
                 outputs = await task
                 await stop
                 assert outputs[-1].finish_reason == "length"
-                assert outputs[-1].num_output_tokens == 60
+                assert join_outputs(outputs).stats.num_output_tokens == 60
                 assert not async_engine.is_alive
 
         run(test())
@@ -68,7 +68,7 @@ class TestStop:
     def test_what_has_not_ended_in_time_gets_an_error(self) -> None:
         async def test() -> None:
             async with running() as async_engine:
-                stream = async_engine.generate(endless())
+                stream = async_engine.generate([endless()])
                 await first_output(stream)
                 await async_engine.stop(drain_s=0.0)
                 with pytest.raises(EngineStoppedError, match="stopping"):
@@ -80,7 +80,7 @@ class TestStop:
     def test_a_second_stop_ends_the_draining_at_once(self) -> None:
         async def test() -> None:
             async with running() as async_engine:
-                stream = async_engine.generate(endless())
+                stream = async_engine.generate([endless()])
                 await first_output(stream)
                 draining = asyncio.create_task(async_engine.stop(drain_s=1000.0))
                 await until(lambda: not async_engine.is_ready)
@@ -102,11 +102,11 @@ class TestFailure:
     ) -> None:
         calls: list[int] = []
 
-        def fail_later(sequence: Sequence, hidden_D: Tensor) -> list[list[int]]:
+        def fail_later(request_id: str, text: tuple[int, ...], hidden_D: Tensor) -> list[list[int]]:
             calls.append(1)
             if len(calls) > 20:
                 raise RuntimeError("a planted failure")
-            return without_drafts(sequence, hidden_D)
+            return without_drafts(request_id, text, hidden_D)
 
         async def test() -> None:
             async with running(make_engine(script=fail_later, num_blocks=512)) as async_engine:
@@ -116,7 +116,7 @@ class TestFailure:
                 assert not async_engine.is_alive
                 assert not async_engine.is_ready
                 with pytest.raises(EngineStoppedError, match="the engine failed"):
-                    async_engine.check_admission()
+                    await collect(async_engine, endless())
 
         with caplog.at_level(logging.ERROR, logger="euryale.engine"):
             run(test())

@@ -17,7 +17,7 @@ from training.__main__ import main
 
 
 def original_heads(directory: Path, loaded: LoadedModel, shared: bool) -> Path:
-    """Two heads of one block in the original layout, some of whose drafts are accepted."""
+    """Two heads of one layer in the original layout, some of whose drafts are accepted."""
     generator = torch.Generator().manual_seed(0)
     width, tensors = loaded.hidden_size, {}
     for head in range(2):

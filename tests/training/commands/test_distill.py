@@ -5,12 +5,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.support.tiny_adapters import save_adapted_heads, save_tiny_adapter
 from tests.training.corpora import PROMPT_LINES, write_lines
+from tests.training.running import error_text, result
 from training.__main__ import main
 from training.data.distilled import Manifest, Shard, manifest_path, read_distilled
 
@@ -25,11 +25,6 @@ def by_id(path: Path) -> dict[str, str]:
     found = {json.loads(line)["id"]: line for line in lines}
     assert len(found) == len(lines)
     return found
-
-
-def result(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
-    return value
 
 
 def test_every_prompt_is_answered_and_counted(distilled_file: Path) -> None:
@@ -283,4 +278,13 @@ def test_heads_that_change_the_model_are_refused(
     argv = ("--method", "medusa", "--heads", str(heads))
     assert distill(prompts_file, output, model_dir, *argv) == 2
     assert "bring an adapter" in " ".join(capsys.readouterr().err.split())
+    assert not output.exists()
+
+
+def test_a_draft_source_that_is_not_there_is_an_error_before_anything_is_written(
+    prompts_file: Path, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "answers.jsonl"
+    assert distill(prompts_file, output, model_dir, "--method", "magic") == 2
+    assert "method is 'magic', but this model and these heads have auto, " in error_text(capsys)
     assert not output.exists()

@@ -14,6 +14,7 @@ import torch
 from tests.support.tiny_models import VOCAB_SIZE
 from tests.training.corpora import write_lines
 from tests.training.launched import launch
+from tests.training.running import error_text
 from training.__main__ import main
 from training.loop.metrics import read_metrics
 from training.measure.acceptance import load_acceptance
@@ -29,10 +30,6 @@ def argv_of(method: str, data: Path, output: Path, model: Path, *more: str) -> l
     argv += ["--model", str(model), "--device", "cpu", "--held-out", "0.3", "--epochs", "3"]
     argv += ["--draft-vocab-size", "100", "--log-interval", "1", "--num-threads", "1"]
     return [*argv, *more]
-
-
-def error_text(capsys: pytest.CaptureFixture[str]) -> str:
-    return " ".join(capsys.readouterr().err.split())
 
 
 def losses(directory: Path) -> torch.Tensor:
@@ -87,12 +84,16 @@ def test_methods_held_out_answers_and_evaluation_share_the_states(
 @pytest.mark.parametrize(
     ("method", "more", "message"),
     [
-        ("medusa2", ("--hidden-cache", "states"), "hidden_cache is states, which method medusa2"),
+        (
+            "medusa2",
+            ("--hidden-cache", "states"),
+            "--hidden-cache is an option of --method medusa or mtp",
+        ),
         ("medusa", ("--hidden-cache-dtype", "float16"), "but there is no directory to keep"),
         ("mtp", ("--hidden-cache", __file__), "is no directory; give another --hidden-cache"),
     ],
 )
-def test_what_cannot_be_kept_is_refused(
+def test_what_cannot_be_kept_is_an_error(
     method: str,
     more: tuple[str, ...],
     message: str,

@@ -1,15 +1,8 @@
 """`train --method medusa2` from distilled answers to what is served, on a tiny model."""
 
-import json
 import math
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,35 +14,23 @@ from server.model.draft_heads import load_draft_heads
 from server.model.loading import load_model
 from tests.training.corpora import write_lines
 from tests.training.launched import launch
-from training.__main__ import main
-from training.commands.train import WARMUP_DIR
+from tests.training.running import (
+    error_text,
+    evaluate,
+    kill_when_exists,
+    result,
+    train,
+    train_argv,
+)
 from training.loop.metrics import read_metrics
 from training.loop.run_state import STATE_FILE
+from training.methods.method import WARMUP_DIR
 
 SMALL = ("--draft-vocab-size", "100", "--num-heads", "2", "--batch-size", "32", "--epochs", "12")
 MEDUSA2 = (
     *("--method", "medusa2", "--lora-rank", "4", "--divergence-weight", "5"),
     *("--learning-rate", "0.005", "--lora-learning-rate", "0.003"),
 )
-
-
-def train(data: Path, output: Path, model: Path, *more: str) -> int:
-    argv = ["train", "--data", str(data), "--output", str(output), "--model", str(model)]
-    return main([*argv, "--device", "cpu", "--held-out", "0.4", *more])
-
-
-def evaluate(heads: Path, data: Path, model: Path, *more: str) -> int:
-    argv = ["evaluate", "--heads", str(heads), "--data", str(data), "--model", str(model)]
-    return main([*argv, "--device", "cpu", *more])
-
-
-def result(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
-    return value
-
-
-def error_text(capsys: pytest.CaptureFixture[str]) -> str:
-    return " ".join(capsys.readouterr().err.split())
 
 
 @pytest.fixture(scope="module")
@@ -113,17 +94,9 @@ def test_a_killed_run_ends_as_one_that_was_not(
 ) -> None:
     """Killed once in the warm-up and once behind it."""
     output, more = tmp_path / "killed", (*SMALL, *MEDUSA2, "--save-interval", "1")
-    argv = ["train", "--data", str(distilled_file), "--output", str(output)]
-    argv += ["--model", str(model_dir), "--device", "cpu", "--held-out", "0.4", *more]
-    command = [sys.executable, "-m", "training", *argv]
+    argv = train_argv(distilled_file, output, model_dir, *more)
     for state in (output / WARMUP_DIR / STATE_FILE, output / STATE_FILE):
-        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-            deadline = time.monotonic() + 300
-            while process.poll() is None and time.monotonic() < deadline:
-                if state.exists():
-                    os.kill(process.pid, signal.SIGKILL)
-                time.sleep(0.002)
-            assert process.poll() == -signal.SIGKILL
+        kill_when_exists(argv, state)
     assert train(distilled_file, output, model_dir, *more) == 0
     assert files(output) == files(heads_dir)
 
@@ -134,8 +107,7 @@ def test_two_processes_take_the_steps_of_one(
     small = ("--draft-vocab-size", "100", "--num-heads", "2", "--batch-size", "32", "--epochs", "2")
     more = ("--log-interval", "1", "--num-threads", "1", *small, *MEDUSA2)
     assert train(distilled_file, tmp_path / "alone", model_dir, *more) == 0
-    argv = ["train", "--data", str(distilled_file), "--output", str(tmp_path / "two")]
-    argv += ["--model", str(model_dir), "--device", "cpu", "--held-out", "0.4", *more]
+    argv = train_argv(distilled_file, tmp_path / "two", model_dir, *more)
     launched = launch(argv, tmp_path / "logs")
     assert launched.wait() == [0, 0], launched.text(0)
     pairs = zip(*(read_metrics(tmp_path / name) for name in ("two", "alone")), strict=True)
@@ -174,10 +146,10 @@ def test_medusa_goes_on_from_heads_too(
 @pytest.mark.parametrize(
     ("more", "match"),
     [
-        (("--lora-rank", "8"), "lora_rank is 8, which method medusa has no use for"),
-        (("--lora-targets", "q_proj"), "which method medusa has no use for"),
-        (("--method", "mtp", "--init-heads", "x"), "give --method medusa or medusa2"),
-        (("--method", "mtp", "--divergence-weight", "1"), "give --method medusa2"),
+        (("--lora-rank", "8"), "--lora-rank is an option of --method medusa2"),
+        (("--lora-targets", "q_proj"), "--lora-targets is an option of --method medusa2"),
+        (("--method", "mtp", "--init-heads", "x"), "--method medusa or medusa2"),
+        (("--method", "mtp", "--divergence-weight", "1"), "--method medusa2"),
         (("--method", "medusa2", "--learning-rate", "0"), "give the heads a rate above 0"),
         (
             ("--method", "medusa2", "--warmup-epochs", "2", "--init-heads", "x"),
@@ -228,7 +200,7 @@ def test_heads_with_matrices_of_their_own_are_no_beginning(
     assert "vocabulary matrices of their own" in error_text(capsys)
 
 
-def test_a_loss_that_is_no_number_is_told_before_anything_is_saved(
+def test_a_loss_that_is_no_number_is_reported_before_anything_is_saved(
     model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spoilt = Path(shutil.copytree(model_dir, tmp_path / "spoilt"))

@@ -1,11 +1,4 @@
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,6 +11,7 @@ from server.engine.engine import Engine
 from server.model.draft_heads import load_draft_heads
 from server.model.loading import LoadedModel
 from tests.training.launched import launch
+from tests.training.running import error_text, evaluate, kill_when_exists, result, train_argv
 from training.__main__ import main
 from training.loop.metrics import read_metrics
 from training.loop.run_state import STATE_FILE
@@ -36,27 +30,11 @@ SMALL = (
 
 
 def argv_of(data: Path, output: Path, model: Path, *more: str) -> list[str]:
-    argv = ["train", "--method", "mtp", "--data", str(data), "--output", str(output)]
-    argv += ["--model", str(model), "--device", "cpu", "--held-out", "0.4", "--epochs", "20"]
-    return [*argv, *SMALL, "--log-interval", "1", *more]
+    return train_argv(data, output, model, "--method", "mtp", "--epochs", "20", *SMALL, *more)
 
 
 def train(data: Path, output: Path, model: Path, *more: str) -> int:
     return main(argv_of(data, output, model, *more))
-
-
-def evaluate(heads: Path, data: Path, model: Path, *more: str) -> int:
-    argv = ["evaluate", "--heads", str(heads), "--data", str(data), "--model", str(model)]
-    return main([*argv, "--device", "cpu", *more])
-
-
-def result(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
-    return value
-
-
-def error_text(capsys: pytest.CaptureFixture[str]) -> str:
-    return " ".join(capsys.readouterr().err.split())
 
 
 def weights(directory: Path, loaded: LoadedModel) -> list[torch.Tensor]:
@@ -74,13 +52,13 @@ def module_dir(
     return directory
 
 
-def test_a_trained_module_can_be_loaded_with_its_block_and_profile(
+def test_a_trained_module_can_be_loaded_with_its_layer_and_profile(
     module_dir: Path, loaded: LoadedModel
 ) -> None:
     found = load_draft_heads(module_dir, loaded)
     assert isinstance(found.heads, MTPModule)
     assert found.heads.config.draft_vocab_size == 100
-    assert found.block is not None
+    assert found.layer is not None
     assert found.profile is not None
     assert found.profile.max_depth == 3
     assert load_acceptance(module_dir)["num_answers"] > 0
@@ -124,14 +102,7 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(
 ) -> None:
     output, more = tmp_path / "killed", ("--epochs", "20", "--save-interval", "5")
     argv = argv_of(distilled_file, output, model_dir, *more)
-    command = [sys.executable, "-m", "training", *argv, "--num-threads", "1"]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 300
-        while process.poll() is None and time.monotonic() < deadline:
-            if (output / STATE_FILE).exists():
-                os.kill(process.pid, signal.SIGKILL)
-            time.sleep(0.005)
-        assert process.poll() == -signal.SIGKILL
+    kill_when_exists([*argv, "--num-threads", "1"], output / STATE_FILE)
     assert train(distilled_file, output, model_dir, *more, "--learning-rate", "0.5") == 2
     assert "learning_rate 0.001, but now it is 0.5" in error_text(capsys)
     assert train(distilled_file, output, model_dir, *more, "--num-threads", "1") == 0
@@ -162,14 +133,15 @@ def test_two_processes_and_parts_take_the_steps_of_one(
 @pytest.mark.parametrize(
     ("method", "argv", "message"),
     [
-        ("mtp", ("--num-heads", "3"), "num_heads is 3, which method mtp has no use for"),
-        ("mtp", ("--no-root-conditioned",), "root_conditioned is False, which method mtp"),
-        ("mtp", ("--batch-size", "9"), "give --method medusa"),
-        ("medusa", ("--num-depths", "3"), "num_depths is 3, which method medusa has no use for"),
-        ("medusa", ("--batch-tokens", "9"), "give --method mtp"),
+        ("mtp", ("--num-heads", "3"), "--num-heads is an option of --method medusa"),
+        ("mtp", ("--no-root-conditioned",), "--root-conditioned is an option of --method medusa"),
+        ("mtp", ("--batch-size", "9"), "--method medusa or medusa2"),
+        ("medusa", ("--num-depths", "3"), "--num-depths is an option of --method mtp"),
+        ("medusa", ("--batch-tokens", "9"), "--method mtp"),
+        ("medusa2", ("--kl-weight", "0.5"), "--method medusa or mtp"),
     ],
 )
-def test_an_option_of_the_other_method_is_refused_by_name(
+def test_an_option_of_another_method_is_an_error_that_names_it(
     method: str,
     argv: tuple[str, ...],
     message: str,

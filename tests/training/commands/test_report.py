@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from heads.tree_search import AcceptanceProfile, best_tree
-from training.commands.options import ReportOptions
-from training.commands.report import run
+from training.commands.report import ReportOptions, run
 from training.errors import DataError
 from training.loop.metrics import METRICS_FILE
 from training.measure.acceptance import (

@@ -1,32 +1,26 @@
-import json
 import math
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from heads.files import file_sha256
 from heads.medusa import MedusaHeads
 from server.model.draft_heads import DraftHeads, load_draft_heads
 from server.model.loading import LoadedModel, load_model
 from tests.support.tiny_adapters import save_adapted_heads, save_tiny_adapter
 from tests.support.tiny_models import save_tiny_model
+from tests.training import running
 from tests.training.corpora import document, write_lines
-from training.__main__ import main
-from training.commands.options import EvaluateOptions, TrainOptions, parse_options
+from tests.training.running import error_text, evaluate, kill_when_exists, result, train_argv
+from training.__main__ import PROGRAM, main
 from training.data.answers import data_sha256
 from training.data.data_source import open_data
 from training.data.dataset import Corpus, split
 from training.data.distilled import Manifest, manifest_path
-from training.data.jsonl import file_sha256
 from training.loop.metrics import read_metrics
 from training.loop.run_state import STATE_FILE
 from training.measure.acceptance import load_acceptance
@@ -36,22 +30,7 @@ SMALL = ("--draft-vocab-size", "100", "--num-heads", "2", "--batch-size", "32", 
 
 
 def train(data: Path, output: Path, model: Path, *more: str) -> int:
-    argv = ["train", "--data", str(data), "--output", str(output), "--model", str(model)]
-    return main([*argv, "--device", "cpu", "--held-out", "0.4", *SMALL, *more])
-
-
-def evaluate(heads: Path, data: Path, model: Path, *more: str) -> int:
-    argv = ["evaluate", "--heads", str(heads), "--data", str(data), "--model", str(model)]
-    return main([*argv, "--device", "cpu", *more])
-
-
-def result(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
-    return value
-
-
-def error_text(capsys: pytest.CaptureFixture[str]) -> str:
-    return " ".join(capsys.readouterr().err.split())
+    return running.train(data, output, model, *SMALL, *more)
 
 
 def checkpoint(directory: Path, loaded: LoadedModel) -> DraftHeads:
@@ -106,10 +85,11 @@ def test_the_options_of_a_run_lie_beside_the_heads_and_begin_it_again(
     heads_dir: Path, distilled_file: Path, model_dir: Path, tmp_path: Path, loaded: LoadedModel
 ) -> None:
     config = heads_dir / "train.toml"
-    options = parse_options(["train", "--config", str(config)])
-    assert isinstance(options, TrainOptions)
+    arguments = PROGRAM.parse(["train", "--config", str(config)]).arguments
+    options = arguments["options"]
     assert (options.data, options.output) == ((distilled_file,), heads_dir)
-    assert (options.epochs, options.held_out, options.model) == (30, 0.4, str(model_dir))
+    assert (options.held_out, options.model) == (0.4, str(model_dir))
+    assert (arguments["config"].epochs, arguments["method"].num_heads) == (30, 2)
     before = config.read_bytes()
     # Refused, because the heads are there: the file still says how they were made.
     assert main(["train", "--config", str(config), "--epochs", "1"]) == 2
@@ -176,16 +156,8 @@ def test_a_killed_run_is_taken_up_with_the_same_options_only(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     output, more = tmp_path / "killed", ("--epochs", "200", "--save-interval", "5")
-    argv = ["train", "--data", str(distilled_file), "--output", str(output)]
-    argv += ["--model", str(model_dir), "--device", "cpu", "--held-out", "0.4", *SMALL, *more]
-    command = [sys.executable, "-m", "training", *argv, "--num-threads", "1"]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 300
-        while process.poll() is None and time.monotonic() < deadline:
-            if (output / STATE_FILE).exists():
-                os.kill(process.pid, signal.SIGKILL)
-            time.sleep(0.005)
-        assert process.poll() == -signal.SIGKILL
+    argv = train_argv(distilled_file, output, model_dir, *SMALL, *more, "--num-threads", "1")
+    kill_when_exists(argv, output / STATE_FILE)
     assert train(distilled_file, output, model_dir, *more, "--learning-rate", "0.5") == 2
     assert "learning_rate 0.002, but now it is 0.5" in error_text(capsys)
     assert train(distilled_file, output, model_dir, *more, "--num-threads", "1") == 0
@@ -272,8 +244,9 @@ def test_evaluation_writes_the_profile_and_keeps_the_weights(
     assert printed["mean_acceptance_length"]["1"] == 1.0
     saved = load_acceptance(output)
     assert saved["accept_rates"] == printed["accept_rates"]
-    options = parse_options(["evaluate", "--config", str(output / "evaluate.toml")])
-    assert isinstance(options, EvaluateOptions)
+    options = PROGRAM.parse(["evaluate", "--config", str(output / "evaluate.toml")]).arguments[
+        "options"
+    ]
     assert (options.heads, options.num_ranks) == (output, 5)
     assert saved["data_sha256"] == file_sha256(distilled_file)
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
+from heads.files import file_sha256
 from server.model.loading import LoadedModel
 from tests.support.tiny_models import MAX_MODEL_LEN
 from tests.training.corpora import write_lines
-from training.data.answers import data_sha256, load_answers
+from training.data.answers import check_base, data_sha256, load_answers
 from training.data.data_source import open_data
 from training.data.distilled import Manifest, Sampling, Shard, manifest_path, read_distilled
-from training.data.jsonl import file_sha256
 from training.errors import DataError
 
 
@@ -190,3 +190,20 @@ def test_a_broken_file_is_refused_by_file_and_line(
     path.write_text(content)
     with pytest.raises(DataError, match=f"broken.jsonl.*{message}"):
         load_answers([path], loaded)
+
+
+def test_data_of_the_same_base_passes_whatever_its_name(
+    loaded: LoadedModel, tmp_path: Path
+) -> None:
+    data = tmp_path / "d.jsonl"
+    Manifest("another/name", loaded.fingerprint, Sampling(), "0").save(data)
+    check_base(data, loaded)
+
+
+def test_data_of_another_base_is_an_error_that_says_what_differs(
+    loaded: LoadedModel, tmp_path: Path
+) -> None:
+    data = tmp_path / "d.jsonl"
+    Manifest("big", replace(loaded.fingerprint, num_layers=9), Sampling(), "0").save(data)
+    with pytest.raises(DataError, match=r"answers of big, not of .*num_layers is 9"):
+        check_base(data, loaded)

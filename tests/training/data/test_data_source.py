@@ -10,8 +10,6 @@ import pytest
 
 from tests.training.corpora import PROMPT_LINES, write_lines
 from training.__main__ import main
-from training.commands.config_file import save_config
-from training.commands.options import TrainOptions, parse_options
 from training.data.data_source import (
     HubData,
     OpenData,
@@ -94,13 +92,6 @@ def test_a_broken_name_is_refused_with_the_right_form(
         data_source(text)
     assert main(["distill", "--data", text, "--output", "d.jsonl"]) == 2
     assert "give hf:NAME[:CONFIG][@REVISION]#SPLIT" in " ".join(capsys.readouterr().err.split())
-
-
-def test_a_name_survives_the_file_of_options(tmp_path: Path) -> None:
-    data = (Path("a.jsonl"), HubData("owner/name", "train"))
-    options = TrainOptions(data=data, output=Path("heads"))
-    save_config(tmp_path / "train.toml", "train", options)
-    assert parse_options(["train", "--config", str(tmp_path / "train.toml")]) == options
 
 
 def test_rows_are_those_of_a_file_without_what_is_null() -> None:

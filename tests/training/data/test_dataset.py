@@ -7,10 +7,10 @@ import torch
 
 from tests.support.tiny_models import VOCAB_SIZE
 from tests.training.corpora import corpus, document
-from training.data.conversation import TokenizedConversation
 from training.data.dataset import (
     Corpus,
     Span,
+    TokenizedConversation,
     build_corpus,
     conversation_documents,
     frequent_tokens,

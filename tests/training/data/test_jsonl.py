@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.training.corpora import write_lines
-from training.data.jsonl import LineAppender, drop_torn_line, file_sha256, read_rows, replace_file
+from training.data.jsonl import LineAppender, drop_torn_line, read_rows, replace_file
 from training.errors import DataError, RunError
 
 
@@ -94,12 +94,6 @@ def test_replacing_a_file_leaves_no_other_file(tmp_path: Path) -> None:
     replace_file(path, b"new")
     assert path.read_bytes() == b"new"
     assert [item.name for item in path.parent.iterdir()] == ["file"]
-
-
-def test_the_digest_is_that_of_the_bytes_on_disk(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(b"abc")
-    assert file_sha256(path).startswith("ba7816bf8f01cfea414140de5dae2223")
 
 
 def test_a_full_disk_is_named_with_the_remedy() -> None:

@@ -10,8 +10,7 @@ from tests.support.engine_tools import SlowModel, make_engine, make_request
 from tests.support.tiny_models import save_tiny_model
 from training.data.distilled import DistilledConversation, Sampling
 from training.data.prompts import Prompts
-from training.data.repeats import MIN_REPEATED_TOKENS
-from training.data.self_distill import SelfDistiller
+from training.data.self_distill import MIN_REPEATED_TOKENS, SelfDistiller
 
 SHORT = Sampling(max_new_tokens=6, stop_repeats=False)
 

@@ -7,8 +7,7 @@ import pytest
 from server.model.loading import LoadedModel
 from server.tokenizer import Tokenizer
 from tests.support.tiny_models import EOS_TOKEN, tiny_tokenizer
-from training.data.conversation import TokenizedConversation
-from training.data.dataset import Document, conversation_documents
+from training.data.dataset import Document, TokenizedConversation, conversation_documents
 from training.data.distilled import read_distilled
 from training.data.jsonl import Row, read_rows
 from training.data.supervised import tokenize_row

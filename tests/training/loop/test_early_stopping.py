@@ -31,7 +31,7 @@ PLAN = StoppingPlan(interval=3, patience=2)
 
 
 class Script:
-    """A module that is measured as told, and whose one weight is the number of the step."""
+    """A module with given measurements, whose one weight is the number of the step."""
 
     def __init__(self, lengths: Sequence[float], plan: StoppingPlan = PLAN) -> None:
         self.module = torch.nn.Linear(1, 1, bias=False)
@@ -125,8 +125,10 @@ def measured_trainer(
         measure = partial(acceptance_length, HELD_OUT, drafts)
         return EarlyStopping(heads, measure, plan, Processes("cpu"))
 
-    config = replace(CONFIG, epochs=30, learning_rate=0.05, save_interval=5)
-    return make_trainer(loaded, encoder, directory, config, validation_of=validation_of)
+    config = replace(CONFIG, epochs=30, save_interval=5)
+    return make_trainer(
+        loaded, encoder, directory, config, validation_of=validation_of, learning_rate=0.05
+    )
 
 
 def lines(directory: Path) -> list[dict[str, Any]]:

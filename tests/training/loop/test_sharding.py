@@ -9,10 +9,9 @@ from server.model.loading import load_model
 from tests.training.corpora import document
 from tests.training.launched import launch, launch_function
 from training.__main__ import main
-from training.commands.options import TrainOptions
 from training.loop.metrics import METRICS_FILE, read_metrics
 from training.loop.processes import Processes
-from training.loop.sharding import load_base_for
+from training.loop.sharding import spread
 from training.measure.acceptance import load_acceptance
 from training.states.hidden_states import HiddenStateEncoder
 
@@ -40,12 +39,9 @@ def losses(directory: Path) -> torch.Tensor:
 
 def encoded_by_parts(argv: list[str]) -> int:
     """Compares what two processes with half of every layer compute with what the model does."""
-    options = TrainOptions(
-        data=(), output=Path("none"), model=argv[0], device="cpu", sharding="fsdp"
-    )
     processes = Processes("cpu")
-    loaded = load_base_for(options, processes)
-    whole = load_model(argv[0], "cpu", "float32", is_packed=False)
+    loaded = spread(load_model(argv[0], "cpu", "float32"), processes)
+    whole = load_model(argv[0], "cpu", "float32")
     documents = [document(20, (5, 15)), document(9, (2, 8), seed=1)]
     ours = HiddenStateEncoder(loaded).encode(documents)
     theirs = HiddenStateEncoder(whole).encode(documents)
@@ -132,7 +128,7 @@ def test_a_run_that_was_killed_with_parts_goes_on_with_the_whole(
         (("--early-stopping", "3"), "early_stopping is 3, for which one process measures alone"),
     ],
 )
-def test_what_parts_cannot_do_is_refused_by_name(
+def test_what_parts_cannot_do_is_an_error_that_names_it(
     more: tuple[str, ...],
     message: str,
     distilled_file: Path,

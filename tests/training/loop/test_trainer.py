@@ -9,19 +9,21 @@ import torch
 from heads.medusa import MedusaConfig, MedusaHeads
 from server.model.loading import LoadedModel
 from tests.training.corpora import corpus
+from training.data.batches import BatchPlan
 from training.data.dataset import Corpus
 from training.errors import DivergedError, RunError
 from training.loop.early_stopping import NoValidation, Validation
 from training.loop.metrics import read_metrics
 from training.loop.objective import ParameterGroup, Trainable
 from training.loop.processes import Processes
-from training.loop.run_state import STATE_FILE
+from training.loop.run_state import STATE_FILE, RunRecord
+from training.loop.trackers import NO_TRACKING, Tracking
 from training.loop.trainer import StepMetrics, TrainConfig, Trainer
-from training.methods.losses import MedusaObjective, medusa_groups
-from training.states.examples import BatchPlan, Examples, ExampleSource
+from training.methods.medusa_objective import MedusaObjective, medusa_groups
+from training.states.examples import Examples, ExampleSource
 from training.states.hidden_states import HiddenStateEncoder
 
-CONFIG = TrainConfig(epochs=3, learning_rate=0.01, save_interval=4, log_interval=2)
+CONFIG = TrainConfig(epochs=3, save_interval=4, log_interval=2)
 OPTIONS: dict[str, object] = {"model": "tiny"}
 # What no two runs have in common.
 MEASURED = {"examples_per_s", "peak_memory_bytes"}
@@ -45,18 +47,21 @@ def make_trainer(
     documents: Corpus | None = None,
     root_rate_factor: float = 16.0,
     options: dict[str, object] = OPTIONS,
+    learning_rate: float = 0.01,
+    tracking: Tracking = NO_TRACKING,
     validation_of: Callable[[MedusaHeads], Validation] = lambda _: NoValidation(),
 ) -> Trainer[Examples]:
-    plan = BatchPlan(batch_size=16, group_size=4, is_cached=is_cached)
+    plan = BatchPlan(16, 0, is_cached, group_size=4)
     heads = make_heads(loaded)
     trainable = Trainable(
         heads,
         medusa_groups(heads, root_rate_factor),
         ExampleSource(documents or corpus(9), encoder, 2, plan),
         MedusaObjective(heads, torch.float32),
+        learning_rate,
     )
-    validation = validation_of(heads)
-    return Trainer(trainable, config, directory, options, Processes("cpu"), validation)
+    record = RunRecord(directory, options, tracking)
+    return Trainer(trainable, config, record, Processes("cpu"), validation_of(heads))
 
 
 def weights(trainer: Trainer[Examples]) -> list[torch.Tensor]:
@@ -129,8 +134,8 @@ def test_a_run_with_other_options_is_not_taken_up(
 def test_the_learning_rate_rises_and_falls_to_nothing(
     loaded: LoadedModel, encoder: HiddenStateEncoder, tmp_path: Path
 ) -> None:
-    config = replace(CONFIG, epochs=20, warmup_fraction=0.25, learning_rate=0.5)
-    trainer = make_trainer(loaded, encoder, tmp_path, config)
+    config = replace(CONFIG, epochs=20, warmup_fraction=0.25)
+    trainer = make_trainer(loaded, encoder, tmp_path, config, learning_rate=0.5)
     rates = [trainer.learning_rate(step) for step in range(trainer.num_steps)]
     peak = rates.index(max(rates))
     assert max(rates) == 0.5
@@ -191,19 +196,21 @@ def test_the_maps_of_the_root_embedding_learn_faster_by_their_factor(
 ) -> None:
     # The first step of AdamW moves every weight by the learning rate.
     config = replace(CONFIG, warmup_fraction=0.0)
-    trainer = make_trainer(loaded, encoder, tmp_path, config, root_rate_factor=7.0)
+    trainer = make_trainer(
+        loaded, encoder, tmp_path, config, root_rate_factor=7.0, learning_rate=0.01
+    )
     train_until(trainer, 1)
     moved = float(trainer.module.get_parameter("root_weights").detach().abs().max())
-    assert moved == pytest.approx(7.0 * config.learning_rate, rel=0.01)
-    others = float(trainer.module.get_parameter("block_weights").detach().abs().max())
-    assert others == pytest.approx(config.learning_rate, rel=0.01)
+    assert moved == pytest.approx(7.0 * 0.01, rel=0.01)
+    others = float(trainer.module.get_parameter("layer_weights").detach().abs().max())
+    assert others == pytest.approx(0.01, rel=0.01)
 
 
 @pytest.mark.parametrize("limit", [0.01, math.inf])
 def test_gradients_are_clipped_to_the_norm_and_not_at_all_without_one(
     limit: float, loaded: LoadedModel, encoder: HiddenStateEncoder, tmp_path: Path
 ) -> None:
-    trainer = make_trainer(loaded, encoder, tmp_path, replace(CONFIG, clip_norm=limit))
+    trainer = make_trainer(loaded, encoder, tmp_path, replace(CONFIG, max_grad_norm=limit))
     found: list[float] = []
     trainer.train(lambda metrics: found.append(metrics.gradient_norm))
     gradients = [p.grad for p in trainer.module.parameters() if p.grad is not None]
@@ -268,6 +275,7 @@ def test_each_depths_sum_is_divided_by_its_labels_then_weighted(
         (ParameterGroup((weight,)),),
         OneBatch(Stored(labels * mask, losses * mask)),
         StoredLosses(weight),
+        0.002,
     )
     config = TrainConfig(
         epochs=1,
@@ -276,7 +284,8 @@ def test_each_depths_sum_is_divided_by_its_labels_then_weighted(
         gradient_accumulation=gradient_accumulation,
     )
     found: list[StepMetrics] = []
-    Trainer(trainable, config, tmp_path, {}, Processes("cpu"), NoValidation()).train(found.append)
+    record = RunRecord(tmp_path, {})
+    Trainer(trainable, config, record, Processes("cpu"), NoValidation()).train(found.append)
     expected = [2.0, 3.0 if has_second else 0.0]
     assert found[0].loss_per_head == expected
     assert found[0].loss == expected[0] + 0.5 * expected[1]
@@ -303,7 +312,7 @@ class WithFurther:
 def test_further_losses_are_weighed_and_reported_beside_those_of_the_depths(
     loaded: LoadedModel, encoder: HiddenStateEncoder, tmp_path: Path
 ) -> None:
-    plan, heads = BatchPlan(batch_size=16), make_heads(loaded)
+    plan, heads = BatchPlan(16, 0), make_heads(loaded)
     source = ExampleSource(corpus(9), encoder, 2, plan)
     found: list[StepMetrics] = []
     for name in ("with", "without"):
@@ -311,10 +320,10 @@ def test_further_losses_are_weighed_and_reported_beside_those_of_the_depths(
             WithFurther(heads, 0.25) if name == "with" else MedusaObjective(heads, torch.float32)
         )
         further = {"divergence": 3.0} if name == "with" else {}
-        trainable = Trainable(heads, medusa_groups(heads, 1.0), source, objective, further)
-        config = replace(CONFIG, learning_rate=0.0, epochs=1, log_interval=1)
+        trainable = Trainable(heads, medusa_groups(heads, 1.0), source, objective, 0.0, further)
+        config = replace(CONFIG, epochs=1, log_interval=1)
         processes, never = Processes("cpu"), NoValidation()
-        trainer = Trainer(trainable, config, tmp_path / name, OPTIONS, processes, never)
+        trainer = Trainer(trainable, config, RunRecord(tmp_path / name, OPTIONS), processes, never)
         trainer.train(found.append)
     ours, plain = found[0], found[len(found) // 2]
     assert ours.loss == pytest.approx(plain.loss + 3.0 * 0.25)

@@ -4,11 +4,12 @@ from random import Random
 import pytest
 import torch
 
-from heads.calibration import head_bin
+from heads.calibration import probability_bin
 from heads.medusa import MedusaConfig, MedusaHeads
 from heads.tree import DraftTree
 from heads.tree_search import AcceptanceProfile, best_tree, expected_tokens_per_step
 from server.model.loading import LoadedModel
+from tests.support.trees import chain, rank_paths, tree_of_paths
 from tests.training.corpora import corpus
 from training.errors import DataError
 from training.measure.calibration import CalibrationCounter
@@ -60,7 +61,7 @@ def random_answers(num_answers: int, seed: int = 0, max_tokens: int = 40) -> lis
 
 def decode_slowly(answer: RankedAnswer, tree: DraftTree) -> list[int]:
     """Tokens that each step emits: try every path of the tree, longest first."""
-    paths = sorted(tree.paths(), key=len, reverse=True)
+    paths = sorted(rank_paths(tree), key=len, reverse=True)
     emitted, position = [], 0
     while position < answer.num_tokens - 1:
         ranks = tuple(answer.ranks[position])
@@ -132,9 +133,9 @@ def test_a_walk_without_steps_has_no_mean() -> None:
 
 def test_a_rank_that_no_node_has_is_not_accepted() -> None:
     answer = RankedAnswer("x", [[0, 1, 0], [3, 0, 0], [UNRANKED, 0, 0]], 4)
-    tree = DraftTree.from_rank_paths([(0,), (1,), (0, 1)])
+    tree = tree_of_paths([(0,), (1,), (0, 1)])
     assert walk([answer], tree) == Walk(1, 3)
-    assert walk([answer], DraftTree.from_rank_paths([(0,), (1,)])) == Walk(2, 3)
+    assert walk([answer], tree_of_paths([(0,), (1,)])) == Walk(2, 3)
 
 
 def test_the_profile_of_independent_ranks_is_their_distribution() -> None:
@@ -174,19 +175,20 @@ def test_the_calibration_is_hits_over_what_the_heads_expect() -> None:
     ranks = [[index % 2] for index in range(4000)]
     answer = with_confidences(RankedAnswer("x", ranks, 4001), [0.85, 0.05])
     [ratios] = measure_calibration([answer], DraftTree.root_only())
-    assert ratios[head_bin(0.85)] == pytest.approx(0.5 / 0.85, rel=0.01)
-    assert ratios[head_bin(0.05)] == pytest.approx(0.5 / 0.05, rel=0.1)
-    assert ratios[head_bin(0.5)] == 1.0, "nothing was seen of it"
+    assert ratios[probability_bin(0.85)] == pytest.approx(0.5 / 0.85, rel=0.01)
+    assert ratios[probability_bin(0.05)] == pytest.approx(0.5 / 0.05, rel=0.1)
+    assert ratios[probability_bin(0.5)] == 1.0, "nothing was seen of it"
 
 
 def test_candidates_below_a_refused_parent_do_not_count() -> None:
     # The second head is right exactly when the first one is; steps begin at every position.
     ranks = [[0, 0] if i % 3 == 0 else [UNRANKED, UNRANKED] for i in range(6000)]
     answer = with_confidences(RankedAnswer("x", ranks, 6001), [0.5])
-    chain = DraftTree.chain(2)
-    first, second = measure_calibration([answer], chain)
-    assert first[head_bin(0.5)] == pytest.approx(2.0, rel=0.02), "after a whole step comes a hit"
-    assert second[head_bin(0.5)] == pytest.approx(2.0, rel=0.02)
+    first, second = measure_calibration([answer], chain(2))
+    assert first[probability_bin(0.5)] == pytest.approx(2.0, rel=0.02), (
+        "after a whole step comes a hit"
+    )
+    assert second[probability_bin(0.5)] == pytest.approx(2.0, rel=0.02)
 
 
 def test_an_evaluation_with_confidences_calibrates() -> None:

@@ -1,8 +1,4 @@
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +12,7 @@ from heads.tree_search import best_tree
 from server.model.loading import LoadedModel
 from tests.training.corpora import corpus, document
 from tests.training.launched import launch
+from tests.training.running import error_text, kill_when_exists, train_argv
 from training.__main__ import main
 from training.data.dataset import Corpus, Document
 from training.loop.metrics import read_metrics
@@ -23,25 +20,20 @@ from training.loop.run_state import STATE_FILE
 from training.measure.acceptance import NUM_RANKS
 from training.measure.calibration import CalibrationCounter
 from training.measure.evaluate import evaluate, rank_answers, walk
-from training.measure.validation import TREE_SIZE, KeptStates, acceptance_length, sample
+from training.measure.validation import TREE_SIZE, acceptance_length, sample
 from training.methods.drafts import MedusaDrafts
-from training.states.hidden_states import HiddenStateEncoder
+from training.states.hidden_states import HiddenStateEncoder, KeptStates
 
 SMALL = ("--draft-vocab-size", "100", "--epochs", "40", "--num-threads", "1")
 STOPPING = ("--early-stopping", "2", "--validation-interval", "3", "--save-interval", "4")
 
 
 def argv_of(data: Path, output: Path, model: Path, *more: str) -> list[str]:
-    argv = ["train", "--data", str(data), "--output", str(output), "--model", str(model)]
-    return [*argv, "--device", "cpu", "--held-out", "0.4", *SMALL, *more]
+    return train_argv(data, output, model, *SMALL, *more)
 
 
 def medusa(*more: str) -> tuple[str, ...]:
     return ("--num-heads", "2", "--batch-size", "32", *STOPPING, *more)
-
-
-def error_text(capsys: pytest.CaptureFixture[str]) -> str:
-    return " ".join(capsys.readouterr().err.split())
 
 
 def validations(directory: Path) -> list[tuple[int, float]]:
@@ -52,7 +44,7 @@ def validations(directory: Path) -> list[tuple[int, float]]:
     ]
 
 
-def test_a_sample_hangs_on_ids_and_ends_before_so_many_tokens() -> None:
+def test_a_sample_depends_on_ids_and_ends_before_so_many_tokens() -> None:
     whole = corpus(40)
     found = sample(whole, max_tokens=100)
     num_tokens = sum(len(doc.token_ids_T) for doc in found.documents)
@@ -162,13 +154,7 @@ def test_a_killed_run_ends_with_the_heads_of_one_that_was_not(
 ) -> None:
     output = tmp_path / "killed"
     argv = argv_of(distilled_file, output, model_dir, *medusa())
-    command = [sys.executable, "-m", "training", *argv]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None:
-            if (output / STATE_FILE).exists():
-                os.kill(process.pid, signal.SIGKILL)
-            time.sleep(0.005)
-        assert process.returncode == -signal.SIGKILL
+    kill_when_exists(argv, output / STATE_FILE)
     assert main(argv) == 0
     assert validations(output) == validations(stopped)
     ours, theirs = ((path / "heads.safetensors").read_bytes() for path in (output, stopped))
@@ -204,7 +190,7 @@ def test_early_stopping_needs_something_to_measure_on(
     assert message in error_text(capsys)
 
 
-def test_an_interval_without_early_stopping_is_refused(
+def test_an_interval_without_early_stopping_is_an_error(
     distilled_file: Path, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = argv_of(distilled_file, tmp_path, model_dir, "--validation-interval", "7")

@@ -22,7 +22,7 @@ K = 3
 def test_ranks_of_a_module_are_places_among_what_it_would_draft_token_by_token(
     loaded: LoadedModel, encoder: HiddenStateEncoder, num_drafted: int
 ) -> None:
-    module, block = make_module(loaded, torch.arange(num_drafted))
+    module, layer = make_module(loaded, torch.arange(num_drafted))
     # Of few tokens, so that some of a prompt's are drawn again.
     documents = [
         replace(doc, token_ids_T=doc.token_ids_T % 40)
@@ -35,12 +35,12 @@ def test_ranks_of_a_module_are_places_among_what_it_would_draft_token_by_token(
             positions = torch.arange(len(states))
             memory = Unroll()
             memory.begin_depth([positions])
-            runner = block.runner(positions, AttentionContext(UnrolledAttention(), memory))
+            runner = layer.runner(positions, AttentionContext(UnrolledAttention(), memory))
             output: Tensor = module(states, tokens[positions], runner)
             states = torch.cat((states, output[-1:]))
         return output[-1]
 
-    drafts = MTPDrafts(encoder, module, block, K)
+    drafts = MTPDrafts(encoder, module, layer, K)
     with torch.no_grad():
         answers = iter(
             rank_answers(Corpus(tuple(documents)), drafts, CalibrationCounter(K), lambda _: None)
@@ -77,8 +77,8 @@ def test_ranks_of_a_module_are_places_among_what_it_would_draft_token_by_token(
 def test_a_document_without_roots_has_no_states(
     loaded: LoadedModel, encoder: HiddenStateEncoder
 ) -> None:
-    module, block = make_module(loaded, torch.arange(60))
-    drafts = MTPDrafts(encoder, module, block, K)
+    module, layer = make_module(loaded, torch.arange(60))
+    drafts = MTPDrafts(encoder, module, layer, K)
     first, second = drafts.states([document(8, (5, 6)), document(8, (5, 7))])
     assert first.shape == (K, 0, loaded.hidden_size)
     assert second.shape == (K, 1, loaded.hidden_size)

@@ -8,15 +8,10 @@ from torch.nn import functional as F
 from heads.medusa import MedusaConfig, MedusaHeads
 from server.model.loading import LoadedModel, load_model
 from tests.training.corpora import corpus, document
-from training.commands.train_arguments import ALL_LINEAR
-from training.data.dataset import Corpus, Document
-from training.methods.lora import AdaptedBase, LoraPlan
-from training.methods.medusa2_objective import (
-    DocumentBatch,
-    DocumentSource,
-    Medusa2Module,
-    Medusa2Objective,
-)
+from training.data.batches import DocumentBatch
+from training.data.dataset import Document
+from training.methods.lora import ALL_LINEAR, AdaptedBase, LoraPlan
+from training.methods.medusa2_objective import Medusa2Module, Medusa2Objective
 from training.states.hidden_states import HiddenStateEncoder
 
 K = 3
@@ -26,7 +21,7 @@ class Setting:
     """Heads and an adapted base with weights of their own."""
 
     def __init__(self, model_dir: Path, draft_vocab_size: int | None = 150) -> None:
-        self.loaded: LoadedModel = load_model(str(model_dir), "cpu", "float32", is_packed=False)
+        self.loaded: LoadedModel = load_model(str(model_dir), "cpu", "float32")
         encoder = HiddenStateEncoder(self.loaded, max_batch_tokens=64)
         self.base = AdaptedBase(self.loaded, LoraPlan(4, 8.0, (ALL_LINEAR,), 0))
         unembedding_VD = self.loaded.unembedding()
@@ -128,37 +123,3 @@ def test_the_parts_of_a_batch_are_its_documents_in_order(num_parts: int) -> None
     assert tuple(doc for part in parts for doc in part.documents) == batch.documents
     sizes = [len(part.documents) for part in parts]
     assert max(sizes) - min(sizes) <= 1
-
-
-class TestSource:
-    CORPUS = Corpus((*corpus(9).documents, document(8, (5, 6), name="no examples")))
-
-    def names(self, batches: list[DocumentBatch]) -> list[list[str]]:
-        return [[doc.conversation_id for doc in batch.documents] for batch in batches]
-
-    def test_every_document_with_examples_comes_once_an_epoch(self) -> None:
-        source = DocumentSource(self.CORPUS, 16, seed=0)
-        batches = list(source.batches(0))
-        names = [name for batch in self.names(batches) for name in batch]
-        assert sorted(names) == [f"c{i}" for i in range(9)]
-        assert source.num_batches(0) == len(batches)
-        assert sum(map(len, batches)) == self.CORPUS.num_examples
-
-    def test_a_batch_ends_with_the_document_that_fills_it(self) -> None:
-        batches = list(DocumentSource(self.CORPUS, 16, seed=0).batches(0))
-        for batch in batches[:-1]:
-            assert len(batch) >= 16
-            assert len(batch) - batch.documents[-1].num_examples < 16
-
-    def test_order_hangs_on_seed_and_epoch_alone(self) -> None:
-        orders = [
-            self.names(list(DocumentSource(self.CORPUS, 16, seed).batches(epoch)))
-            for seed, epoch in ((0, 0), (0, 0), (0, 1), (1, 0))
-        ]
-        assert orders[0] == orders[1]
-        assert orders[0] != orders[2]
-        assert orders[0] != orders[3]
-
-    def test_an_epoch_can_be_taken_up_in_its_middle(self) -> None:
-        source = DocumentSource(self.CORPUS, 16, seed=0)
-        assert list(source.batches(1, first=2)) == list(source.batches(1))[2:]

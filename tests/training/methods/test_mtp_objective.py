@@ -4,7 +4,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from heads.mtp import MTPModule
-from server.model.decoder_block import DecoderBlock
+from server.model.decoder_layer import DecoderLayer
 from server.model.loading import LoadedModel
 from tests.training.corpora import corpus, document
 from tests.training.mtp_modules import make_module
@@ -26,7 +26,7 @@ def encoded(encoder: HiddenStateEncoder, documents: Corpus) -> EncodedBatch:
 
 def losses_slowly(
     module: MTPModule,
-    block: DecoderBlock,
+    layer: DecoderLayer,
     batch: EncodedBatch,
     unembedding_VD: Tensor,
     kl_weight: float,
@@ -36,7 +36,7 @@ def losses_slowly(
     losses: list[list[Tensor]] = [[] for _ in range(K)]
     for item in batch.documents:
         tokens = item.document.token_ids_T.tolist()
-        for index, output in enumerate(unroll(module, block, [item], K)):
+        for index, output in enumerate(unroll(module, layer, [item], K)):
             logits_TU = module.draft_logits(output.states_TD)
             for logits_U, position in zip(logits_TU, output.positions[0].tolist(), strict=True):
                 is_learnt = any(
@@ -58,14 +58,14 @@ def test_losses_and_gradients_are_those_of_a_slow_loop(
     loaded: LoadedModel, encoder: HiddenStateEncoder, kl_weight: float
 ) -> None:
     batch = encoded(encoder, corpus(5))
-    (module, block), (expected_module, expected_block) = (
+    (module, layer), (expected_module, expected_layer) = (
         make_module(loaded, DRAFT_VOCAB) for _ in range(2)
     )
-    objective = MTPObjective(module, block, K, torch.float32, kl_weight)
+    objective = MTPObjective(module, layer, K, torch.float32, kl_weight)
     sums_K = objective(batch)
     torch.autograd.backward(sums_K.sum())
     unembedding_VD = loaded.unembedding()
-    losses = losses_slowly(expected_module, expected_block, batch, unembedding_VD, kl_weight)
+    losses = losses_slowly(expected_module, expected_layer, batch, unembedding_VD, kl_weight)
     expected_K = torch.stack([torch.stack(of_depth).sum() for of_depth in losses])
     torch.autograd.backward(expected_K.sum())
     torch.testing.assert_close(sums_K, expected_K, rtol=1e-4, atol=1e-3)
@@ -110,9 +110,9 @@ def test_bfloat16_products_come_close_and_leave_the_weights_in_float32(
     if is_cached:
         halved = (EncodedDocument(d.document, d.hidden_XD.bfloat16()) for d in batch.documents)
         batch = EncodedBatch(tuple(halved))
-    module, block = make_module(loaded, DRAFT_VOCAB)
-    exact_K = MTPObjective(module, block, K, torch.float32, kl_weight)(batch).detach()
-    rough_K = MTPObjective(module, block, K, torch.bfloat16, kl_weight)(batch)
+    module, layer = make_module(loaded, DRAFT_VOCAB)
+    exact_K = MTPObjective(module, layer, K, torch.float32, kl_weight)(batch).detach()
+    rough_K = MTPObjective(module, layer, K, torch.bfloat16, kl_weight)(batch)
     torch.testing.assert_close(rough_K, exact_K, rtol=0.1, atol=0.0)
     torch.autograd.backward(rough_K.sum())
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in module.parameters())

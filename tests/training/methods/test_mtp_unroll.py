@@ -6,14 +6,13 @@ from torch import Tensor
 
 from heads.mtp import MTPConfig, MTPModule
 from server.attention.hook import AttentionContext
-from server.model.decoder_block import DecoderBlock
+from server.model.decoder_layer import DecoderLayer
 from server.model.loading import LoadedModel, load_model
 from tests.support.tiny_models import save_tiny_model
-from training.data.dataset import Document, Span
+from training.data.dataset import NO_LABEL, Document, Span
 from training.methods.mtp_unroll import unroll
 from training.methods.unrolled_attention import Unroll, UnrolledAttention
 from training.states.encoded import EncodedDocument
-from training.states.examples import NO_LABEL
 
 NUM_DEPTHS = 4
 
@@ -25,16 +24,16 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return load_model(str(directory), "cpu", "float32")
 
 
-def made(loaded: LoadedModel) -> tuple[MTPModule, DecoderBlock]:
+def made(loaded: LoadedModel) -> tuple[MTPModule, DecoderLayer]:
     torch.manual_seed(0)
-    block = DecoderBlock(loaded.model)
+    layer = DecoderLayer(loaded.model)
     config = MTPConfig(loaded.hidden_size, loaded.vocab_size, 40)
     module = MTPModule(
-        config, block.module, loaded.unembedding(), loaded.input_embedding(), torch.arange(40)
+        config, layer.module, loaded.unembedding(), loaded.input_embedding(), torch.arange(40)
     )
     with torch.no_grad():
         module.projection.weight.normal_(std=0.3)
-    return module, block
+    return module, layer
 
 
 def documents(width: int) -> list[EncodedDocument]:
@@ -52,7 +51,7 @@ def documents(width: int) -> list[EncodedDocument]:
 
 
 def decoded(
-    module: MTPModule, block: DecoderBlock, item: EncodedDocument, root: int, depth: int
+    module: MTPModule, layer: DecoderLayer, item: EncodedDocument, root: int, depth: int
 ) -> Tensor:
     """The state of one draft, as decoding gets it: one causal pass over all tokens per depth."""
     states = torch.cat((torch.zeros(1, item.hidden_XD.shape[1]), item.hidden_XD[:root]))
@@ -62,21 +61,21 @@ def decoded(
         memory.begin_depth([positions])
         context = AttentionContext(UnrolledAttention(), memory)
         tokens = item.document.token_ids_T[positions]
-        output: Tensor = module(states, tokens, block.runner(positions, context))
+        output: Tensor = module(states, tokens, layer.runner(positions, context))
         states = torch.cat((states, output[-1:]))
     return output[-1]
 
 
 def test_every_draft_is_what_decoding_step_by_step_gives(loaded: LoadedModel) -> None:
-    module, block = made(loaded)
+    module, layer = made(loaded)
     batch = documents(loaded.hidden_size)
     num_checked = 0
     with torch.no_grad():
-        for index, output in enumerate(unroll(module, block, batch, NUM_DEPTHS)):
+        for index, output in enumerate(unroll(module, layer, batch, NUM_DEPTHS)):
             states = torch.split(output.states_TD, [len(at) for at in output.positions])
             for item, rows, at in zip(batch, states, output.positions, strict=True):
                 for state, position in zip(rows, at.tolist(), strict=True):
-                    expected = decoded(module, block, item, position - index, index + 1)
+                    expected = decoded(module, layer, item, position - index, index + 1)
                     # Norms of small vectors blow float noise up; a wrong key shows at 0.1.
                     assert torch.allclose(state, expected, atol=1e-3)
                     num_checked += 1
@@ -84,12 +83,12 @@ def test_every_draft_is_what_decoding_step_by_step_gives(loaded: LoadedModel) ->
 
 
 def test_every_token_is_a_key_and_nothing_is_before_the_first(loaded: LoadedModel) -> None:
-    module, block = made(loaded)
+    module, layer = made(loaded)
     seen: list[Tensor] = []
     handle = module.hidden_norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     batch = documents(loaded.hidden_size)[1:2]
     with torch.no_grad():
-        first = next(unroll(module, block, batch, 1))
+        first = next(unroll(module, layer, batch, 1))
     handle.remove()
     assert torch.equal(first.positions[0], torch.arange(9))
     assert torch.equal(seen[0][0], torch.zeros(loaded.hidden_size))
@@ -97,9 +96,9 @@ def test_every_token_is_a_key_and_nothing_is_before_the_first(loaded: LoadedMode
 
 
 def test_labels_are_answer_tokens_whose_root_is_in_the_same_answer(loaded: LoadedModel) -> None:
-    module, block = made(loaded)
+    module, layer = made(loaded)
     batch = documents(loaded.hidden_size)
-    for index, output in enumerate(unroll(module, block, batch, NUM_DEPTHS)):
+    for index, output in enumerate(unroll(module, layer, batch, NUM_DEPTHS)):
         expected = []
         for item, at in zip(batch, output.positions, strict=True):
             tokens = item.document.token_ids_T.tolist()
@@ -119,8 +118,8 @@ def test_labels_are_answer_tokens_whose_root_is_in_the_same_answer(loaded: Loade
 
 
 def test_later_depths_train_earlier_ones(loaded: LoadedModel) -> None:
-    module, block = made(loaded)
-    *_, last = unroll(module, block, documents(loaded.hidden_size), 3)
+    module, layer = made(loaded)
+    *_, last = unroll(module, layer, documents(loaded.hidden_size), 3)
     weight = module.embedding_norm.weight
     (gradient,) = torch.autograd.grad(last.states_TD.square().sum(), [weight])
     assert bool(gradient.any())

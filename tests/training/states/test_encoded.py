@@ -1,12 +1,15 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests.training.corpora import corpus, document
+from training.data.batches import BatchPlan
 from training.data.dataset import Corpus
-from training.states.encoded import EncodedBatch, EncodedSource, TokenPlan
+from training.states.encoded import EncodedBatch, EncodedSource
 from training.states.hidden_states import HiddenStateEncoder
 
-PLAN = TokenPlan(batch_tokens=50, group_size=3, seed=5)
+PLAN = BatchPlan(50, 5, group_size=3)
 
 
 def names(batches: list[EncodedBatch]) -> list[list[str]]:
@@ -14,8 +17,7 @@ def names(batches: list[EncodedBatch]) -> list[list[str]]:
 
 
 def made(encoder: HiddenStateEncoder, is_cached: bool, documents: Corpus) -> EncodedSource:
-    plan = TokenPlan(PLAN.batch_tokens, PLAN.group_size, is_cached, PLAN.seed)
-    return EncodedSource(documents, encoder, plan)
+    return EncodedSource(documents, encoder, replace(PLAN, is_cached=is_cached))
 
 
 @pytest.mark.parametrize("is_cached", [True, False])
@@ -87,7 +89,7 @@ def test_filling_the_cache_reports_every_document_once(encoder: HiddenStateEncod
 def test_a_batch_falls_into_parts_of_about_as_many_tokens_in_order(
     encoder: HiddenStateEncoder, num_parts: int
 ) -> None:
-    (whole,) = EncodedSource(corpus(6), encoder, TokenPlan(batch_tokens=1000)).batches(0)
+    (whole,) = EncodedSource(corpus(6), encoder, BatchPlan(1000, 0)).batches(0)
     parts = whole.divide(num_parts)
     assert len(parts) == num_parts
     assert [item for part in parts for item in part.documents] == list(whole.documents)

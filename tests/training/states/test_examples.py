@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from tests.training.corpora import corpus, document
-from training.data.dataset import Corpus, Document
-from training.states.examples import NO_LABEL, BatchPlan, Examples, ExampleSource, document_examples
+from training.data.batches import BatchPlan
+from training.data.dataset import NO_LABEL, Corpus, Document
+from training.states.examples import Examples, ExampleSource, document_examples
 from training.states.hidden_states import HiddenStateEncoder
 
 K = 3
@@ -54,7 +55,7 @@ def test_no_user_token_is_ever_a_root_or_a_label(encoder: HiddenStateEncoder) ->
 
 @pytest.mark.parametrize("is_cached", [True, False])
 def test_an_epoch_has_every_example_once(encoder: HiddenStateEncoder, is_cached: bool) -> None:
-    plan = BatchPlan(batch_size=7, group_size=4, is_cached=is_cached)
+    plan = BatchPlan(7, 0, is_cached, group_size=4)
     ours = source(encoder, plan)
     batches = list(ours.batches(epoch=0))
     documents = corpus(9).documents
@@ -72,7 +73,7 @@ def test_an_epoch_has_every_example_once(encoder: HiddenStateEncoder, is_cached:
 @pytest.mark.parametrize("is_cached", [True, False])
 def test_the_order_is_that_of_seed_and_epoch(encoder: HiddenStateEncoder, is_cached: bool) -> None:
     def order(seed: int, epoch: int) -> list[tuple[object, ...]]:
-        plan = BatchPlan(batch_size=7, group_size=4, is_cached=is_cached, seed=seed)
+        plan = BatchPlan(7, seed, is_cached, group_size=4)
         return rows(Examples.join(list(source(encoder, plan).batches(epoch))))
 
     assert order(0, 0) == order(0, 0)
@@ -84,7 +85,7 @@ def test_the_order_is_that_of_seed_and_epoch(encoder: HiddenStateEncoder, is_cac
 def test_an_epoch_can_be_taken_up_at_any_batch(
     encoder: HiddenStateEncoder, is_cached: bool
 ) -> None:
-    ours = source(encoder, BatchPlan(batch_size=7, group_size=3, is_cached=is_cached))
+    ours = source(encoder, BatchPlan(7, 0, is_cached, group_size=3))
     whole = [rows(batch) for batch in ours.batches(2)]
     for first in range(len(whole) + 1):
         assert [rows(batch) for batch in ours.batches(2, first)] == whole[first:]
@@ -92,7 +93,7 @@ def test_an_epoch_can_be_taken_up_at_any_batch(
 
 def test_filling_the_cache_reports_every_document_once(encoder: HiddenStateEncoder) -> None:
     counts: list[int] = []
-    ours = source(encoder, BatchPlan(group_size=4))
+    ours = source(encoder, BatchPlan(2048, 0, group_size=4))
     ours.fill_cache(counts.append)
     ours.fill_cache(counts.append)
     assert counts == [4, 4, 1]
@@ -100,7 +101,7 @@ def test_filling_the_cache_reports_every_document_once(encoder: HiddenStateEncod
 
 def test_documents_without_examples_are_left_out(encoder: HiddenStateEncoder) -> None:
     only = Corpus((document(8, (5, 6)), document(9, (5, 8))))
-    ours = source(encoder, BatchPlan(is_cached=False, group_size=1), only)
+    ours = source(encoder, BatchPlan(2048, 0, is_cached=False, group_size=1), only)
     assert [len(batch) for batch in ours.batches(0)] == [2]
 
 

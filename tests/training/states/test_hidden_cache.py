@@ -11,12 +11,12 @@ from server.model.loading import LoadedModel, load_model
 from tests.support.tiny_adapters import save_adapted_heads, save_tiny_adapter
 from tests.support.tiny_models import MAX_MODEL_LEN, save_tiny_model
 from tests.training.corpora import corpus, document
-from training.commands.options import EvaluateOptions
+from training.data.batches import BatchPlan
 from training.errors import DataError, RunError
 from training.states.document_states import DocumentStates
-from training.states.encoded import EncodedSource, TokenPlan
-from training.states.examples import BatchPlan, ExampleSource
-from training.states.hidden_cache import HiddenStateCache, open_cache
+from training.states.encoded import EncodedSource
+from training.states.examples import ExampleSource
+from training.states.hidden_cache import HiddenCacheOptions, HiddenStateCache
 from training.states.hidden_states import HiddenStateEncoder
 
 DOCUMENTS = corpus(9).documents
@@ -107,7 +107,9 @@ def test_files_are_of_bounded_size(
 def test_a_narrower_type_halves_the_files_and_rounds(
     tmp_path: Path, loaded: LoadedModel, encoder: HiddenStateEncoder, dtype: DtypeName, bits: int
 ) -> None:
-    narrow = open_cache(options(tmp_path / "narrow", dtype), encoder, loaded)
+    narrow = HiddenCacheOptions(
+        hidden_cache=tmp_path / "narrow", hidden_cache_dtype=dtype
+    ).open_cache(encoder, loaded)
     assert narrow is not None
     expected = made(tmp_path / "whole", loaded, encoder).encode_all(DOCUMENTS)
     for ours, whole in zip(narrow.encode_all(DOCUMENTS), expected, strict=True):
@@ -184,8 +186,8 @@ def test_the_batches_are_those_without_a_cache(
     tmp_path: Path, loaded: LoadedModel, encoder: HiddenStateEncoder, is_cached: bool
 ) -> None:
     documents, both = corpus(9), (made(tmp_path, loaded, encoder), encoder)
-    plan = BatchPlan(batch_size=7, group_size=4, is_cached=is_cached)
-    whole = TokenPlan(batch_tokens=50, group_size=4, is_cached=is_cached)
+    plan = BatchPlan(7, 0, is_cached, group_size=4)
+    whole = BatchPlan(50, 0, is_cached, group_size=4)
     for _ in range(2):
         examples = (ExampleSource(documents, states, 3, plan).batches(1) for states in both)
         for ours, expected in zip(*examples, strict=True):
@@ -199,15 +201,9 @@ def test_the_batches_are_those_without_a_cache(
                 torch.testing.assert_close(a.hidden_XD, b.hidden_XD, rtol=2**-7, atol=1e-4)
 
 
-def options(directory: Path | None, dtype: DtypeName = "auto") -> EvaluateOptions:
-    return EvaluateOptions(
-        heads=Path("heads"), data=(), hidden_cache=directory, hidden_cache_dtype=dtype
-    )
-
-
 def test_no_cache_is_opened_unasked_and_none_for_a_type_alone(
     loaded: LoadedModel, encoder: HiddenStateEncoder
 ) -> None:
-    assert open_cache(options(None), encoder, loaded) is None
+    assert HiddenCacheOptions().open_cache(encoder, loaded) is None
     with pytest.raises(RunError, match="hidden_cache_dtype is float16, but there is no directory"):
-        open_cache(options(None, "float16"), encoder, loaded)
+        HiddenCacheOptions(hidden_cache_dtype="float16")
