@@ -14,12 +14,16 @@ from unittest.mock import patch
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = tuple(
     path
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+    for path in (
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+    )
     if path.is_file()
 )
 IDS = [path.relative_to(ROOT).as_posix() for path in PAGES]
 
-_FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
+_FLAG = re.compile(r"(?<![\w-])--[a-z]([a-z0-9-]*[a-z0-9])?(?![\w-])")
 _FENCE = "```"
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _SPAN = re.compile(r"`([^`]+)`")
@@ -74,9 +78,7 @@ def spans(text: str) -> list[str]:
 def anchors(text: str) -> set[str]:
     """Anchors of a page's headings, as GitHub makes them."""
     headings = [line.lstrip("#").strip() for _, line in prose_lines(text) if line.startswith("#")]
-    return {
-        re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings
-    }
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def table(text: str, name: str) -> list[dict[str, str]]:
@@ -99,7 +101,7 @@ def code(cell: str) -> str:
 
 def flags(text: str) -> set[str]:
     """Options that a text names."""
-    return set(_FLAG.findall(text))
+    return {match.group() for match in _FLAG.finditer(text)}
 
 
 @functools.cache
