@@ -1,22 +1,21 @@
 """Heads on disk: a directory that says for which base model it was trained, and is checked for it.
 
     config.json               format, type, sizes, the base's name and fingerprint, file digests
-    heads.safetensors         the weights, an MTP module's block included, and the draft vocabulary
-                              as int32
-    acceptance_profile.json   measured accept rates; only if there are any
-    adapter/                  LoRA adapter that the base is served with, in PEFT's format; only if
-                              the heads were trained with one
+    heads.safetensors         the weights, an MTP module's decoder layer included, and the draft
+                              vocabulary as int32
+    acceptance_profile.json   measured accept rates, if there are any
+    adapter/                  LoRA adapter that the base is served with, in PEFT's format, if the
+                              heads were trained with one
 
 Nothing is unpickled. config.json is written last and holds the digests of the others, so that
-an interrupted save is never taken for a whole one. Loading is strict: whatever is missing, unknown
-or damaged is an error, and so are heads of another base model, which would only never be accepted.
+an interrupted save is never taken for a whole one. Loading is strict: what is missing, unknown or
+damaged is an error, and so are heads of another base model, whose drafts would all be rejected.
 
 Shape suffixes: V vocabulary, D model width.
 """
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from operator import itemgetter
@@ -29,6 +28,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from heads.errors import HeadsCheckpointError, HeadsMismatchError
+from heads.files import atomic_write
 from heads.kinds import TYPES, AnyHeads, BaseParts, build_heads, describe, type_of
 from heads.lora import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, AdapterFiles
 from heads.tree_search import AcceptanceProfile
@@ -78,7 +78,7 @@ class BaseFingerprint:
 
         Args:
             model_type: Architecture, as transformers names it.
-            num_layers: Decoder blocks.
+            num_layers: Decoder layers.
             hidden_size: Model width.
             vocab_size: Rows of the unembedding.
             parameters: Names and weights in any order, as `named_parameters` gives them, before
@@ -159,8 +159,8 @@ def save_heads(
     """Write a checkpoint, replacing one that is there; other files of the directory stay.
 
     Args:
-        directory: Created if needed.
-        heads: Heads on any device.
+        directory: Where the checkpoint goes; created if needed.
+        heads: What to save, on any device.
         base: Fingerprint of the base model that they were trained for.
         base_name: How to call that base in messages.
         profile: Accept rates measured for these heads, if any.
@@ -183,7 +183,8 @@ def save_heads(
         "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
     }
     for name, data in (contents | {CONFIG_FILE: _to_json_bytes(config)}).items():
-        _replace_file(directory / name, data)
+        with atomic_write(directory / name, "wb") as file:
+            file.write(data)
     for name in _KNOWN_FILES - contents.keys():
         (directory / name).unlink(missing_ok=True)
 
@@ -199,15 +200,6 @@ def _to_json_bytes(data: Mapping[str, Any]) -> bytes:
     return (json.dumps(data, indent=2) + "\n").encode()
 
 
-def _replace_file(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def load_heads(
     directory: Path,
     parts: BaseParts,
@@ -218,8 +210,9 @@ def load_heads(
     """Load heads for a base model and check that they belong to it.
 
     Args:
-        directory: What `save_heads` wrote.
-        parts: Of the base model; matrices are used by reference if device and dtype fit.
+        directory: A checkpoint that `save_heads` wrote.
+        parts: What the heads take from the base model; matrices are used by reference if device and
+            dtype fit.
         base: Fingerprint of the loaded base model.
         device: Where the heads run.
         dtype: Type of their weights.
@@ -245,8 +238,6 @@ def load_heads(
         if PROFILE_FILE in config["sha256"]:
             data = json.loads(_read_verified(directory, PROFILE_FILE, config))
             profile = AcceptanceProfile.from_json(data)
-    except HeadsCheckpointError:
-        raise
     except (RuntimeError, TypeError, ValueError, SafetensorError) as error:
         raise HeadsCheckpointError(f"the heads in {directory} cannot be loaded: {error}") from error
     adapter = _read_adapter(directory, config)
@@ -257,8 +248,8 @@ def load_adapter(directory: Path, base: BaseFingerprint) -> AdapterFiles | None:
     """Read what is to be merged into the base model of some heads; None if nothing is.
 
     Args:
-        directory: What `save_heads` wrote.
-        base: Fingerprint of the loaded base model, nothing merged.
+        directory: A checkpoint that `save_heads` wrote.
+        base: Fingerprint of the loaded base model before anything is merged into it.
 
     Raises:
         HeadsCheckpointError: If the checkpoint is missing, incomplete, damaged or unknown.

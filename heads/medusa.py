@@ -24,7 +24,7 @@ from heads.candidates import Candidates
 from heads.frozen_linear import FrozenLinear
 from heads.seen_rows import SeenRows, gather_seen_rows, top_candidates
 
-# Makes a product with the transpose of a matrix [outputs, inputs] that nobody writes to any more.
+# Makes a product with the transpose of a matrix [outputs, inputs] that no longer changes.
 MakeProduct = Callable[[Tensor], Callable[[Tensor], Tensor]]
 
 
@@ -234,7 +234,7 @@ class MedusaHeads(nn.Module):
 
 
 class _FrozenProducts:
-    """What heads compute, by products with matrices that nobody writes to.
+    """What heads compute, by products with matrices that no longer change.
 
     Attributes:
         unembed: Logits over the draft vocabulary; None if heads have matrices of their own.
@@ -255,7 +255,7 @@ class _FrozenProducts:
         self.unembed = None if has_own else make_product(heads.draft_rows_UD)
 
     def hidden(self, hidden_BD: Tensor, root_BD: Tensor) -> Tensor:
-        """See `MedusaHeads.forward`; takes the embeddings of the root tokens."""
+        """Return what `MedusaHeads.forward` does, from the embeddings of the root tokens."""
         x_KBD = hidden_BD.to(self._biases.dtype).expand(self._num_heads, -1, -1)
         if self._map_root is not None:
             mapped_BX = self._map_root(root_BD.to(self._biases.dtype))

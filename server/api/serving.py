@@ -114,5 +114,5 @@ async def serve(
         loop.add_signal_handler(number, server.begin_stop)
     host, port = taken.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    _LOG.info("serving %s on http://%s:%d", engine.engine.model_name, shown, port)
+    _LOG.info("serving %s on http://%s:%d", engine.info.model_name, shown, port)
     await server.serve(sockets=[taken])

@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
+from starlette.responses import Response
 
 _MAX_SHOWN = 80
 _UNSUPPORTED = "unsupported_option"
@@ -53,6 +54,10 @@ class ResponseBody(BaseModel):
     """Base of all response bodies; built from our own values, so nothing is coerced."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    def response(self, status: int = 200) -> Response:
+        """The body as a whole HTTP response, without validating it again."""
+        return Response(self.model_dump_json(), status, media_type="application/json")
 
 
 @dataclass(frozen=True, slots=True)
