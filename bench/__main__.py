@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
-from bench import (
+from bench.benches import (
     acceptance,
     exactness,
     latency,
@@ -20,10 +20,10 @@ from bench import (
     serving,
 )
 from bench.errors import BenchError
+from bench.measure.outcome import Outcome
+from bench.measure.report import publish, run_context, to_json
 from bench.options import BenchOptions, parse_options
-from bench.outcome import Outcome
 from bench.progress import note, show_figures
-from bench.report import publish, run_context, to_json
 from server.errors import EuryaleError
 
 _RUN: dict[str, Callable[[BenchOptions], Outcome]] = {

@@ -92,11 +92,10 @@ class BenchOptions:
         max_new_tokens: Upper bound on each output.
         model: As `EngineConfig.model`.
         heads: As `EngineConfig.heads`.
-        rival_heads: Heads of a second engine in the latency bench; None runs none.
         method: Draft source of the runs with speculation.
         max_nodes: Largest tree, root included.
-        static: Whether trees are the heads' own, without prompt lookup.
-        budget: As `EngineConfig.budget`; None takes what suits the bench.
+        tree_size: As `EngineConfig.tree_size`; None takes `max_nodes` for acceptance and
+            exactness, `auto` for the others.
         dtype: As `EngineConfig.dtype`.
         quantization: As `EngineConfig.quantization`.
         compile: As `EngineConfig.compile`.
@@ -115,11 +114,9 @@ class BenchOptions:
     max_new_tokens: int = 128
     model: str = "smollm2"
     heads: str = "auto"
-    rival_heads: str | None = None
     method: Method = "auto"
     max_nodes: int = 32
-    static: bool = False
-    budget: Literal["auto"] | int | None = None
+    tree_size: Literal["auto"] | int | None = None
     dtype: DtypeName = "auto"
     quantization: QuantizationName = "none"
     compile: CompileName = "auto"
@@ -144,10 +141,6 @@ def parse_options(argv: Sequence[str]) -> BenchOptions:
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
         _add_common(command)
-        if name == "latency":
-            command.add_argument(
-                "--rival-heads", metavar="DIR", help="other draft heads to race in the same process"
-            )
         if name == "quantization":
             command.set_defaults(quantization="int8")
         if name == "peers":
@@ -240,13 +233,12 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     add("--heads", default=default.heads, help="directory of draft heads, auto or none")
     add("--method", choices=METHODS, default=default.method, help="draft source")
     add("--max-nodes", type=_tree_size, default=default.max_nodes, metavar="N", help="largest tree")
-    add("--static", action="store_true", help="the heads' own tree of --max-nodes nodes every time")
     add(
-        "--budget",
-        type=_budget,
+        "--tree-size",
+        type=_tree_size_or_auto,
         metavar="N",
-        help="nodes of every tree, or auto: as the planner sizes them; what suits the bench if not "
-        "given",
+        help="nodes of every tree, or auto: chosen for each step; if not given, --max-nodes for "
+        "acceptance and exactness, auto for the others",
     )
     add("--dtype", choices=get_args(DtypeName), default=default.dtype, help="weights' type")
     add(
@@ -266,7 +258,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     add("--output", type=Path, metavar="FILE", help="also write the JSON object there")
 
 
-def _budget(text: str) -> Literal["auto"] | int:
+def _tree_size_or_auto(text: str) -> Literal["auto"] | int:
     return "auto" if text == "auto" else _tree_size(text)
 
 

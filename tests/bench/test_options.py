@@ -164,10 +164,10 @@ def test_a_wrong_load_is_refused(
     assert message in capsys.readouterr().err
 
 
-def test_a_budget_is_a_tree_size_or_auto(capsys: pytest.CaptureFixture[str]) -> None:
-    assert parse_options(["exactness"]).budget is None
-    assert parse_options(["exactness", "--budget", "auto"]).budget == "auto"
-    assert parse_options(["latency", "--budget", "16"]).budget == 16
+def test_a_tree_size_is_a_number_of_nodes_or_auto(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse_options(["exactness"]).tree_size is None
+    assert parse_options(["exactness", "--tree-size", "auto"]).tree_size == "auto"
+    assert parse_options(["latency", "--tree-size", "16"]).tree_size == 16
     with pytest.raises(SystemExit):
-        parse_options(["latency", "--budget", "0"])
+        parse_options(["latency", "--tree-size", "0"])
     assert "'0' is no tree size" in capsys.readouterr().err

@@ -1,0 +1,326 @@
+"""`prefill`: what a cached prefix saves, and what a long prompt costs the streams beside it.
+
+*Reuse.* A conversation opens with a long message. The time to the first token of its second turn,
+whose beginning lies in the prefix cache, is set against that of the first turn, each per token of
+its prompt.
+
+*Interference.* Streams decode, and a long prompt arrives. What their latencies rise by, while it is
+computed chunk by chunk, is set against what the same chunks cost with nothing beside them.
+
+Both run on the engine, step by step, without HTTP. Every prompt begins with a number of its own,
+so that none is in the cache.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+
+from bench.benches.setup import (
+    build_engine,
+    describe_engine,
+    engine_config,
+    greedy,
+    load_workload,
+    speculation_off,
+    speculation_on,
+)
+from bench.errors import BenchError
+from bench.load.interference import Interference, measure_interference
+from bench.load.rounds import Arm
+from bench.measure.outcome import Outcome
+from bench.measure.timing import time_request
+from bench.options import BenchOptions
+from bench.progress import note, progress
+from bench.workload.conversations import UNCATEGORISED, Conversation
+from bench.workload.dialogues import Turn, first_turns, make_turn
+from bench.workload.long_prompts import LongPrompts
+from server.config import SamplingParams, SpeculationParams
+from server.core.request import Request
+from server.engine.engine import Engine
+
+_FOLLOW_UP = "Say the same in one sentence."
+# Of the second turn only the first token is of interest.
+_FOLLOW_UP_TOKENS = 2
+# Room for the follow-up, its answer, and what the chat template puts around two turns.
+_DIALOGUE_TOKENS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class PromptTime:
+    """Time to the first token of a prompt of so many tokens, of which some came from the cache."""
+
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    ttft_ms: float
+
+    @property
+    def ms_per_token(self) -> float:
+        """Time to the first token per token of the prompt."""
+        return self.ttft_ms / self.num_prompt_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Reuse:
+    """Both turns of a conversation."""
+
+    first: PromptTime
+    second: PromptTime
+
+    @property
+    def ratio(self) -> float:
+        """Second by first turn, of the time to the first token per token of the prompt."""
+        return self.second.ms_per_token / self.first.ms_per_token
+
+
+@dataclass(frozen=True, slots=True)
+class ArmRound:
+    """What one round measured with speculation, or without."""
+
+    reuse: Reuse
+    interference: Interference
+
+
+@dataclass(frozen=True, slots=True)
+class ArmResult:
+    """Medians of the rounds, and the rounds themselves.
+
+    Attributes:
+        ttft_per_token_ratio: Second by first turn of a conversation.
+        itl_p95_rise_ms: Of the streams' time per token, while the prompt is computed.
+        chunk_gap_p95_rise_ms: Likewise of the time between their chunks.
+        chunk_cost_p95_ms: What a chunk of the prompt costs alone.
+        itl_rise_by_chunk_cost: The first rise by this cost; up to 1, a stream pays no more.
+        chunk_gap_rise_by_chunk_cost: Likewise the second.
+    """
+
+    ttft_per_token_ratio: float
+    first_ttft_ms: float
+    second_ttft_ms: float
+    itl_p95_rise_ms: float
+    chunk_gap_p95_rise_ms: float
+    chunk_cost_p95_ms: float
+    itl_rise_by_chunk_cost: float
+    chunk_gap_rise_by_chunk_cost: float
+    rounds: tuple[ArmRound, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillResult:
+    """What the bench reports; the plain figures are those with speculation.
+
+    Attributes:
+        rounds: Counted rounds.
+        is_complete: Whether all rounds ran; False after an interrupt.
+        auto: With speculation.
+        off: Without.
+    """
+
+    rounds: int
+    is_complete: bool
+    ttft_per_token_ratio: float
+    itl_p95_rise_ms: float
+    chunk_gap_p95_rise_ms: float
+    chunk_cost_p95_ms: float
+    itl_rise_by_chunk_cost: float
+    chunk_gap_rise_by_chunk_cost: float
+    auto: ArmResult
+    off: ArmResult
+
+
+def summarise(rounds: Sequence[dict[Arm, ArmRound]], is_complete: bool) -> PrefillResult:
+    """Put the rounds together; there is at least one."""
+    auto = arm_result([each["auto"] for each in rounds])
+    return PrefillResult(
+        rounds=len(rounds),
+        is_complete=is_complete,
+        ttft_per_token_ratio=auto.ttft_per_token_ratio,
+        itl_p95_rise_ms=auto.itl_p95_rise_ms,
+        chunk_gap_p95_rise_ms=auto.chunk_gap_p95_rise_ms,
+        chunk_cost_p95_ms=auto.chunk_cost_p95_ms,
+        itl_rise_by_chunk_cost=auto.itl_rise_by_chunk_cost,
+        chunk_gap_rise_by_chunk_cost=auto.chunk_gap_rise_by_chunk_cost,
+        auto=auto,
+        off=arm_result([each["off"] for each in rounds]),
+    )
+
+
+def arm_result(rounds: Sequence[ArmRound]) -> ArmResult:
+    """Medians over the rounds of one arm."""
+    reuses = [each.reuse for each in rounds]
+    runs = [each.interference for each in rounds]
+    return ArmResult(
+        ttft_per_token_ratio=median(reuse.ratio for reuse in reuses),
+        first_ttft_ms=median(reuse.first.ttft_ms for reuse in reuses),
+        second_ttft_ms=median(reuse.second.ttft_ms for reuse in reuses),
+        itl_p95_rise_ms=median(run.itl_rise_ms for run in runs),
+        chunk_gap_p95_rise_ms=median(run.chunk_gap_rise_ms for run in runs),
+        chunk_cost_p95_ms=median(run.chunk_cost_ms.p95 for run in runs),
+        itl_rise_by_chunk_cost=median(run.itl_rise_ms / run.chunk_cost_ms.p95 for run in runs),
+        chunk_gap_rise_by_chunk_cost=median(
+            run.chunk_gap_rise_ms / run.chunk_cost_ms.p95 for run in runs
+        ),
+        rounds=tuple(rounds),
+    )
+
+
+def measure_reuse(
+    engine: Engine,
+    conversation: Conversation,
+    sampling: SamplingParams,
+    speculation: SpeculationParams,
+) -> Reuse:
+    """Answer both turns of a conversation on an idle engine."""
+    first, answer = _time_turn(engine, conversation, [], sampling, speculation)
+    short = replace(sampling, max_tokens=min(_FOLLOW_UP_TOKENS, sampling.max_tokens))
+    second, _ = _time_turn(engine, conversation, [answer], short, speculation)
+    return Reuse(first, second)
+
+
+def _time_turn(
+    engine: Engine,
+    conversation: Conversation,
+    answers: Sequence[str],
+    sampling: SamplingParams,
+    speculation: SpeculationParams,
+) -> tuple[PromptTime, str]:
+    turn = make_turn(engine.tokenizer, conversation, answers)
+    before = engine.counters.num_cached_tokens
+    timing, trace = time_request(engine, turn.request(sampling, speculation))
+    num_cached = engine.counters.num_cached_tokens - before
+    num_prompt = len(turn.prompt_token_ids)
+    return PromptTime(num_prompt, num_cached, timing.first_token_s * 1e3), trace.text
+
+
+class Campaign:
+    """Runs the rounds.
+
+    Args:
+        engine: Idle; has a prefix cache, and room for the streams and one request more.
+        turns: What the streams answer, in turn.
+        prompts: Where long prompts come from.
+        options: The sizes, and both arms' speculation.
+    """
+
+    def __init__(
+        self, engine: Engine, turns: Sequence[Turn], prompts: LongPrompts, options: BenchOptions
+    ) -> None:
+        self._engine = engine
+        self._turns = turns
+        self._prompts = prompts
+        self._options = options
+        self._arms: Mapping[Arm, SpeculationParams] = {
+            "auto": speculation_on(options),
+            "off": speculation_off(),
+        }
+
+    def run(self, into: list[dict[Arm, ArmRound]], on_run: Callable[[], None]) -> None:
+        """Run all rounds, the first of which warms up and is not counted.
+
+        Args:
+            into: Gets each counted round as soon as both arms ran; they begin in turn.
+            on_run: Called after each arm.
+        """
+        for number in range(self._options.prefill.rounds + 1):
+            both: dict[Arm, ArmRound] = {}
+            for arm in ("auto", "off") if number % 2 else ("off", "auto"):
+                both[arm] = self._arm(self._arms[arm])
+                on_run()
+            if number:
+                into.append(both)
+
+    def _arm(self, speculation: SpeculationParams) -> ArmRound:
+        sizes = self._options.prefill
+        turns = (self._prompts.text(sizes.prompt_tokens), _FOLLOW_UP)
+        conversation = Conversation(1, "prefill", UNCATEGORISED, turns)
+        reuse = measure_reuse(self._engine, conversation, greedy(self._options), speculation)
+        chosen = [self._turns[i % len(self._turns)] for i in range(sizes.streams)]
+        interference = measure_interference(
+            self._engine,
+            [
+                self._endless(f"stream {i}", turn.prompt_token_ids, speculation)
+                for i, turn in enumerate(chosen)
+            ],
+            self._long("prompt", speculation),
+            self._long("prompt alone", speculation),
+        )
+        return ArmRound(reuse, interference)
+
+    def _long(self, name: str, speculation: SpeculationParams) -> Request:
+        token_ids = self._prompts.token_ids(self._options.prefill.long_prompt_tokens)
+        return self._endless(name, token_ids, speculation)
+
+    def _endless(
+        self, name: str, token_ids: tuple[int, ...], speculation: SpeculationParams
+    ) -> Request:
+        room = self._engine.max_model_len - len(token_ids)
+        sampling = SamplingParams(max_tokens=room, temperature=0.0, ignore_eos=True)
+        return Request(name, token_ids, sampling, speculation)
+
+
+def check_lengths(engine: Engine, options: BenchOptions) -> None:
+    """Refuse prompts that the context has no room for.
+
+    Raises:
+        BenchError: Names the largest number of tokens that has.
+    """
+    sizes, context = options.prefill, engine.max_model_len
+    room = context - options.max_new_tokens - _DIALOGUE_TOKENS
+    if sizes.prompt_tokens > room:
+        raise BenchError(
+            f"--prompt-tokens is {sizes.prompt_tokens}, but beside an answer of "
+            f"{options.max_new_tokens} tokens and {_DIALOGUE_TOKENS} for the second turn, the "
+            f"context of {context} has room for {max(room, 0)}; give at most that, or a smaller "
+            "--max-new-tokens"
+        )
+    if sizes.long_prompt_tokens > context - _FOLLOW_UP_TOKENS:
+        raise BenchError(
+            f"--long-prompt-tokens is {sizes.long_prompt_tokens}, but the context of {context} has "
+            f"room for {context - _FOLLOW_UP_TOKENS}; give at most that"
+        )
+
+
+def run(options: BenchOptions) -> Outcome:
+    """Measure reuse and interference; an interrupt ends with the rounds until then.
+
+    Raises:
+        BenchError: If the prompts are wrong or do not fit the context, or the first counted round
+            was interrupted.
+        EuryaleError: If the engine cannot be built or refuses a request.
+    """
+    sizes = options.prefill
+    workload = load_workload(options)
+    beside = replace(options, concurrency=sizes.streams + 1)
+    config = replace(
+        engine_config(beside, tree_size="auto"),
+        prefix_caching=True,
+        max_prefill_tokens=sizes.max_prefill_tokens,
+    )
+    engine = build_engine(config)
+    check_lengths(engine, options)
+    turns, skipped = first_turns(engine, workload.conversations, greedy(options))
+    texts = [text for conversation in workload.conversations for text in conversation.turns]
+    campaign = Campaign(engine, turns, LongPrompts(engine.tokenizer, texts), options)
+    rounds: list[dict[Arm, ArmRound]] = []
+    is_complete = True
+    try:
+        with progress("prefill", 2 * (sizes.rounds + 1)) as advance:
+            campaign.run(rounds, advance)
+    except KeyboardInterrupt:
+        is_complete = False
+        note("interrupted; the figures are those of the rounds until here")
+    if not rounds:
+        raise BenchError("interrupted before the first counted round; let it run longer")
+    return Outcome(
+        result=summarise(rounds, is_complete),
+        device=engine.loaded.device,
+        dtype=engine.loaded.dtype,
+        extra={
+            "prompt_tokens": sizes.prompt_tokens,
+            "long_prompt_tokens": sizes.long_prompt_tokens,
+            "streams": sizes.streams,
+            "max_prefill_tokens": engine.config.max_prefill_tokens,
+            "max_tokens_per_step": engine.config.max_tokens_per_step,
+            **describe_engine(engine),
+            **workload.describe(skipped),
+        },
+    )

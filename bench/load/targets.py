@@ -1,0 +1,142 @@
+"""What a load is put on: a server behind real HTTP, or the asynchronous engine without one."""
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import asdict, replace
+from time import perf_counter
+from typing import Protocol
+
+from bench.load.http_stream import post_events
+from bench.load.loops import Answer, Ask, Chunk
+from server.api.app import create_app
+from server.api.config import ApiConfig, ServerConfig
+from server.api.serving import Server, listen
+from server.config import SamplingParams, SpeculationParams
+from server.core.request import RequestOutput
+from server.engine.async_engine import AsyncEngine
+from server.engine.engine import Engine
+from server.tokenizer import Tokenizer
+
+_POLL_S = 0.01
+# An open loop that is faster than the server waits here rather than being refused.
+_MAX_QUEUE = 100_000
+
+
+class Target(Protocol):
+    """Answers requests."""
+
+    async def answer(self, ask: Ask, speculation: SpeculationParams) -> Answer:
+        """Send a greedy request and read its stream to the end."""
+
+
+class EngineTarget:
+    """The asynchronous engine, without HTTP."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+        self._numbers = itertools.count()
+
+    async def answer(self, ask: Ask, speculation: SpeculationParams) -> Answer:
+        """See `Target.answer`."""
+        sampling = SamplingParams(max_tokens=ask.max_tokens, temperature=0.0)
+        request = ask.turn.request(sampling, speculation)
+        # A prompt may be in flight twice.
+        request = replace(request, request_id=f"{request.request_id}#{next(self._numbers)}")
+        arrived_s = perf_counter()
+        outputs: list[RequestOutput] = []
+        chunks: list[Chunk] = []
+        async with aclosing(self._engine.generate(request)) as stream:
+            async for output in stream:
+                chunks.append(Chunk(perf_counter(), len(output.token_ids)))
+                outputs.append(output)
+        stats = outputs[-1].stats
+        return Answer(
+            arrived_s=arrived_s,
+            ended_s=perf_counter(),
+            chunks=tuple(chunks),
+            num_output_tokens=outputs[-1].num_output_tokens,
+            num_steps=stats.num_steps,
+            num_draft_tokens=stats.num_draft_tokens,
+            num_emitted_tokens=stats.num_emitted_tokens,
+        )
+
+
+class HttpTarget:
+    """`/v1/chat/completions` of a server, streamed.
+
+    A chunk's tokens are counted by tokenizing its text, since the stream does not tell.
+    """
+
+    def __init__(self, host: str, port: int, model: str, tokenizer: Tokenizer) -> None:
+        self._host, self._port = host, port
+        self._model = model
+        self._tokenizer = tokenizer
+
+    async def answer(self, ask: Ask, speculation: SpeculationParams) -> Answer:
+        """See `Target.answer`."""
+        body = {
+            "model": self._model,
+            "messages": ask.turn.messages,
+            "max_tokens": ask.max_tokens,
+            "temperature": 0.0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "speculation": asdict(speculation),
+        }
+        arrived_s = perf_counter()
+        texts: list[tuple[float, str]] = []
+        usage = None
+        path = "/v1/chat/completions"
+        async with aclosing(post_events(self._host, self._port, path, body)) as events:
+            async for event in events:
+                usage = event.get("usage") or usage
+                text = "".join(c["delta"].get("content") or "" for c in event["choices"])
+                if text:
+                    texts.append((perf_counter(), text))
+        ended_s = perf_counter()
+        if usage is None:
+            raise AssertionError("the server sent no usage")
+        spoken = usage["speculation"]
+        return Answer(
+            arrived_s=arrived_s,
+            ended_s=ended_s,
+            chunks=tuple(Chunk(at_s, self._count(text)) for at_s, text in texts),
+            num_output_tokens=usage["completion_tokens"],
+            num_steps=spoken["num_steps"],
+            num_draft_tokens=spoken["num_draft_tokens"],
+            num_emitted_tokens=spoken["num_steps"] * spoken["mean_acceptance_length"],
+        )
+
+    def _count(self, text: str) -> int:
+        return max(1, len(self._tokenizer.encode(text, add_special_tokens=False)))
+
+
+@asynccontextmanager
+async def engine_target(engine: Engine) -> AsyncIterator[Target]:
+    """Run the engine on its thread until the block ends."""
+    async_engine = AsyncEngine(engine, _MAX_QUEUE)
+    await async_engine.start()
+    try:
+        yield EngineTarget(async_engine)
+    finally:
+        await async_engine.stop()
+
+
+@asynccontextmanager
+async def http_target(engine: Engine) -> AsyncIterator[Target]:
+    """Serve the engine on a free port of 127.0.0.1, in this event loop, until the block ends."""
+    config = ServerConfig(port=0, max_queue=_MAX_QUEUE, log_level="warning")
+    async_engine = AsyncEngine(engine, config.max_queue)
+    with listen(config) as taken:
+        server = Server(create_app(async_engine, ApiConfig()), async_engine, config)
+        serving = asyncio.ensure_future(server.serve(sockets=[taken]))
+        try:
+            while not server.started and not serving.done():
+                await asyncio.sleep(_POLL_S)
+            host, port = taken.getsockname()[:2]
+            yield HttpTarget(host, port, engine.model_name, engine.tokenizer)
+        finally:
+            server.should_exit = True
+            await serving
