@@ -11,17 +11,17 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from bench.errors import BenchError
 from bench.load.contenders import Contender, Run
-from bench.load.http_stream import post_events
+from bench.load.http_events import http_client, post_events
 from bench.measure.timing import Timing
 from bench.workload.dialogues import Turn
 from server.tokenizer import Tokenizer
@@ -78,10 +78,10 @@ def free_port() -> int:
 
 def _is_ready(port: int) -> bool:
     try:
-        with urllib.request.urlopen(f"http://{_HOST}:{port}/health", timeout=5.0) as response:
-            return bool(response.status == 200)
-    except (OSError, urllib.error.URLError):
+        response = httpx.get(f"http://{_HOST}:{port}/health", timeout=5.0, trust_env=False)
+    except httpx.HTTPError:
         return False
+    return response.status_code == httpx.codes.OK
 
 
 def transformers_command(model: str, dtype: str, device: str, port: int) -> list[str]:
@@ -154,14 +154,15 @@ class _Reply:
 
 async def _timed(port: int, path: str, body: Mapping[str, Any]) -> _Reply:
     """Send a request to a server and read the answer's events."""
-    start = time.perf_counter()
     first_token_s = 0.0
     events: list[dict[str, Any]] = []
-    async with aclosing(post_events(_HOST, port, path, body)) as stream:
-        async for event in stream:
-            if not first_token_s and _has_text(event):
-                first_token_s = time.perf_counter() - start
-            events.append(event)
+    async with http_client(f"http://{_HOST}:{port}") as client:
+        start = time.perf_counter()
+        async with aclosing(post_events(client, path, body)) as stream:
+            async for event in stream:
+                if not first_token_s and _has_text(event):
+                    first_token_s = time.perf_counter() - start
+                events.append(event)
     if not events:
         raise BenchError(f"the server on port {port} sent no events for {path}")
     request_s = time.perf_counter() - start

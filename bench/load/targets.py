@@ -8,7 +8,9 @@ from dataclasses import asdict, replace
 from time import perf_counter
 from typing import Protocol
 
-from bench.load.http_stream import post_events
+import httpx
+
+from bench.load.http_events import http_client, post_events
 from bench.load.loops import Answer, Ask, Chunk
 from server.api.app import create_app
 from server.api.config import ApiConfig, ServerConfig
@@ -69,8 +71,8 @@ class HttpTarget:
     A chunk's tokens are counted by tokenizing its text, since the stream does not tell.
     """
 
-    def __init__(self, host: str, port: int, model: str, tokenizer: Tokenizer) -> None:
-        self._host, self._port = host, port
+    def __init__(self, client: httpx.AsyncClient, model: str, tokenizer: Tokenizer) -> None:
+        self._client = client
         self._model = model
         self._tokenizer = tokenizer
 
@@ -89,7 +91,7 @@ class HttpTarget:
         texts: list[tuple[float, str]] = []
         usage = None
         path = "/v1/chat/completions"
-        async with aclosing(post_events(self._host, self._port, path, body)) as events:
+        async with aclosing(post_events(self._client, path, body)) as events:
             async for event in events:
                 usage = event.get("usage") or usage
                 text = "".join(c["delta"].get("content") or "" for c in event["choices"])
@@ -136,7 +138,8 @@ async def http_target(engine: Engine) -> AsyncIterator[Target]:
             while not server.started and not serving.done():
                 await asyncio.sleep(_POLL_S)
             host, port = taken.getsockname()[:2]
-            yield HttpTarget(host, port, engine.model_name, engine.tokenizer)
+            async with http_client(f"http://{host}:{port}") as client:
+                yield HttpTarget(client, engine.model_name, engine.tokenizer)
         finally:
             server.should_exit = True
             await serving

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from bench.errors import BenchError
-from bench.load.http_stream import post_events
+from bench.load.http_events import http_client, post_events
 
 OK = b"HTTP/1.1 200 OK\r\n"
 
@@ -30,7 +30,8 @@ async def _ask(pieces: list[bytes]) -> tuple[list[dict[str, Any]], bytes]:
     async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
         try:
-            events = [event async for event in post_events("127.0.0.1", port, "/v1/x", {"a": 1})]
+            async with http_client(f"http://127.0.0.1:{port}") as client:
+                events = [event async for event in post_events(client, "/v1/x", {"a": 1})]
         finally:
             await is_served.wait()
     return events, bytes(received)
@@ -54,10 +55,10 @@ def test_events_may_end_with_the_connection() -> None:
 
 
 def test_chunks_are_joined_wherever_they_are_cut() -> None:
-    text = 'data: {"n": "äöü"}\n\ndata: {"n": 2}\n\ndata: [DONE]\n\n'.encode()
+    text = 'data: {"n": "äö\u2028ü"}\n\ndata: {"n": 2}\n\ndata: [DONE]\n\n'.encode()
     for size in (1, 7, 16, 100):
         pieces = [text[i : i + size] for i in range(0, len(text), size)]
-        assert ask(chunked(*pieces))[0] == [{"n": "äöü"}, {"n": 2}]
+        assert ask(chunked(*pieces))[0] == [{"n": "äö\u2028ü"}, {"n": 2}]
 
 
 def test_the_request_is_json() -> None:
@@ -65,7 +66,7 @@ def test_the_request_is_json() -> None:
     head, body = received.split(b"\r\n\r\n")
     assert head.startswith(b"POST /v1/x HTTP/1.1\r\nHost: 127.0.0.1:")
     assert json.loads(body) == {"a": 1}
-    assert b"Content-Length: 8" in head
+    assert b"Content-Length: 7" in head
 
 
 @pytest.mark.parametrize(
@@ -85,8 +86,9 @@ def test_whatever_goes_wrong_is_told(reply: bytes, message: str) -> None:
 
 def test_a_server_that_is_not_there_is_named() -> None:
     async def nowhere() -> None:
-        async for _ in post_events("127.0.0.1", 1, "/v1/x", {}):
-            pass
+        async with http_client("http://127.0.0.1:1") as client:
+            async for _ in post_events(client, "/v1/x", {}):
+                pass
 
     with pytest.raises(BenchError, match=r"cannot reach http://127\.0\.0\.1:1/v1/x"):
         asyncio.run(nowhere())
