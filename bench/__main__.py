@@ -20,8 +20,7 @@ from bench.benches import (
     serving,
 )
 from bench.errors import BenchError
-from bench.measure.outcome import Outcome
-from bench.measure.report import publish, run_context, to_json
+from bench.measure.report import Outcome, publish, run_context, to_json
 from bench.options import BenchOptions, parse_options
 from bench.progress import note, show_figures
 from server.errors import EuryaleError

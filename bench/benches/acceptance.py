@@ -2,6 +2,9 @@
 
 Greedy decoding with many requests in flight, which changes no output. All figures pool the verify
 steps: a text counts by its number of steps.
+
+Greedy text of a small model loops, and any drafter predicts a loop well. So the figure is also
+reported without the verify steps that only continue a repetition.
 """
 
 from collections.abc import Sequence
@@ -15,12 +18,13 @@ from bench.benches.setup import (
     load_workload,
     speculation_on,
 )
-from bench.measure.outcome import Outcome
-from bench.measure.repeats import NGRAM_LEN, repeated_positions
+from bench.measure.report import Outcome
 from bench.options import BenchOptions
 from bench.progress import progress
 from bench.workload.dialogues import answer_turns
 from bench.workload.tracing import NO_STEPS, StepCount, Trace, count_steps
+
+NGRAM_LEN = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,21 @@ class AcceptanceResult:
     num_output_tokens: int
     num_steps: int
     mean_draft_tokens: float
+
+
+def repeated_positions(token_ids: Sequence[int], ngram_len: int = NGRAM_LEN) -> list[bool]:
+    """Mark every position that ends a repeated n-gram.
+
+    Position i is a repeat if the `ngram_len` tokens that end at i, `token_ids[i - n + 1 : i + 1]`,
+    also end at some earlier position; the two may overlap. The first n - 1 positions never are.
+    """
+    seen: set[tuple[int, ...]] = set()
+    repeats = [False] * len(token_ids)
+    for end in range(ngram_len, len(token_ids) + 1):
+        ngram = tuple(token_ids[end - ngram_len : end])
+        repeats[end - 1] = ngram in seen
+        seen.add(ngram)
+    return repeats
 
 
 def count_fresh_steps(trace: Trace) -> StepCount:

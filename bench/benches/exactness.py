@@ -25,12 +25,12 @@ from bench.benches.setup import (
 )
 from bench.errors import BenchError
 from bench.measure.judge import CheckName, Judge, Mismatch, Pair
-from bench.measure.outcome import Outcome
 from bench.measure.reference import ReferenceModel
+from bench.measure.report import Outcome
 from bench.measure.ties import TIE_GAP
 from bench.options import BenchOptions
 from bench.progress import progress
-from bench.workload.dialogues import Ask, SkippedTurn, Turn, answer_again, answer_turns
+from bench.workload.dialogues import MakeRequest, SkippedTurn, Turn, answer_again, answer_turns
 from bench.workload.tracing import NO_STEPS, Trace, count_steps
 from server.config import SamplingParams, SpeculationParams
 from server.core.request import Request
@@ -109,7 +109,7 @@ def summarise(pairs: Sequence[Pair], judge: Judge) -> ExactnessResult:
     )
 
 
-class Asker:
+class RequestMaker:
     """Makes the requests of the five ways to answer a turn."""
 
     def __init__(self, options: BenchOptions) -> None:
@@ -153,21 +153,21 @@ def produce(
     engine: Engine, reference: ReferenceModel, workload: Workload, options: BenchOptions
 ) -> tuple[Outputs, tuple[SkippedTurn, ...]]:
     """Answer every turn in all five ways; greedy answers with speculation form the contexts."""
-    asker = Asker(options)
+    requests = RequestMaker(options)
     with progress("greedy, speculation on", len(workload.conversations)) as advance:
-        answered = answer_turns(engine, workload.conversations, asker.greedy_on, advance)
+        answered = answer_turns(engine, workload.conversations, requests.greedy_on, advance)
     turns = answered.turns
 
-    def again(label: str, ask: Ask) -> tuple[Trace, ...]:
+    def again(label: str, make_request: MakeRequest) -> tuple[Trace, ...]:
         with progress(label, len(turns)) as advance:
-            return tuple(answer_again(engine, turns, ask, advance))
+            return tuple(answer_again(engine, turns, make_request, advance))
 
     outputs = Outputs(
         turns=turns,
         greedy_on=answered.traces,
-        greedy_off=again("greedy, speculation off", asker.greedy_off),
-        sampled_on=again("sampled, speculation on", asker.sampled_on),
-        sampled_off=again("sampled, speculation off", asker.sampled_off),
+        greedy_off=again("greedy, speculation off", requests.greedy_off),
+        sampled_on=again("sampled, speculation on", requests.sampled_on),
+        sampled_off=again("sampled, speculation off", requests.sampled_off),
         transformers=_generate_all(reference, turns, options.max_new_tokens),
     )
     return outputs, answered.skipped
@@ -184,13 +184,13 @@ def _generate_all(
     return tuple(outputs)
 
 
-def make_pairs(outputs: Outputs, asker: Asker) -> list[Pair]:
+def make_pairs(outputs: Outputs, requests: RequestMaker) -> list[Pair]:
     """Lay side by side what must be equal."""
     pairs: list[Pair] = []
     for rank, turn in enumerate(outputs.turns):
         ours, plain = outputs.greedy_on[rank].token_ids, outputs.greedy_off[rank].token_ids
         samples = outputs.sampled_on[rank].token_ids, outputs.sampled_off[rank].token_ids
-        greedily, randomly = asker.greedy_params(turn), asker.sampled_params(turn)
+        greedily, randomly = requests.greedy_params(turn), requests.sampled_params(turn)
         pairs += [
             Pair("greedy_vs_transformers", turn, (ours, outputs.transformers[rank]), greedily),
             Pair("greedy_on_vs_off", turn, (ours, plain), greedily),
@@ -222,7 +222,7 @@ def run(options: BenchOptions) -> Outcome:
     engine = build_engine(engine_config(options, tree_size=options.max_nodes, dtype=dtype))
     reference = ReferenceModel(engine.loaded)
     outputs, skipped = produce(engine, reference, workload, options)
-    result = summarise(make_pairs(outputs, Asker(options)), Judge(reference))
+    result = summarise(make_pairs(outputs, RequestMaker(options)), Judge(reference))
     return Outcome(
         result=result,
         device=engine.loaded.device,

@@ -6,9 +6,8 @@ engine with drafts on and off, *transformers* is a separate plain model's `gener
 timed as a whole; figures without its prefill stand under `decode`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from bench.benches.setup import (
     build_engine,
@@ -19,29 +18,27 @@ from bench.benches.setup import (
     speculation_on,
 )
 from bench.errors import BenchError
-from bench.load.contenders import Contender, Run, engine_contender, reference_contender
+from bench.load.contenders import (
+    Contender,
+    Race,
+    Run,
+    engine_contender,
+    race_turn,
+    reference_contender,
+    warm_up,
+)
 from bench.measure.limits import WeightTraffic, read_speed, weight_bytes
-from bench.measure.outcome import Outcome
 from bench.measure.reference import ReferenceModel
+from bench.measure.report import Outcome
 from bench.measure.timing import Speed, Speedup, speed, speedup
 from bench.options import BenchOptions
 from bench.progress import progress
 from bench.workload.conversations import Conversation
-from bench.workload.dialogues import SkippedTurn, Turn, make_turn, skip_if_too_long
+from bench.workload.dialogues import SkippedTurn, make_turn, skip_if_too_long
 from server.config import SamplingParams
 from server.engine.engine import Engine
 
-Name = Literal["speculation", "plain", "transformers"]
-NAMES: tuple[Name, ...] = ("speculation", "plain", "transformers")
-_WARMUP_TOKENS = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Race:
-    """All contenders' answers to one turn."""
-
-    category: str
-    runs: dict[Name, Run]
+NAMES = ("speculation", "plain", "transformers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +69,11 @@ class LatencyResult:
     tokens_per_s: float
     speedup_vs_plain: float
     speedup_vs_transformers: float
-    speeds: dict[Name, Speed]
-    speedups: dict[Name, Speedup]
+    speeds: dict[str, Speed]
+    speedups: dict[str, Speedup]
     by_category: dict[str, CategorySpeed]
     mean_acceptance_length: float
-    step_ms: dict[Name, float]
+    step_ms: dict[str, float]
     num_outputs: int
     num_different_outputs: int
 
@@ -84,9 +81,9 @@ class LatencyResult:
 def summarise(races: Sequence[Race]) -> LatencyResult:
     """Pool the races, of which there is at least one."""
     names = tuple(races[0].runs)
-    runs: dict[Name, list[Run]] = {name: [race.runs[name] for race in races] for name in names}
+    runs: dict[str, list[Run]] = {name: [race.runs[name] for race in races] for name in names}
     timings = {name: [run.timing for run in runs[name]] for name in names}
-    speedups: dict[Name, Speedup] = {
+    speedups: dict[str, Speedup] = {
         name: speedup(timings["speculation"], timings[name]) for name in names[1:]
     }
     by_category: dict[str, list[Race]] = {}
@@ -129,19 +126,9 @@ def _step_ms(runs: Sequence[Run]) -> float:
     return sum(run.timing.decode_s for run in runs) / max(num_steps, 1) * 1e3
 
 
-def race_turn(
-    contenders: dict[Name, Contender], turn: Turn, max_new_tokens: int, first: int
-) -> Race:
-    """Let all contenders answer, beginning with the one at index `first`."""
-    names = tuple(contenders)
-    order = [names[(first + i) % len(names)] for i in range(len(names))]
-    runs = {name: contenders[name](turn, max_new_tokens) for name in order}
-    return Race(turn.conversation.category, {name: runs[name] for name in names})
-
-
 def race_conversations(
     engine: Engine,
-    contenders: dict[Name, Contender],
+    contenders: Mapping[str, Contender],
     conversations: Sequence[Conversation],
     max_new_tokens: int,
     on_done: Callable[[], None],
@@ -160,8 +147,8 @@ def race_conversations(
                 skipped.append(obstacle)
                 break
             if not races:
-                race_turn(contenders, turn, min(_WARMUP_TOKENS, max_new_tokens), first=0)
-            race = race_turn(contenders, turn, max_new_tokens, first=len(races))
+                warm_up(contenders, turn, max_new_tokens)
+            race = race_turn(contenders, turn, max_new_tokens, len(races))
             races.append(race)
             answers.append(race.runs["speculation"].text)
         on_done()
@@ -179,7 +166,7 @@ def run(options: BenchOptions) -> Outcome:
     engine = build_engine(engine_config(options, tree_size="auto"))
     reference = ReferenceModel(engine.loaded)
     memory_gb_per_s = read_speed(engine.loaded.device)
-    contenders: dict[Name, Contender] = {
+    contenders: dict[str, Contender] = {
         "speculation": engine_contender(engine, speculation_on(options)),
         "plain": engine_contender(engine, speculation_off()),
         "transformers": reference_contender(reference),

@@ -21,7 +21,7 @@ from bench.benches.setup import (
     speculation_on,
 )
 from bench.errors import BenchError
-from bench.measure.outcome import Outcome
+from bench.measure.report import Outcome
 from bench.measure.stopwatch import Stopwatch, device_waiter
 from bench.options import BenchOptions
 from bench.progress import progress

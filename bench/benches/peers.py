@@ -14,7 +14,7 @@ and listed with what it lacks.
 """
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,14 @@ from bench.benches.setup import (
     speculation_on,
 )
 from bench.errors import BenchError
-from bench.load.contenders import Contender, Run, engine_contender, reference_contender
+from bench.load.contenders import (
+    Contender,
+    Race,
+    engine_contender,
+    race_turn,
+    reference_contender,
+    warm_up,
+)
 from bench.load.peer_servers import (
     free_port,
     llama_command,
@@ -41,12 +48,12 @@ from bench.load.peer_servers import (
     transformers_command,
     transformers_contender,
 )
-from bench.measure.outcome import Outcome
 from bench.measure.reference import ReferenceModel
+from bench.measure.report import Outcome
 from bench.measure.timing import Speed, Speedup, speed, speedup
 from bench.options import BenchOptions
 from bench.progress import note, progress
-from bench.workload.dialogues import Turn, first_turns
+from bench.workload.dialogues import first_turns
 from server.cache import cache_dir
 from server.engine.engine import Engine
 from server.model.builtin import SMOLLM2, builtin_gguf
@@ -56,9 +63,6 @@ OURS = "auto"
 _LLAMA_PROGRAM = "llama-server"
 # What transformers' documentation takes.
 _NUM_LOOKUP_TOKENS = 10
-_WARMUP_TOKENS = 8
-
-Race = dict[str, Run]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,23 +89,9 @@ class PeersResult:
     num_same_outputs: dict[str, int]
 
 
-def race_turns(
-    contenders: dict[str, Contender], turns: Sequence[Turn], max_new_tokens: int
-) -> Iterator[Race]:
-    """Let all contenders answer turn by turn; with each turn another one begins."""
-    names = list(contenders)
-    for name in names:
-        contenders[name](turns[0], min(_WARMUP_TOKENS, max_new_tokens))
-    for number, turn in enumerate(turns):
-        first = number % len(names)
-        order = names[first:] + names[:first]
-        runs = {name: contenders[name](turn, max_new_tokens) for name in order}
-        yield {name: runs[name] for name in names}
-
-
 def summarise(races: Sequence[Race], not_installed: dict[str, str]) -> PeersResult:
     """Pool the races, of which there is at least one."""
-    timings = {name: [race[name].timing for race in races] for name in races[0]}
+    timings = {name: [race.runs[name].timing for race in races] for name in races[0].runs}
     speeds = {name: speed(own) for name, own in timings.items()}
     others = [name for name in timings if name != OURS]
     speedups = {name: speedup(timings[OURS], timings[name]) for name in others}
@@ -113,7 +103,7 @@ def summarise(races: Sequence[Race], not_installed: dict[str, str]) -> PeersResu
         speedups=speedups,
         num_outputs=len(races),
         num_same_outputs={
-            name: sum(race[name].token_ids == race[OURS].token_ids for race in races)
+            name: sum(race.runs[name].token_ids == race.runs[OURS].token_ids for race in races)
             for name in others
         },
     )
@@ -214,9 +204,10 @@ def run(options: BenchOptions) -> Outcome:
     with ExitStack() as stack:
         contenders = Contenders(engine, options, stack)
         contenders.add_all()
+        warm_up(contenders.ready, turns[0], options.max_new_tokens)
         with progress("peers", len(turns)) as advance:
-            for race in race_turns(contenders.ready, turns, options.max_new_tokens):
-                races.append(race)
+            for number, turn in enumerate(turns):
+                races.append(race_turn(contenders.ready, turn, options.max_new_tokens, number))
                 advance()
     return Outcome(
         result=summarise(races, contenders.missing),

@@ -27,7 +27,7 @@ from bench.benches.setup import (
 from bench.errors import BenchError
 from bench.load.interference import Interference, measure_interference
 from bench.load.rounds import Arm
-from bench.measure.outcome import Outcome
+from bench.measure.report import Outcome
 from bench.measure.timing import time_request
 from bench.options import BenchOptions
 from bench.progress import note, progress
@@ -191,7 +191,7 @@ def _time_turn(
     return PromptTime(num_prompt, num_cached, timing.first_token_s * 1e3), trace.text
 
 
-class Campaign:
+class PrefillRounds:
     """Runs the rounds.
 
     Args:
@@ -299,12 +299,12 @@ def run(options: BenchOptions) -> Outcome:
     check_lengths(engine, options)
     turns, skipped = first_turns(engine, workload.conversations, greedy(options))
     texts = [text for conversation in workload.conversations for text in conversation.turns]
-    campaign = Campaign(engine, turns, LongPrompts(engine.tokenizer, texts), options)
+    runner = PrefillRounds(engine, turns, LongPrompts(engine.tokenizer, texts), options)
     rounds: list[dict[Arm, ArmRound]] = []
     is_complete = True
     try:
         with progress("prefill", 2 * (sizes.rounds + 1)) as advance:
-            campaign.run(rounds, advance)
+            runner.run(rounds, advance)
     except KeyboardInterrupt:
         is_complete = False
         note("interrupted; the figures are those of the rounds until here")

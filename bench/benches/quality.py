@@ -22,8 +22,8 @@ from bench.benches.setup import (
     speculation_off,
     speculation_on,
 )
-from bench.measure.outcome import Outcome
 from bench.measure.reference import ReferenceModel
+from bench.measure.report import Outcome
 from bench.measure.timing import Timing, speed, time_request
 from bench.options import BenchOptions
 from bench.progress import progress

@@ -28,7 +28,7 @@ from bench.benches.setup import (
     speculation_on,
 )
 from bench.errors import BenchError
-from bench.measure.outcome import Outcome
+from bench.measure.report import Outcome
 from bench.measure.stopwatch import device_waiter
 from bench.options import BenchOptions
 from bench.progress import progress
@@ -46,7 +46,7 @@ _CHUNK_LEN = 256
 
 
 @dataclass(frozen=True, slots=True)
-class TextQuality:
+class TextComparison:
     """How two engines read the same texts.
 
     Attributes:
@@ -86,8 +86,8 @@ class QuantizationResult:
         num_speculation_differences: Outputs with quantised weights that speculation changed.
     """
 
-    prompts: TextQuality
-    answers: TextQuality
+    prompts: TextComparison
+    answers: TextComparison
     num_outputs: int
     num_same_outputs: int
     same_share: float
@@ -121,7 +121,7 @@ class Reader:
         return output.logits_SV.float()
 
 
-class Comparison:
+class ComparisonSums:
     """Sums over texts what two engines make of them."""
 
     def __init__(self) -> None:
@@ -141,10 +141,10 @@ class Comparison:
         self._sums += torch.tensor([float(value) for value in sums], dtype=torch.float64)
         self._num_tokens += len(next_ids)
 
-    def result(self) -> TextQuality:
+    def result(self) -> TextComparison:
         """The means; at least one position was counted."""
         plain, quantized, agreement, divergence = (self._sums / self._num_tokens).tolist()
-        return TextQuality(
+        return TextComparison(
             num_tokens=self._num_tokens,
             plain_perplexity=math.exp(plain),
             quantized_perplexity=math.exp(quantized),
@@ -158,7 +158,7 @@ def compare_text(
     readers: Sequence[Reader],
     prompt: Sequence[int],
     answer: Sequence[int],
-    into: Sequence[Comparison],
+    into: Sequence[ComparisonSums],
 ) -> None:
     """Let both engines read a prompt and its answer.
 
@@ -227,7 +227,7 @@ class Answers:
         self._plain, self._quantized = plain, quantized
         self._options = options
         self._readers = (Reader(plain), Reader(quantized))
-        self._texts = (Comparison(), Comparison())
+        self._texts = (ComparisonSums(), ComparisonSums())
         self._num_outputs = self._num_same = self._num_changed = 0
         self._num_tokens = self._num_same_tokens = 0
 

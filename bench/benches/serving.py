@@ -23,10 +23,10 @@ from bench.benches.setup import (
 )
 from bench.errors import BenchError
 from bench.load.loops import NAN, LoadFigures
-from bench.load.rounds import Arm, Campaign, Closed, Draws, Level, Open, RoundPair, num_runs
+from bench.load.rounds import Arm, Closed, Draws, Level, LoadRounds, Open, RoundPair, num_runs
 from bench.load.targets import engine_target, http_target
-from bench.measure.outcome import Outcome
 from bench.measure.plots import check_plots, plot_ratios
+from bench.measure.report import Outcome
 from bench.options import BenchOptions
 from bench.progress import note, progress
 from bench.workload.dialogues import first_turns
@@ -187,9 +187,9 @@ async def _measure(
 
     opened = engine_target(engine) if options.load.engine else http_target(engine)
     async with opened as target:
-        campaign = Campaign(engine, target, draws, arms, options.load)
+        rounds = LoadRounds(engine, target, draws, arms, options.load)
         with progress("serving", num_runs(options.load)) as advance:
-            await campaign.run(keep, advance)
+            await rounds.run(keep, advance)
 
 
 def run(options: BenchOptions) -> Outcome:

@@ -105,7 +105,7 @@ class Draws:
         return asks
 
 
-class Campaign:
+class LoadRounds:
     """Runs the rounds.
 
     Args:

@@ -6,7 +6,7 @@ import platform
 import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +16,23 @@ import torch
 
 _DIGITS = 6
 _CPU_INFO = Path("/proc/cpuinfo")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A bench's result with what is needed to describe the run.
+
+    Attributes:
+        result: The command's dataclass; its fields are the report's top level.
+        extra: Further fields: what ran, on which data.
+        passed: False if the bench is a check and it failed.
+    """
+
+    result: Any
+    device: torch.device
+    dtype: torch.dtype
+    extra: dict[str, Any] = field(default_factory=dict)
+    passed: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,7 @@ class Turn:
         return Request(self.key, self.prompt_token_ids, sampling, speculation)
 
 
-Ask = Callable[[Turn], Request]
+MakeRequest = Callable[[Turn], Request]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,14 +120,17 @@ def first_turns(
 
 
 def answer_turns(
-    engine: Engine, conversations: Sequence[Conversation], ask: Ask, on_done: Callable[[], None]
+    engine: Engine,
+    conversations: Sequence[Conversation],
+    make_request: MakeRequest,
+    on_done: Callable[[], None],
 ) -> AnsweredTurns:
     """Answer every turn of every conversation, many conversations in flight.
 
     Args:
         engine: Idle before and after.
         conversations: With distinct lines.
-        ask: Makes a turn's request, with the turn's key as its id.
+        make_request: Makes a turn's request, with the turn's key as its id.
         on_done: Called once a conversation is through.
 
     Raises:
@@ -141,7 +144,7 @@ def answer_turns(
         given = answers[conversation.line]
         if len(given) < len(conversation.turns):
             turn = make_turn(engine.tokenizer, conversation, given)
-            request = ask(turn)
+            request = make_request(turn)
             obstacle = skip_if_too_long(engine, turn, request)
             if obstacle is None:
                 turns[turn.key] = turn
@@ -166,12 +169,12 @@ def answer_turns(
 
 
 def answer_again(
-    engine: Engine, turns: Sequence[Turn], ask: Ask, on_done: Callable[[], None]
+    engine: Engine, turns: Sequence[Turn], make_request: MakeRequest, on_done: Callable[[], None]
 ) -> list[Trace]:
     """Answer given turns in another way; traces come in the turns' order."""
 
     def follow_up(key: str, trace: Trace) -> None:
         on_done()
 
-    traces = run_requests(engine, [ask(turn) for turn in turns], follow_up)
+    traces = run_requests(engine, [make_request(turn) for turn in turns], follow_up)
     return [traces[turn.key] for turn in turns]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench.__main__ import main
-from bench.benches.exactness import Asker
+from bench.benches.exactness import RequestMaker
 
 STABLE_FIELDS = {
     "latency": {"tokens_per_s", "speedup_vs_plain", "speedup_vs_transformers"},
@@ -167,7 +167,7 @@ def test_a_failed_check_ends_with_one(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # Planted: a greedy output stands where a sample without speculation should.
-    monkeypatch.setattr(Asker, "sampled_off", Asker.greedy_off)
+    monkeypatch.setattr(RequestMaker, "sampled_off", RequestMaker.greedy_off)
     status, report = run_main(["exactness", *arguments], capsys)
     assert status == 1
     assert report["num_unexplained"] > 0

@@ -4,8 +4,8 @@ from dataclasses import replace
 import pytest
 
 from bench.benches.exactness import (
-    Asker,
     Outputs,
+    RequestMaker,
     make_pairs,
     pooled_acceptance,
     produce,
@@ -40,29 +40,29 @@ def altered(trace: Trace, position: int) -> Trace:
 
 
 def test_neighbouring_turns_have_trees_of_different_sizes() -> None:
-    asker = Asker(replace(OPTIONS, max_nodes=32))
+    requests = RequestMaker(replace(OPTIONS, max_nodes=32))
     turns = [make_turn((1,), line=line, index=index) for line in range(4) for index in range(2)]
-    assert [asker.tree_size(turn) for turn in turns] == [32, 16, 16, 8, 8, 4, 4, 32]
-    small = Asker(replace(OPTIONS, max_nodes=2))
+    assert [requests.tree_size(turn) for turn in turns] == [32, 16, 16, 8, 8, 4, 4, 32]
+    small = RequestMaker(replace(OPTIONS, max_nodes=2))
     assert {small.tree_size(turn) for turn in turns} == {2}
-    plain = Asker(replace(OPTIONS, max_nodes=1))
+    plain = RequestMaker(replace(OPTIONS, max_nodes=1))
     assert {plain.tree_size(turn) for turn in turns} == {1}
 
 
 def test_every_turn_has_its_own_seed_and_the_checks_their_own_parameters() -> None:
-    asker = Asker(OPTIONS)
+    requests = RequestMaker(OPTIONS)
     turns = [make_turn((1,), line=line, index=index) for line in range(3) for index in range(3)]
-    assert len({asker.sampled_params(turn).seed for turn in turns}) == 9
-    assert asker.sampled_params(turns[0]).temperature == 0.8
-    assert asker.greedy_params(turns[0]).is_greedy
-    assert asker.greedy_off(turns[0]).speculation.method == "none"
-    assert asker.sampled_off(turns[0]).speculation.method == "none"
-    assert asker.sampled_on(turns[0]).speculation.method == "auto"
-    assert asker.sampled_on(turns[0]).sampling == asker.sampled_off(turns[0]).sampling
+    assert len({requests.sampled_params(turn).seed for turn in turns}) == 9
+    assert requests.sampled_params(turns[0]).temperature == 0.8
+    assert requests.greedy_params(turns[0]).is_greedy
+    assert requests.greedy_off(turns[0]).speculation.method == "none"
+    assert requests.sampled_off(turns[0]).speculation.method == "none"
+    assert requests.sampled_on(turns[0]).speculation.method == "auto"
+    assert requests.sampled_on(turns[0]).sampling == requests.sampled_off(turns[0]).sampling
 
 
 def test_all_five_ways_agree_on_a_tiny_model(outputs: Outputs, reference: ReferenceModel) -> None:
-    result = summarise(make_pairs(outputs, Asker(OPTIONS)), Judge(reference))
+    result = summarise(make_pairs(outputs, RequestMaker(OPTIONS)), Judge(reference))
     num_turns = len(outputs.turns)
     assert num_turns >= 4
     assert (result.num_outputs, result.num_mismatches) == (3 * num_turns, 0)
@@ -80,7 +80,7 @@ def test_a_wrong_token_is_found_and_not_explained(
     outputs: Outputs, reference: ReferenceModel
 ) -> None:
     wrong = replace(outputs, greedy_on=(altered(outputs.greedy_on[0], 5), *outputs.greedy_on[1:]))
-    result = summarise(make_pairs(wrong, Asker(OPTIONS)), Judge(reference))
+    result = summarise(make_pairs(wrong, RequestMaker(OPTIONS)), Judge(reference))
     assert (result.num_mismatches, result.num_unexplained) == (2, 2)
     assert [mismatch.check for mismatch in result.mismatches] == [
         "greedy_vs_transformers",
@@ -95,7 +95,7 @@ def test_a_wrong_sample_is_found_and_not_explained(
 ) -> None:
     wrong = altered(outputs.sampled_off[1], 3)
     samples = (outputs.sampled_off[0], wrong, *outputs.sampled_off[2:])
-    pairs = make_pairs(replace(outputs, sampled_off=samples), Asker(OPTIONS))
+    pairs = make_pairs(replace(outputs, sampled_off=samples), RequestMaker(OPTIONS))
     result = summarise(pairs, Judge(reference))
     assert result.checks["sampled_on_vs_off"].num_unexplained == 1
     mismatch = result.mismatches[0]
@@ -107,7 +107,7 @@ def test_a_wrong_sample_is_found_and_not_explained(
 
 def test_the_traces_answer_the_turns(engine: Engine, outputs: Outputs) -> None:
     again = answer_turns(
-        engine, load_workload(OPTIONS).conversations, Asker(OPTIONS).greedy_on, lambda: None
+        engine, load_workload(OPTIONS).conversations, RequestMaker(OPTIONS).greedy_on, lambda: None
     )
     assert again.turns == outputs.turns
     assert [t.token_ids for t in again.traces] == [t.token_ids for t in outputs.greedy_on]

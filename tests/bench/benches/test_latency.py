@@ -1,21 +1,13 @@
 import pytest
 
-from bench.benches.latency import (
-    NAMES,
-    Name,
-    Race,
-    race_conversations,
-    race_turn,
-    summarise,
-)
-from bench.load.contenders import Run, engine_contender, reference_contender
+from bench.benches.latency import race_conversations, summarise
+from bench.load.contenders import Contender, Race, Run, engine_contender, reference_contender
 from bench.measure.reference import ReferenceModel
 from bench.measure.timing import Timing
 from bench.workload.conversations import Conversation
-from bench.workload.dialogues import Turn
 from server.config import SpeculationParams
 from server.engine.engine import Engine
-from tests.bench.traces import make_conversation, make_turn
+from tests.bench.traces import make_conversation
 from tests.support.tiny_models import MAX_MODEL_LEN
 
 
@@ -24,7 +16,7 @@ def run_of(seconds: float, num_steps: int = 10, token: int = 0) -> Run:
 
 
 def race_of(category: str, on: float, off: float, slow: float, token: int = 0) -> Race:
-    runs: dict[Name, Run] = {
+    runs = {
         "speculation": run_of(on, num_steps=5, token=token),
         "plain": run_of(off),
         "transformers": run_of(slow),
@@ -64,25 +56,8 @@ def test_outputs_that_differ_are_counted() -> None:
     assert summarise(races).num_different_outputs == 1
 
 
-def test_the_order_of_the_contenders_rotates() -> None:
-    order: list[Name] = []
-
-    def contender(name: Name) -> "object":
-        def answer(turn: Turn, max_new_tokens: int) -> Run:
-            order.append(name)
-            return run_of(1.0)
-
-        return answer
-
-    contenders = {name: contender(name) for name in NAMES}
-    for first in range(3):
-        race = race_turn(contenders, make_turn((1,)), 5, first)  # type: ignore[arg-type]
-        assert tuple(race.runs) == NAMES
-    assert order == [*NAMES, *NAMES[1:], *NAMES[:1], *NAMES[2:], *NAMES[:2]]
-
-
 @pytest.fixture(scope="module")
-def contenders(engine: Engine) -> dict[Name, object]:
+def contenders(engine: Engine) -> dict[str, Contender]:
     return {
         "speculation": engine_contender(engine, SpeculationParams()),
         "plain": engine_contender(engine, SpeculationParams(method="none")),
@@ -91,12 +66,12 @@ def contenders(engine: Engine) -> dict[Name, object]:
 
 
 def race_all(
-    engine: Engine, contenders: dict[Name, object], conversations: list[Conversation]
+    engine: Engine, contenders: dict[str, Contender], conversations: list[Conversation]
 ) -> tuple[list[Race], int, int]:
     done: list[int] = []
     races, skipped = race_conversations(
         engine,
-        contenders,  # type: ignore[arg-type]
+        contenders,
         conversations,
         10,
         lambda: done.append(1),
@@ -105,7 +80,7 @@ def race_all(
 
 
 def test_all_contenders_answer_every_turn_alike(
-    engine: Engine, contenders: dict[Name, object]
+    engine: Engine, contenders: dict[str, Contender]
 ) -> None:
     conversations = [
         make_conversation("How many arms?", "Why?", line=1, category="x"),
@@ -121,7 +96,7 @@ def test_all_contenders_answer_every_turn_alike(
 
 
 def test_turns_beyond_the_context_are_skipped(
-    engine: Engine, contenders: dict[Name, object]
+    engine: Engine, contenders: dict[str, Contender]
 ) -> None:
     conversations = [make_conversation("short", "long " * MAX_MODEL_LEN)]
     races, num_skipped, num_done = race_all(engine, contenders, conversations)

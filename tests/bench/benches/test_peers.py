@@ -7,15 +7,13 @@ import pytest
 
 import bench.benches.peers
 from bench.__main__ import main
-from bench.benches.peers import Contenders, find_llama_server, gguf_file, race_turns, summarise
+from bench.benches.peers import Contenders, find_llama_server, gguf_file, summarise
 from bench.errors import BenchError
-from bench.load.contenders import Contender, Run
+from bench.load.contenders import Race, Run
 from bench.measure.timing import Timing
 from bench.options import BenchOptions
-from bench.workload.dialogues import Turn
 from server.engine.engine import Engine
 from tests.bench.fakes import fake_llama_server
-from tests.bench.traces import make_turn
 
 
 def run_of(seconds: float, num_tokens: int = 10, token: int = 0) -> Run:
@@ -23,32 +21,15 @@ def run_of(seconds: float, num_tokens: int = 10, token: int = 0) -> Run:
 
 
 def test_ratios_are_ours_by_theirs() -> None:
-    races = [{"auto": run_of(1.0), "off": run_of(2.0), "slow": run_of(4.0, token=1)}]
-    races.append({"auto": run_of(3.0), "off": run_of(4.0), "slow": run_of(8.0, num_tokens=20)})
+    first = {"auto": run_of(1.0), "off": run_of(2.0), "slow": run_of(4.0, token=1)}
+    second = {"auto": run_of(3.0), "off": run_of(4.0), "slow": run_of(8.0, num_tokens=20)}
+    races = [Race("chat", first), Race("chat", second)]
     result = summarise(races, {"other": "not installed: nothing"})
     assert result.tokens_per_s == pytest.approx({"auto": 5.0, "off": 20 / 6, "slow": 2.5})
     assert result.ratios == pytest.approx({"off": 1.5, "slow": 2.0})
     assert result.not_installed == {"other": "not installed: nothing"}
     assert result.num_outputs == 2
     assert result.num_same_outputs == {"off": 2, "slow": 0}
-
-
-def test_peers_take_turns_after_a_short_warm_up() -> None:
-    asked: list[tuple[str, int, int]] = []
-
-    def contender(name: str) -> Contender:
-        def answer(turn: Turn, max_new_tokens: int) -> Run:
-            asked.append((name, turn.conversation.line, max_new_tokens))
-            return run_of(1.0)
-
-        return answer
-
-    turns = [make_turn((1,), line=line) for line in (1, 2, 3)]
-    races = list(race_turns({name: contender(name) for name in "abc"}, turns, 20))
-    assert [list(race) for race in races] == [["a", "b", "c"]] * 3
-    assert asked[:3] == [("a", 1, 8), ("b", 1, 8), ("c", 1, 8)]
-    assert "".join(name for name, _, _ in asked[3:]) == "abcbcacab"
-    assert {length for _, _, length in asked[3:]} == {20}
 
 
 def test_llama_server_is_looked_for_on_path(

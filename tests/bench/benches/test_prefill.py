@@ -5,7 +5,14 @@ from typing import Any
 import pytest
 
 from bench.__main__ import main
-from bench.benches.prefill import ArmRound, Campaign, PromptTime, Reuse, measure_reuse, summarise
+from bench.benches.prefill import (
+    ArmRound,
+    PrefillRounds,
+    PromptTime,
+    Reuse,
+    measure_reuse,
+    summarise,
+)
 from bench.load.interference import Interference
 from bench.load.loops import GapFigures, Percentiles
 from bench.load.rounds import Arm
@@ -158,17 +165,17 @@ def test_an_interrupt_keeps_the_rounds_until_then(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    whole = Campaign._arm
+    whole = PrefillRounds._arm
     num_runs = 0
 
-    def interrupted(self: Campaign, speculation: SpeculationParams) -> ArmRound:
+    def interrupted(self: PrefillRounds, speculation: SpeculationParams) -> ArmRound:
         nonlocal num_runs
         num_runs += 1
         if num_runs == 6:
             raise KeyboardInterrupt
         return whole(self, speculation)
 
-    monkeypatch.setattr(Campaign, "_arm", interrupted)
+    monkeypatch.setattr(PrefillRounds, "_arm", interrupted)
     report = prefill(arguments, capsys)
     assert (report["rounds"], report["is_complete"]) == (1, False)
 
@@ -178,9 +185,9 @@ def test_an_interrupt_before_the_first_round_is_an_error(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def interrupted(self: Campaign, speculation: SpeculationParams) -> ArmRound:
+    def interrupted(self: PrefillRounds, speculation: SpeculationParams) -> ArmRound:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Campaign, "_arm", interrupted)
+    monkeypatch.setattr(PrefillRounds, "_arm", interrupted)
     assert main(["prefill", *arguments]) == 2
     assert "before the first counted round" in capsys.readouterr().err

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bench.benches.quantization import (
     STEP_SIZES,
-    Comparison,
+    ComparisonSums,
     Reader,
     compare_text,
     same_prefix_len,
@@ -53,7 +53,7 @@ def test_a_text_is_read_in_chunks(engine: Engine, reference: ReferenceModel) -> 
 def test_perplexities_are_those_of_prompt_and_answer(
     engine: Engine, reference: ReferenceModel
 ) -> None:
-    text, texts = text_of(30), (Comparison(), Comparison())
+    text, texts = text_of(30), (ComparisonSums(), ComparisonSums())
     compare_text((Reader(engine), Reader(engine)), text[:12], text[12:], texts)
 
     log_probs_TV = slow_logits(reference, text).log_softmax(-1)
@@ -72,7 +72,7 @@ def test_perplexities_are_those_of_prompt_and_answer(
 def test_every_token_but_the_first_counts_once(
     engine: Engine, prompt_len: int, answer_len: int
 ) -> None:
-    text, texts = text_of(prompt_len + answer_len), (Comparison(), Comparison())
+    text, texts = text_of(prompt_len + answer_len), (ComparisonSums(), ComparisonSums())
     reader = Reader(engine)
     # A prompt of one token has nothing to count, and a mean over nothing is asked for nowhere.
     compare_text((reader, reader), text[:prompt_len], text[prompt_len:], texts)
@@ -82,7 +82,7 @@ def test_every_token_but_the_first_counts_once(
 
 
 def test_a_comparison_counts_what_differs() -> None:
-    comparison = Comparison()
+    comparison = ComparisonSums()
     plain = torch.tensor([[0.5, 0.25, 0.25], [0.5, 0.25, 0.25]]).log()
     quantized = torch.tensor([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25]]).log()
     comparison.add([0, 1], plain, quantized)
@@ -96,7 +96,7 @@ def test_a_comparison_counts_what_differs() -> None:
 
 
 def test_quantised_weights_differ_a_little(engine: Engine, quantized: Engine) -> None:
-    text, texts = text_of(200), (Comparison(), Comparison())
+    text, texts = text_of(200), (ComparisonSums(), ComparisonSums())
     compare_text((Reader(engine), Reader(quantized)), text[:100], text[100:], texts)
 
     result = texts[1].result()

@@ -8,7 +8,7 @@ import pytest
 from bench.__main__ import main
 from bench.benches.serving import one_line, planner_accuracy, summarise
 from bench.load.loops import LoadFigures, Percentiles
-from bench.load.rounds import ArmRun, Campaign, Closed, Level, Open, RoundPair
+from bench.load.rounds import ArmRun, Closed, Level, LoadRounds, Open, RoundPair
 from server.speculation.tree_sizes import Foresight
 
 
@@ -125,14 +125,14 @@ def test_an_interrupt_keeps_the_rounds_until_then(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    whole = Campaign._pair
+    whole = LoadRounds._pair
 
-    async def interrupted(self: Campaign, level: Level, number: int, on_run: Any) -> RoundPair:
+    async def interrupted(self: LoadRounds, level: Level, number: int, on_run: Any) -> RoundPair:
         if number == 2 and level == Closed(3):
             raise KeyboardInterrupt
         return await whole(self, level, number, on_run)
 
-    monkeypatch.setattr(Campaign, "_pair", interrupted)
+    monkeypatch.setattr(LoadRounds, "_pair", interrupted)
     report = serve([*arguments, "--engine"], capsys)
     assert (report["rounds"], report["is_complete"]) == (1, False)
     assert [len(level["auto"]) for level in report["by_concurrency"]] == [2, 1]
@@ -143,9 +143,9 @@ def test_an_interrupt_before_the_first_round_is_an_error(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    async def interrupted(self: Campaign, into: list[RoundPair], on_run: Any) -> None:
+    async def interrupted(self: LoadRounds, into: list[RoundPair], on_run: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Campaign, "run", interrupted)
+    monkeypatch.setattr(LoadRounds, "run", interrupted)
     assert main(["serving", *arguments, "--engine"]) == 2
     assert "before the first counted round" in capsys.readouterr().err

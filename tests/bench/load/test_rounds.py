@@ -6,9 +6,9 @@ import pytest
 from bench.load.loops import Answer, Ask, Chunk
 from bench.load.rounds import (
     Arm,
-    Campaign,
     Closed,
     Draws,
+    LoadRounds,
     Open,
     RoundPair,
     levels,
@@ -50,8 +50,8 @@ def draws(num_turns: int = 10, seed: int = 0) -> Draws:
 def run(target: NotedTarget, options: LoadOptions) -> list[RoundPair]:
     pairs: list[RoundPair] = []
     done: list[int] = []
-    campaign = Campaign(make_engine(), target, draws(), ARMS, options)
-    asyncio.run(campaign.run(pairs.append, lambda: done.append(1)))
+    rounds = LoadRounds(make_engine(), target, draws(), ARMS, options)
+    asyncio.run(rounds.run(pairs.append, lambda: done.append(1)))
     assert len(done) == num_runs(options)
     return pairs
 
@@ -134,7 +134,7 @@ def test_what_the_planner_foretold_is_counted_run_by_run() -> None:
 
     pairs: list[RoundPair] = []
     options = replace(SMALL, rounds=2)
-    asyncio.run(Campaign(engine, Steps(), draws(), ARMS, options).run(pairs.append, lambda: None))
+    asyncio.run(LoadRounds(engine, Steps(), draws(), ARMS, options).run(pairs.append, lambda: None))
     assert len(pairs) == 4
     for pair in pairs:
         for arm in (pair.auto, pair.off):
