@@ -22,7 +22,8 @@ from rich.text import Text
 
 from server.api.config import ApiConfig, ServerConfig, installed_version
 from server.config import METHODS, EngineConfig, SamplingParams, SpeculationParams
-from server.core.request import Request, RequestOutput
+from server.core.completion import join_outputs
+from server.core.request import Request, RequestOutput, RequestStats
 from server.errors import (
     ConfigError,
     EuryaleError,
@@ -265,7 +266,7 @@ def generate(
 class _Run:
     """A finished generation."""
 
-    last: RequestOutput
+    stats: RequestStats
     first_token_s: float
     elapsed_s: float
 
@@ -284,9 +285,9 @@ def _stream(engine: "Engine", request: Request, console: Console) -> _Run:
                 _show(console, text, _style(depth))
                 num_shown += len(text)
     # A character that the last token left incomplete belongs to no token's text.
-    rest = "".join(output.text for output in outputs)[num_shown:]
-    _show(console, f"{rest}\n", _style(0))
-    return _Run(outputs[-1], first_token_s, time.perf_counter() - started_s)
+    completion = join_outputs(outputs)
+    _show(console, f"{completion.text[num_shown:]}\n", _style(0))
+    return _Run(completion.stats, first_token_s, time.perf_counter() - started_s)
 
 
 def _show(console: Console, text: str, style: str) -> None:
@@ -303,7 +304,7 @@ def _style(depth: int) -> str:
 
 def _summary(run: _Run) -> Text:
     """Speed and acceptance of a run, with the legend of the colours."""
-    stats, num_tokens = run.last.stats, run.last.num_output_tokens
+    stats, num_tokens = run.stats, run.stats.num_output_tokens
     summary = Text(
         f"\n{num_tokens} tokens in {run.elapsed_s:.2f} s, {num_tokens / run.elapsed_s:.1f} "
         f"tokens/s, the first after {run.first_token_s * 1000:.0f} ms\n"

@@ -16,6 +16,7 @@ from server.api.app import create_app
 from server.api.config import ApiConfig, ServerConfig
 from server.api.serving import Server, listen
 from server.config import SamplingParams, SpeculationParams
+from server.core.completion import join_outputs
 from server.core.request import RequestOutput
 from server.engine.async_engine import AsyncEngine
 from server.engine.engine import Engine
@@ -53,12 +54,12 @@ class EngineTarget:
             async for output in stream:
                 chunks.append(Chunk(perf_counter(), len(output.token_ids)))
                 outputs.append(output)
-        stats = outputs[-1].stats
+        stats = join_outputs(outputs).stats
         return Answer(
             arrived_s=arrived_s,
             ended_s=perf_counter(),
             chunks=tuple(chunks),
-            num_output_tokens=outputs[-1].num_output_tokens,
+            num_output_tokens=stats.num_output_tokens,
             num_steps=stats.num_steps,
             num_draft_tokens=stats.num_draft_tokens,
             num_emitted_tokens=stats.num_emitted_tokens,

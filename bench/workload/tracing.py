@@ -8,16 +8,9 @@ and is none.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from server.core.request import FinishReason, Request, RequestOutput, SpecDecodeStats
+from server.core.completion import StepSpan, join_outputs
+from server.core.request import FinishReason, Request, RequestOutput, RequestStats
 from server.engine.engine import Engine
-
-
-@dataclass(frozen=True, slots=True)
-class StepSpan:
-    """Tokens that one verify step emitted: `num_tokens` from index `start` of the output."""
-
-    start: int
-    num_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +26,7 @@ class Trace:
     token_ids: tuple[int, ...]
     text: str
     finish_reason: FinishReason
-    stats: SpecDecodeStats
+    stats: RequestStats
     steps: tuple[StepSpan, ...]
 
 
@@ -82,22 +75,14 @@ def run_requests(
 
 def make_trace(request: Request, outputs: list[RequestOutput]) -> Trace:
     """Join a request's outputs, the last of which has a finish reason."""
-    token_ids: list[int] = []
-    steps: list[StepSpan] = []
-    for output in outputs:
-        if output.stats.num_steps > len(steps):
-            steps.append(StepSpan(len(token_ids), len(output.token_ids)))
-        token_ids += output.token_ids
-    last = outputs[-1]
-    if last.finish_reason is None:
-        raise AssertionError(f"request {request.request_id!r} has not ended")
+    completion = join_outputs(outputs)
     return Trace(
         prompt_token_ids=request.prompt_token_ids,
-        token_ids=tuple(token_ids),
-        text="".join(output.text for output in outputs),
-        finish_reason=last.finish_reason,
-        stats=last.stats,
-        steps=tuple(steps),
+        token_ids=completion.token_ids,
+        text=completion.text,
+        finish_reason=completion.finish_reason,
+        stats=completion.stats,
+        steps=completion.steps,
     )
 
 

@@ -20,9 +20,9 @@ from server.api.schemas.generation import MAX_CHOICES, FinishReasonName, Generat
 from server.api.schemas.usage import Usage
 from server.api.sse import DONE, event
 from server.api.usage import usage_of
-from server.core.request import Request, RequestOutput, TokenLogprob
+from server.core.request import Request, RequestOutput, RequestStats, TokenLogprob
 from server.engine.async_engine import AsyncEngine
-from server.errors import EngineStoppedError, InvalidRequestError
+from server.errors import InvalidRequestError
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,13 +206,7 @@ def choice_seed(seed: int | None, choice: int) -> int | None:
 
 
 def finish_reason(output: RequestOutput) -> FinishReasonName | None:
-    """The reason as clients know it.
-
-    Raises:
-        EngineStoppedError: If the request was aborted under its client.
-    """
-    if output.finish_reason == "abort":
-        raise EngineStoppedError("the server aborted the request; send it again")
+    """The reason as clients know it."""
     return output.finish_reason
 
 
@@ -262,13 +256,14 @@ async def stream_events(
 ) -> AsyncGenerator[bytes, None]:
     """Run a job and yield framed events, `[DONE]` last."""
     hidden = None if job.include_usage else {"usage"}
-    latest: dict[int, RequestOutput] = {}
+    stats: dict[int, RequestStats] = {}
     async with aclosing(run_choices(engine, job.requests)) as outputs:
         async for item in outputs:
-            latest[item.index] = item.output
+            if item.output.stats is not None:
+                stats[item.index] = item.output.stats
             for chunk in chunk_format.chunks(item.index, item.output):
                 yield event(chunk.model_dump_json(exclude=hidden).encode())
     if job.include_usage:
-        usage = usage_of([latest[index] for index in sorted(latest)], job.num_choices)
+        usage = usage_of([stats[index] for index in sorted(stats)], job.num_choices)
         yield event(chunk_format.usage_chunk(usage).model_dump_json().encode())
     yield DONE

@@ -5,7 +5,7 @@ from typing import Literal
 
 from server.config import SamplingParams, SpeculationParams
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +26,16 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class SpecDecodeStats:
-    """What speculation did for one request so far, counted after stop truncation.
+class RequestStats:
+    """What a request took and what speculation did for it, counted after stop truncation.
 
-    The token that ends the prefill is drawn without a draft; neither it nor its step counts.
+    The token that ends the prefill is drawn without a draft; neither it nor its step counts as
+    speculation.
 
     Attributes:
+        num_prompt_tokens: Tokens of the prompt.
+        num_cached_tokens: Prompt tokens whose KV came from the prefix cache.
+        num_output_tokens: Tokens generated, those of the prefill included.
         method: Draft sources: `none`, `medusa`, `mtp`, `lookup`, `medusa+lookup`, `mtp+lookup`.
         acceptance: Rule that ran: `exact` or `typical`.
         num_steps: Verify steps.
@@ -44,6 +48,9 @@ class SpecDecodeStats:
         num_rejected_prediction_tokens: Those that were drafted but never accepted.
     """
 
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_output_tokens: int = 0
     method: str = "none"
     acceptance: str = "exact"
     num_steps: int = 0
@@ -84,11 +91,10 @@ class RequestOutput:
         token_texts: For each new token, its own piece of the decoded text, before stop strings
             are cut ('' while a character is incomplete).
         logprobs: One entry per new token if the request asked for them, else None.
+        is_verify_step: Whether the step verified a draft tree, the one-node tree of plain decoding
+            included, below the last token; the step that ends a prompt does not.
         finish_reason: None while the request runs.
-        num_prompt_tokens: Tokens of the prompt.
-        num_cached_tokens: Prompt tokens whose KV came from the prefix cache.
-        num_output_tokens: Tokens generated so far, the new ones included.
-        stats: Speculation of this request so far.
+        stats: The whole request's counts, in its last output; None while it runs.
     """
 
     request_id: str
@@ -97,8 +103,6 @@ class RequestOutput:
     text: str
     token_texts: tuple[str, ...]
     logprobs: tuple[TokenLogprob, ...] | None
+    is_verify_step: bool
     finish_reason: FinishReason | None
-    num_prompt_tokens: int
-    num_cached_tokens: int
-    num_output_tokens: int
-    stats: SpecDecodeStats
+    stats: RequestStats | None

@@ -17,7 +17,7 @@ from heads.lookup import LookupIndex
 from heads.proposals import HeadProposal
 from heads.seen_rows import SeenRows
 from server.config import AcceptanceName, DraftMethod
-from server.core.request import Request, SpecDecodeStats
+from server.core.request import Request, RequestStats
 from server.core.text import TextStream
 from server.sampling.logits import LogitAdjuster
 
@@ -26,7 +26,7 @@ AcceptanceRule = Literal["exact", "typical"]
 
 @dataclass(slots=True)
 class SpecDecodeCounters:
-    """Running counts behind `SpecDecodeStats`.
+    """Running counts behind `RequestStats`.
 
     Attributes:
         drafted_places: Places in the request's prediction whose tokens were drafted.
@@ -150,10 +150,13 @@ class Sequence:
         """Whether only the root lacks KV, and it is a generated token."""
         return self.num_uncomputed_tokens == 1 and self.num_output_tokens > 0
 
-    def stats(self) -> SpecDecodeStats:
-        """A snapshot of what speculation did so far."""
+    def stats(self) -> RequestStats:
+        """A snapshot of the counts so far."""
         counters = self.counters
-        return SpecDecodeStats(
+        return RequestStats(
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_cached_tokens=self.num_cached_tokens,
+            num_output_tokens=self.num_output_tokens,
             method=self.sources.name,
             # Without drafts every token is the target's own, whatever the rule.
             acceptance="exact" if not self.sources.any else self.acceptance,

@@ -342,7 +342,7 @@ class Engine:
             if sequence.num_output_tokens == len(emission.token_ids):
                 self.counters.num_prompt_tokens += sequence.num_prompt_tokens
                 self.counters.num_cached_tokens += sequence.num_cached_tokens
-            outputs.append(request_output(sequence, emission, logprobs))
+            outputs.append(request_output(item, emission, logprobs))
             if emission.finish_reason is not None:
                 self._end(sequence)
         return outputs

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from server.core.request import FinishReason, RequestOutput, TokenLogprob
-from server.core.sequence import Sequence
 from server.core.step import StepEntry
 from server.sampling.verify import Verdict
 
@@ -101,9 +100,10 @@ def token_logprobs(
 
 
 def request_output(
-    sequence: Sequence, emission: Emission, logprobs: tuple[TokenLogprob, ...] | None
+    item: StepEntry, emission: Emission, logprobs: tuple[TokenLogprob, ...] | None
 ) -> RequestOutput:
-    """Tell the client what a step brought."""
+    """What the client gets of a step; the last step's has the request's counts."""
+    sequence = item.sequence
     return RequestOutput(
         request_id=sequence.request.request_id,
         token_ids=emission.token_ids,
@@ -111,9 +111,7 @@ def request_output(
         text=sequence.text.take(),
         token_texts=emission.texts,
         logprobs=logprobs,
+        is_verify_step=item.is_decoding,
         finish_reason=emission.finish_reason,
-        num_prompt_tokens=sequence.num_prompt_tokens,
-        num_cached_tokens=sequence.num_cached_tokens,
-        num_output_tokens=sequence.num_output_tokens,
-        stats=sequence.stats(),
+        stats=None if emission.finish_reason is None else sequence.stats(),
     )

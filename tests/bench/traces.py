@@ -2,8 +2,9 @@
 
 from bench.workload.conversations import Conversation
 from bench.workload.dialogues import Turn
-from bench.workload.tracing import StepSpan, Trace
-from server.core.request import SpecDecodeStats
+from bench.workload.tracing import Trace
+from server.core.completion import StepSpan
+from server.core.request import RequestStats
 
 
 def make_trace(
@@ -17,7 +18,7 @@ def make_trace(
         token_ids=tuple(map(ord, output)),
         text=output,
         finish_reason="length",
-        stats=SpecDecodeStats(
+        stats=RequestStats(
             method="medusa",
             num_steps=len(step_lengths),
             num_draft_tokens=5 * len(step_lengths),

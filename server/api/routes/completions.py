@@ -24,6 +24,7 @@ from server.api.schemas.usage import Usage
 from server.api.sse import EventStream
 from server.api.token_texts import TokenTexts
 from server.api.usage import usage_of
+from server.core.completion import join_outputs
 from server.core.request import RequestOutput
 from server.tokenizer import Tokenizer
 
@@ -67,7 +68,7 @@ async def _complete(context: ApiContext, job: Job) -> Completion:
                 finish_reason=item.finish_reason,
             )
         )
-    usage = usage_of([item.outputs[-1] for item in collected], job.num_choices)
+    usage = usage_of([join_outputs(item.outputs).stats for item in collected], job.num_choices)
     return Completion(
         id=job.job_id, created=job.created_s, model=job.model, choices=choices, usage=usage
     )

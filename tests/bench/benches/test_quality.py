@@ -8,14 +8,15 @@ from bench.benches.quality import Sample, compare, describe, distinct_share, tex
 from bench.measure.reference import ReferenceModel
 from bench.measure.timing import Timing
 from bench.options import BenchOptions
-from bench.workload.tracing import StepSpan, Trace
-from server.core.request import SpecDecodeStats
+from bench.workload.tracing import Trace
+from server.core.completion import StepSpan
+from server.core.request import RequestStats
 from server.engine.engine import Engine
 
 
 def make_trace(token_ids: tuple[int, ...], prompt: tuple[int, ...] = (1,)) -> Trace:
     spans = tuple(StepSpan(start, 1) for start in range(1, len(token_ids)))
-    return Trace(prompt, token_ids, "", "length", SpecDecodeStats(), spans)
+    return Trace(prompt, token_ids, "", "length", RequestStats(), spans)
 
 
 def make_sample(token_ids: tuple[int, ...], decode_s: float, nll: float) -> Sample:

@@ -3,14 +3,14 @@ import pytest
 from bench.workload.tracing import (
     NO_STEPS,
     StepCount,
-    StepSpan,
     Trace,
     count_steps,
     make_trace,
     run_requests,
 )
 from server.config import SamplingParams, SpeculationParams
-from server.core.request import FinishReason, Request, RequestOutput, SpecDecodeStats
+from server.core.completion import StepSpan
+from server.core.request import FinishReason, Request, RequestOutput, RequestStats
 from server.engine.engine import Engine
 from server.errors import InvalidRequestError
 from tests.bench import traces
@@ -19,7 +19,7 @@ GREEDY = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
 
 
 def output(
-    token_ids: tuple[int, ...], num_steps: int, reason: FinishReason | None = None
+    token_ids: tuple[int, ...], is_verify_step: bool, reason: FinishReason | None = None
 ) -> RequestOutput:
     return RequestOutput(
         request_id="r",
@@ -28,18 +28,16 @@ def output(
         text="".join(map(str, token_ids)),
         token_texts=tuple(map(str, token_ids)),
         logprobs=None,
+        is_verify_step=is_verify_step,
         finish_reason=reason,
-        num_prompt_tokens=2,
-        num_cached_tokens=0,
-        num_output_tokens=0,
-        stats=SpecDecodeStats(num_steps=num_steps),
+        stats=None if reason is None else RequestStats(),
     )
 
 
 def test_the_prefills_token_belongs_to_no_verify_step() -> None:
     trace = make_trace(
         Request("r", (7, 8)),
-        [output((1,), 0), output((2, 3), 1), output((4,), 2, "length")],
+        [output((1,), False), output((2, 3), True), output((4,), True, "length")],
     )
     assert trace.token_ids == (1, 2, 3, 4)
     assert trace.steps == (StepSpan(1, 2), StepSpan(3, 1))
@@ -47,14 +45,19 @@ def test_the_prefills_token_belongs_to_no_verify_step() -> None:
 
 
 def test_a_token_that_a_recomputed_prompt_emits_belongs_to_no_verify_step() -> None:
-    parts = [output((1,), 0), output((2,), 1), output((3,), 1), output((4, 5), 2, "stop")]
+    parts = [
+        output((1,), False),
+        output((2,), True),
+        output((3,), False),
+        output((4, 5), True, "stop"),
+    ]
     trace = make_trace(Request("r", (7,)), parts)
     assert trace.steps == (StepSpan(1, 1), StepSpan(3, 2))
 
 
 def test_an_output_that_has_not_ended_is_refused() -> None:
     with pytest.raises(AssertionError, match="has not ended"):
-        make_trace(Request("r", (7,)), [output((1,), 0)])
+        make_trace(Request("r", (7,)), [output((1,), False)])
 
 
 def test_steps_add_up() -> None:

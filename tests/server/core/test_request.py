@@ -5,7 +5,7 @@ from dataclasses import FrozenInstanceError
 import pytest
 
 from server.config import SamplingParams, SpeculationParams
-from server.core.request import Request, SpecDecodeStats
+from server.core.request import Request, RequestStats
 
 
 class TestRequest:
@@ -20,10 +20,10 @@ class TestRequest:
             request.request_id = "other"  # type: ignore[misc]  # exactly what must fail
 
 
-class TestSpecDecodeStats:
+class TestRequestStats:
     def test_mean_acceptance_length_is_tokens_per_verify_step_bonus_included(self) -> None:
-        stats = SpecDecodeStats(num_steps=4, num_accepted_tokens=6, num_emitted_tokens=10)
+        stats = RequestStats(num_steps=4, num_accepted_tokens=6, num_emitted_tokens=10)
         assert stats.mean_acceptance_length == 2.5
 
     def test_before_the_first_step_it_is_zero(self) -> None:
-        assert SpecDecodeStats().mean_acceptance_length == 0.0
+        assert RequestStats().mean_acceptance_length == 0.0

@@ -3,7 +3,7 @@
 import pytest
 
 from server.config import AcceptanceName, SamplingParams, SpeculationParams
-from server.core.request import Request, SpecDecodeStats
+from server.core.request import Request, RequestStats
 from server.core.sequence import DraftSources, acceptance_rule, request_seed
 from tests.support.engine_tools import make_sequence
 
@@ -74,9 +74,13 @@ class TestSequence:
     def test_stats_name_the_method_and_the_rule(self) -> None:
         sequence = make_sequence((1,), (), SAMPLED)
         sequence.drafts_allowed, sequence.sources = 8, DraftSources("medusa")
-        assert sequence.stats() == SpecDecodeStats(method="medusa", acceptance="typical")
+        assert sequence.stats() == RequestStats(
+            num_prompt_tokens=1, method="medusa", acceptance="typical"
+        )
 
     def test_without_drafts_what_ran_was_exact_whatever_the_rule(self) -> None:
         sequence = make_sequence((1,), (), SAMPLED)
         assert sequence.acceptance == "typical"
-        assert sequence.stats() == SpecDecodeStats(method="none", acceptance="exact")
+        assert sequence.stats() == RequestStats(
+            num_prompt_tokens=1, method="none", acceptance="exact"
+        )

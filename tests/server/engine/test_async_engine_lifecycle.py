@@ -6,6 +6,7 @@ import logging
 import pytest
 from torch import Tensor
 
+from server.core.completion import join_outputs
 from server.core.sequence import Sequence
 from server.engine.async_engine import AsyncEngine
 from server.errors import EngineStoppedError
@@ -60,7 +61,7 @@ class TestStop:
                 outputs = await task
                 await stop
                 assert outputs[-1].finish_reason == "length"
-                assert outputs[-1].num_output_tokens == 60
+                assert join_outputs(outputs).stats.num_output_tokens == 60
                 assert not async_engine.is_alive
 
         run(test())

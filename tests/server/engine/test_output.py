@@ -183,15 +183,22 @@ class TestCounts:
 
 
 class TestRequestOutput:
-    def test_tells_only_what_is_new_and_the_totals(self) -> None:
-        item = chain_item((A, B), SamplingParams(max_tokens=50))
+    def test_tells_only_what_is_new_and_at_the_end_the_counts(self) -> None:
+        item = chain_item((A, B), SamplingParams(max_tokens=5))
         item.sequence.num_cached_tokens = 1
-        first = request_output(item.sequence, emit_all(item, bonus=C), None)
-        second = request_output(item.sequence, emit_all(item, bonus=D, num_accepted=0), None)
+        first = request_output(item, emit_all(item, bonus=C), None)
+        second = request_output(item, emit_all(item, bonus=D, num_accepted=0), None)
         assert (first.text, second.text) == ("abc", "d")
-        assert (first.num_output_tokens, second.num_output_tokens) == (4, 5)
-        assert (second.num_prompt_tokens, second.num_cached_tokens) == (2, 1)
-        assert first.stats.num_steps == 1, "a snapshot does not change afterwards"
+        assert first.stats is None
+        assert second.stats is not None
+        assert (second.stats.num_prompt_tokens, second.stats.num_cached_tokens) == (2, 1)
+        assert (second.stats.num_output_tokens, second.stats.num_steps) == (5, 2)
+
+    def test_says_whether_it_comes_from_a_verify_step(self) -> None:
+        item = chain_item((), SamplingParams(max_tokens=50))
+        assert request_output(item, emit_all(item, bonus=C), None).is_verify_step
+        ended_prompt = replace(item, is_decoding=False)
+        assert not request_output(ended_prompt, emit_all(item, bonus=D), None).is_verify_step
 
 
 class TestLogprobs:

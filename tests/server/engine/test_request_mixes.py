@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.config import Method, SamplingParams, SpeculationParams
-from server.core.completion import Completion
+from server.core.completion import Completion, join_outputs
 from server.core.request import Request, RequestOutput
 from server.engine.engine import Engine
 from server.tokenizer import Tokenizer
@@ -165,24 +165,19 @@ def joined(outputs: list[RequestOutput]) -> Completion:
     last = outputs[-1]
     assert last.finish_reason is not None
     assert all(output.finish_reason is None for output in outputs[:-1])
-    return Completion(
-        token_ids=tuple(token for output in outputs for token in output.token_ids),
-        text="".join(output.text for output in outputs),
-        finish_reason=last.finish_reason,
-        logprobs=None,
-        stats=last.stats,
-    )
+    assert all(output.stats is None for output in outputs[:-1])
+    return join_outputs(outputs)
 
 
 def assert_counts_add_up(request: Request, outputs: list[RequestOutput]) -> None:
-    stats = outputs[-1].stats
+    stats = joined(outputs).stats
     depths = [depth for output in outputs for depth in output.depths]
     assert stats.num_accepted_tokens == sum(depth > 0 for depth in depths)
     assert stats.num_accepted_tokens == sum(stats.accepted_per_depth)
     assert stats.num_accepted_tokens <= stats.num_draft_tokens
-    assert outputs[-1].num_output_tokens == len(depths)
-    assert outputs[-1].num_prompt_tokens == len(request.prompt_token_ids)
-    assert 0 <= outputs[-1].num_cached_tokens < len(request.prompt_token_ids)
+    assert stats.num_output_tokens == len(depths)
+    assert stats.num_prompt_tokens == len(request.prompt_token_ids)
+    assert 0 <= stats.num_cached_tokens < len(request.prompt_token_ids)
     # The token that ends a prefill (again after a preemption) belongs to no verify step.
     assert stats.num_emitted_tokens < len(depths) or not depths
 
