@@ -16,7 +16,6 @@ Shape suffixes: V vocabulary, D model width.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from operator import itemgetter
@@ -29,6 +28,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from heads.errors import HeadsCheckpointError, HeadsMismatchError
+from heads.files import atomic_write
 from heads.kinds import TYPES, AnyHeads, BaseParts, build_heads, describe, type_of
 from heads.lora import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, AdapterFiles
 from heads.tree_search import AcceptanceProfile
@@ -183,7 +183,8 @@ def save_heads(
         "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
     }
     for name, data in (contents | {CONFIG_FILE: _to_json_bytes(config)}).items():
-        _replace_file(directory / name, data)
+        with atomic_write(directory / name, "wb") as file:
+            file.write(data)
     for name in _KNOWN_FILES - contents.keys():
         (directory / name).unlink(missing_ok=True)
 
@@ -197,15 +198,6 @@ def _tensors_to_store(heads: AnyHeads, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def _to_json_bytes(data: Mapping[str, Any]) -> bytes:
     return (json.dumps(data, indent=2) + "\n").encode()
-
-
-def _replace_file(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_heads(
@@ -245,8 +237,6 @@ def load_heads(
         if PROFILE_FILE in config["sha256"]:
             data = json.loads(_read_verified(directory, PROFILE_FILE, config))
             profile = AcceptanceProfile.from_json(data)
-    except HeadsCheckpointError:
-        raise
     except (RuntimeError, TypeError, ValueError, SafetensorError) as error:
         raise HeadsCheckpointError(f"the heads in {directory} cannot be loaded: {error}") from error
     adapter = _read_adapter(directory, config)

@@ -1,12 +1,17 @@
-"""Every error of its own that the draft side raises on purpose.
+"""The root of all errors that Euryale raises on purpose, and the draft side's own.
 
-ValueError
-└── HeadsCheckpointError     a heads checkpoint is incomplete, damaged or of an unknown kind
-    └── HeadsMismatchError   the heads were trained for another base model
+EuryaleError
+├── HeadsCheckpointError     a heads checkpoint is missing, damaged or of an unknown kind
+│   └── HeadsMismatchError   draft heads belong to another base model
+└── ...                      the others: `server.errors`, `training.errors`, `bench.errors`
 """
 
 
-class HeadsCheckpointError(ValueError):
+class EuryaleError(Exception):
+    """Base of all errors that Euryale raises on purpose."""
+
+
+class HeadsCheckpointError(EuryaleError):
     """A heads checkpoint is missing, incomplete, damaged or of an unknown kind."""
 
 

@@ -1,18 +1,32 @@
-"""Every error that Euryale raises on purpose.
+"""Every error that the server raises on purpose; those of the draft side are re-exported.
 
 EuryaleError
 ├── ConfigError            a server option or a file it names is wrong
 ├── ModelError             the base model cannot be loaded or is not supported
 ├── CompilationError       something cannot be compiled; the model runs all the same
-├── HeadsMismatchError     draft heads belong to another base model
+├── HeadsCheckpointError   a heads checkpoint is missing or damaged
+│   └── HeadsMismatchError draft heads belong to another base model
 ├── InvalidRequestError    a request's parameter is wrong (HTTP 400)
 ├── QueueFullError         the waiting queue is full (HTTP 429)
-└── EngineStoppedError     the engine drains, has stopped or has failed (HTTP 503)
+├── EngineStoppedError     the engine drains, has stopped or has failed (HTTP 503)
+├── OutOfBlocksError       `server.kv`: the KV cache has too few free blocks; the engine preempts
+├── TrainingError          `training.errors`: a training command cannot go on
+└── BenchError             `bench.errors`: a bench's data or options are wrong
 """
 
+from heads.errors import EuryaleError, HeadsCheckpointError, HeadsMismatchError
 
-class EuryaleError(Exception):
-    """Base of all errors that Euryale raises on purpose."""
+__all__ = [
+    "CompilationError",
+    "ConfigError",
+    "EngineStoppedError",
+    "EuryaleError",
+    "HeadsCheckpointError",
+    "HeadsMismatchError",
+    "InvalidRequestError",
+    "ModelError",
+    "QueueFullError",
+]
 
 
 class ConfigError(EuryaleError):
@@ -25,10 +39,6 @@ class ModelError(EuryaleError):
 
 class CompilationError(EuryaleError):
     """The base model, or code of ours, cannot be compiled; the model runs all the same."""
-
-
-class HeadsMismatchError(EuryaleError):
-    """The draft heads were trained for another base model."""
 
 
 class InvalidRequestError(EuryaleError):

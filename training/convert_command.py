@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from heads.checkpoint import CONFIG_FILE, save_heads
-from heads.errors import HeadsCheckpointError
 from heads.original_medusa import load_original_heads
-from server.errors import ConfigError
 from server.model.loading import LoadedModel
 from server.model.native_mtp import load_native_mtp
 from training.base_model import load_base
@@ -24,7 +22,7 @@ def run(options: ConvertOptions) -> dict[str, Any]:
 
     Raises:
         RunError: If `output` holds heads already, or is the source.
-        ConfigError: If the source cannot be read or does not fit the base model.
+        HeadsCheckpointError: If the source cannot be read or does not fit the base model.
         ModelError: If the base model cannot be loaded, or its MTP layer is wanted and cannot be
             read.
     """
@@ -58,10 +56,7 @@ def _convert_native(options: ConvertOptions, loaded: LoadedModel) -> dict[str, A
 
 
 def _convert_medusa(options: ConvertOptions, loaded: LoadedModel) -> dict[str, Any]:
-    try:
-        heads = load_original_heads(options.source, loaded.unembedding(), loaded.input_embedding())
-    except HeadsCheckpointError as error:
-        raise ConfigError(str(error)) from error
+    heads = load_original_heads(options.source, loaded.unembedding(), loaded.input_embedding())
     save_heads(options.output, heads, loaded.fingerprint, options.model, None)
     save_config(options.output / "convert.toml", "convert", options)
     return {

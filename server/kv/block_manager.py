@@ -18,8 +18,10 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 
+from server.errors import EuryaleError
 
-class OutOfBlocksError(Exception):
+
+class OutOfBlocksError(EuryaleError):
     """Fewer blocks are available than were asked for. Nothing was allocated."""
 
 

@@ -1,4 +1,4 @@
-"""Merges the adapter that a heads checkpoint carries, with the server's own errors."""
+"""Merges the adapter that a heads checkpoint carries."""
 
 import hashlib
 from pathlib import Path
@@ -6,10 +6,8 @@ from pathlib import Path
 from torch import nn
 
 from heads.checkpoint import BaseFingerprint, load_adapter
-from heads.errors import HeadsCheckpointError
-from heads.errors import HeadsMismatchError as CheckpointMismatchError
+from heads.errors import HeadsCheckpointError, HeadsMismatchError
 from heads.lora import AdapterFiles, merge_adapter
-from server.errors import ConfigError, HeadsMismatchError
 
 
 def merge_adapter_of(heads: Path, model: nn.Module, fingerprint: BaseFingerprint) -> str | None:
@@ -25,17 +23,17 @@ def merge_adapter_of(heads: Path, model: nn.Module, fingerprint: BaseFingerprint
 
     Raises:
         HeadsMismatchError: If the heads belong to another base model.
-        ConfigError: If the checkpoint is missing or damaged, or the adapter cannot be merged.
+        HeadsCheckpointError: If the checkpoint is missing or damaged, or the adapter does not fit.
     """
     try:
         files = load_adapter(heads, fingerprint)
         if files is None:
             return None
         merge_adapter(model, files)
-    except CheckpointMismatchError as error:
-        raise HeadsMismatchError(str(error)) from error
+    except HeadsMismatchError:
+        raise
     except HeadsCheckpointError as error:
-        raise ConfigError(f"the base model for the heads in {heads}: {error}") from error
+        raise HeadsCheckpointError(f"the base model for the heads in {heads}: {error}") from error
     return adapter_sha256(files)
 
 

@@ -1,4 +1,4 @@
-"""Loads draft heads for a loaded base model, with the server's own errors."""
+"""Loads draft heads for a loaded base model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,14 +6,12 @@ from pathlib import Path
 from torch import nn
 
 from heads.checkpoint import load_heads
-from heads.errors import HeadsCheckpointError
-from heads.errors import HeadsMismatchError as CheckpointMismatchError
+from heads.errors import HeadsMismatchError
 from heads.kinds import BaseParts
 from heads.lora import AdapterFiles
 from heads.medusa import MedusaHeads
 from heads.mtp import MTPModule
 from heads.tree_search import AcceptanceProfile
-from server.errors import ConfigError, HeadsMismatchError
 from server.model.adapter import adapter_sha256
 from server.model.decoder_block import DecoderBlock
 from server.model.loading import LoadedModel
@@ -44,7 +42,7 @@ def load_draft_heads(directory: Path, loaded: LoadedModel) -> DraftHeads:
     Raises:
         HeadsMismatchError: If the heads belong to another base model, or to the same one with
             another adapter.
-        ConfigError: If the checkpoint is missing, damaged or of an unknown kind.
+        HeadsCheckpointError: If the checkpoint is missing, damaged or of an unknown kind.
         ModelError: If it holds an MTP module, and the base model has no plain decoder blocks.
     """
     # Only an MTP module asks for a block, and not every base model has one to copy.
@@ -54,18 +52,13 @@ def load_draft_heads(directory: Path, loaded: LoadedModel) -> DraftHeads:
         blocks.append(DecoderBlock(loaded.model))
         return blocks[-1].module
 
-    try:
-        found = load_heads(
-            directory,
-            BaseParts(loaded.unembedding(), loaded.input_embedding(), make_block),
-            loaded.fingerprint,
-            loaded.device,
-            loaded.dtype,
-        )
-    except CheckpointMismatchError as error:
-        raise HeadsMismatchError(str(error)) from error
-    except HeadsCheckpointError as error:
-        raise ConfigError(str(error)) from error
+    found = load_heads(
+        directory,
+        BaseParts(loaded.unembedding(), loaded.input_embedding(), make_block),
+        loaded.fingerprint,
+        loaded.device,
+        loaded.dtype,
+    )
     needed = None if found.adapter is None else adapter_sha256(found.adapter)
     if needed != loaded.adapter_sha256:
         raise HeadsMismatchError(

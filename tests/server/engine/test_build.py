@@ -13,7 +13,7 @@ from heads.calibration import NUM_BINS, ratios_from_heads
 from server.cache import CACHE_VARIABLE
 from server.config import EngineConfig
 from server.engine.engine import Engine
-from server.errors import ConfigError, HeadsMismatchError, ModelError
+from server.errors import ConfigError, HeadsCheckpointError, HeadsMismatchError, ModelError
 from server.model.draft_heads import DraftHeads
 from server.speculation.tree_builders import MergedTrees
 from tests.support.engine_tools import (
@@ -158,7 +158,7 @@ class TestHeads:
     def test_a_directory_without_a_checkpoint_is_refused(
         self, model_dir: Path, tmp_path: Path
     ) -> None:
-        with pytest.raises(ConfigError):
+        with pytest.raises(HeadsCheckpointError):
             build(model_dir, heads=str(tmp_path))
 
     @pytest.mark.parametrize("kind", ["medusa", "mtp"])

@@ -9,7 +9,7 @@ import torch
 from server.config import EngineConfig
 from server.cpu.packed_linear import PackedLinear
 from server.engine.engine import Engine
-from server.errors import ConfigError, HeadsMismatchError
+from server.errors import HeadsCheckpointError, HeadsMismatchError
 from server.model.draft_heads import load_draft_heads
 from server.model.loading import load_model
 from tests.support.engine_tools import make_request
@@ -86,14 +86,14 @@ def test_an_adapter_that_is_cut_short_is_named(model_dir: Path, tmp_path: Path) 
     heads = save_adapted_heads(model_dir, tmp_path / "heads", adapter)
     weights = heads / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4])
-    with pytest.raises(ConfigError, match=r"adapter_model\.safetensors is damaged"):
+    with pytest.raises(HeadsCheckpointError, match=r"adapter_model\.safetensors is damaged"):
         load_model(str(model_dir), "cpu", heads=heads)
 
 
 def test_an_adapter_that_is_more_than_lora_is_refused(model_dir: Path, tmp_path: Path) -> None:
     adapter = save_tiny_adapter(model_dir, tmp_path / "adapter", use_dora=True)
     heads = save_adapted_heads(model_dir, tmp_path / "heads", adapter)
-    with pytest.raises(ConfigError, match="use_dora True, which is not supported"):
+    with pytest.raises(HeadsCheckpointError, match="use_dora True, which is not supported"):
         load_model(str(model_dir), "cpu", heads=heads)
 
 

@@ -7,7 +7,7 @@ from heads.checkpoint import save_heads
 from heads.medusa import MedusaConfig, MedusaHeads
 from heads.mtp import MTPConfig, MTPModule
 from server.attention.hook import AttentionContext
-from server.errors import ConfigError, HeadsMismatchError
+from server.errors import HeadsCheckpointError, HeadsMismatchError
 from server.model.decoder_block import DecoderBlock
 from server.model.draft_heads import load_draft_heads
 from server.model.loading import LoadedModel, load_model
@@ -50,9 +50,9 @@ def test_heads_of_another_base_model_are_refused(heads_dir: Path, tmp_path: Path
 def test_a_missing_or_damaged_checkpoint_is_refused(heads_dir: Path, loaded: LoadedModel) -> None:
     weights = heads_dir / "heads.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
-    with pytest.raises(ConfigError, match=r"heads\.safetensors"):
+    with pytest.raises(HeadsCheckpointError, match=r"heads\.safetensors"):
         load_draft_heads(heads_dir, loaded)
-    with pytest.raises(ConfigError):
+    with pytest.raises(HeadsCheckpointError):
         load_draft_heads(heads_dir / "nowhere", loaded)
 
 

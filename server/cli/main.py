@@ -27,6 +27,7 @@ from server.core.request import Request, RequestOutput, RequestStats
 from server.errors import (
     ConfigError,
     EuryaleError,
+    HeadsCheckpointError,
     HeadsMismatchError,
     InvalidRequestError,
     ModelError,
@@ -88,6 +89,7 @@ _EXIT_CODES: tuple[tuple[type[EuryaleError], int], ...] = (
     (InvalidRequestError, 2),
     (ModelError, 3),
     (HeadsMismatchError, 4),
+    (HeadsCheckpointError, 2),
     (EuryaleError, 1),
 )
 # Colours of accepted tokens by depth in the draft tree; deeper ones share the last.

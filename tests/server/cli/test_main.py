@@ -9,7 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from server.api.config import ApiConfig, ServerConfig, installed_version
-from server.cli import app
+from server.cli.main import app
 from server.config import EngineConfig, SamplingParams
 from server.core.request import Request
 from server.engine.engine import Engine
@@ -84,8 +84,8 @@ def test_the_version_is_that_of_the_distribution() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--tree", "many"], ["tree is 'many'", "auto"]),
-        (["--tree", "99"], ["tree is 99"]),
+        (["--tree-size", "many"], ["tree_size is 'many'", "auto"]),
+        (["--tree-size", "99"], ["tree_size is 99"]),
         (["--max-nodes", "0"], ["max_nodes is 0"]),
         (["--port", "70000"], ["port is 70000"]),
         (["--drain-s", "-1"], ["drain_s is -1"]),
@@ -195,7 +195,7 @@ def test_generate_writes_the_engines_text_and_nothing_else_to_stdout(
         str(model_dir),
         "--heads",
         str(heads_dir),
-        "--tree",
+        "--tree-size",
         "8",
     )
     assert result.exit_code == 0, result.output
@@ -214,7 +214,7 @@ def test_accepted_tokens_are_coloured_by_depth(model_dir: Path, heads_dir: Path)
         *arguments,
         "--heads",
         str(heads_dir),
-        "--tree",
+        "--tree-size",
         "16",
         env={"FORCE_COLOR": "1", "TERM": "xterm-256color"},
     )

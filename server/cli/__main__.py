@@ -1,0 +1,5 @@
+"""Runs `python -m server.cli`, which is the command `euryale`."""
+
+from server.cli import main
+
+main()
