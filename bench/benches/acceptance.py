@@ -11,18 +11,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bench.benches.setup import (
-    build_engine,
-    describe_engine,
-    engine_config,
-    greedy,
-    load_workload,
-    speculation_on,
+    BATCH_ENGINE_OPTIONS,
+    BatchOptions,
+    PromptOptions,
+    common_settings,
+    prepare,
 )
 from bench.measure.report import Outcome
-from bench.options import BenchOptions
-from bench.progress import progress
 from bench.workload.dialogues import answer_turns
 from bench.workload.tracing import NO_STEPS, StepCount, Trace, count_steps
+from server.cli.console import progress_bar
+from server.cli.options import Command, Settings
+from server.config import EngineConfig, SpeculationParams
 
 NGRAM_LEN = 8
 
@@ -128,27 +128,34 @@ def _means(counts: dict[str, StepCount]) -> dict[str, float]:
     return {category: count.mean for category, count in counts.items() if count.num_steps}
 
 
-def run(options: BenchOptions) -> Outcome:
+def run(
+    prompts: PromptOptions,
+    config: EngineConfig,
+    speculation: SpeculationParams,
+    batch: BatchOptions,
+) -> Outcome:
     """Answer the prompts and count what the verify steps emitted.
 
     Raises:
         BenchError: If the prompts are wrong or none of them fits the context.
         EuryaleError: If the engine cannot be built or refuses a request.
     """
-    workload = load_workload(options)
-    engine = build_engine(engine_config(options, tree_size=options.max_nodes))
-    sampling, speculation = greedy(options), speculation_on(options)
-    with progress("acceptance", len(workload.conversations)) as advance:
+    setup = prepare(prompts, batch.applied(config), speculation)
+    conversations = setup.workload.conversations
+    with progress_bar("acceptance", len(conversations)) as bar:
         answered = answer_turns(
-            engine,
-            workload.conversations,
-            lambda turn: turn.request(sampling, speculation),
-            advance,
+            setup.engine,
+            conversations,
+            lambda turn: turn.request(setup.greedy, setup.speculation),
+            bar.advance,
         )
     categories = [turn.conversation.category for turn in answered.turns]
-    return Outcome(
-        result=summarise(answered.traces, categories),
-        device=engine.loaded.device,
-        dtype=engine.loaded.dtype,
-        extra={**describe_engine(engine), **workload.describe(answered.skipped)},
-    )
+    return setup.outcome(summarise(answered.traces, categories), answered.skipped)
+
+
+COMMAND = Command(
+    "acceptance",
+    "Mean acceptance length, in all, by category and by depth.",
+    run,
+    {**common_settings(BATCH_ENGINE_OPTIONS), "batch": Settings(BatchOptions)},
+)

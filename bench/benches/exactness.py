@@ -14,25 +14,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from bench.benches.setup import (
-    Workload,
-    build_engine,
-    describe_engine,
-    engine_config,
-    greedy,
-    load_workload,
-    speculation_off,
-    speculation_on,
+    BATCH_ENGINE_OPTIONS,
+    PLAIN,
+    BatchOptions,
+    PromptOptions,
+    common_settings,
+    prepare,
 )
 from bench.errors import BenchError
 from bench.measure.judge import CheckName, Judge, Mismatch, Pair
 from bench.measure.reference import ReferenceModel
 from bench.measure.report import Outcome
 from bench.measure.ties import TIE_GAP
-from bench.options import BenchOptions
-from bench.progress import progress
+from bench.workload.conversations import Conversation
 from bench.workload.dialogues import MakeRequest, SkippedTurn, Turn, answer_again, answer_turns
 from bench.workload.tracing import NO_STEPS, Trace, count_steps
-from server.config import SamplingParams, SpeculationParams
+from server.cli.console import progress_bar
+from server.cli.options import Command, Settings
+from server.config import EngineConfig, SamplingParams, SpeculationParams
 from server.core.request import Request
 from server.engine.engine import Engine
 
@@ -110,32 +109,38 @@ def summarise(pairs: Sequence[Pair], judge: Judge) -> ExactnessResult:
 
 
 class RequestMaker:
-    """Makes the requests of the five ways to answer a turn."""
+    """Makes the requests of the ways in which the engine answers a turn.
 
-    def __init__(self, options: BenchOptions) -> None:
-        self._options = options
+    Args:
+        greedy: How greedy outputs are drawn.
+        speculation: Of the ways with drafts.
+        max_nodes: Largest tree of all.
+    """
 
-    def greedy_params(self, turn: Turn) -> SamplingParams:
-        """How a turn's greedy outputs are drawn."""
-        return greedy(self._options)
+    def __init__(
+        self, greedy: SamplingParams, speculation: SpeculationParams, max_nodes: int
+    ) -> None:
+        self.greedy_params = greedy
+        self._speculation = speculation
+        self._max_nodes = max_nodes
 
     def sampled_params(self, turn: Turn) -> SamplingParams:
         """How a turn's samples are drawn; each turn has its own seed."""
         seed = turn.conversation.line * _SEEDS_PER_LINE + turn.index
-        return replace(greedy(self._options), temperature=TEMPERATURE, seed=seed)
+        return replace(self.greedy_params, temperature=TEMPERATURE, seed=seed)
 
     def tree_size(self, turn: Turn) -> int:
         """Largest tree of a turn: neighbouring turns have different ones."""
         halvings = (turn.conversation.line + turn.index) % _NUM_TREE_SIZES
-        return max(self._options.max_nodes >> halvings, min(2, self._options.max_nodes))
+        return max(self._max_nodes >> halvings, min(2, self._max_nodes))
 
     def greedy_on(self, turn: Turn) -> Request:
         """Greedy, with speculation."""
-        return turn.request(self.greedy_params(turn), self._on(turn))
+        return turn.request(self.greedy_params, self._on(turn))
 
     def greedy_off(self, turn: Turn) -> Request:
         """Greedy, plainly decoded."""
-        return turn.request(self.greedy_params(turn), speculation_off())
+        return turn.request(self.greedy_params, PLAIN)
 
     def sampled_on(self, turn: Turn) -> Request:
         """Sampled, with speculation."""
@@ -143,24 +148,26 @@ class RequestMaker:
 
     def sampled_off(self, turn: Turn) -> Request:
         """Sampled, plainly decoded."""
-        return turn.request(self.sampled_params(turn), speculation_off())
+        return turn.request(self.sampled_params(turn), PLAIN)
 
     def _on(self, turn: Turn) -> SpeculationParams:
-        return replace(speculation_on(self._options), max_nodes=self.tree_size(turn))
+        return replace(self._speculation, max_nodes=self.tree_size(turn))
 
 
 def produce(
-    engine: Engine, reference: ReferenceModel, workload: Workload, options: BenchOptions
+    engine: Engine,
+    reference: ReferenceModel,
+    conversations: Sequence[Conversation],
+    requests: RequestMaker,
 ) -> tuple[Outputs, tuple[SkippedTurn, ...]]:
     """Answer every turn in all five ways; greedy answers with speculation form the contexts."""
-    requests = RequestMaker(options)
-    with progress("greedy, speculation on", len(workload.conversations)) as advance:
-        answered = answer_turns(engine, workload.conversations, requests.greedy_on, advance)
+    with progress_bar("greedy, speculation on", len(conversations)) as bar:
+        answered = answer_turns(engine, conversations, requests.greedy_on, bar.advance)
     turns = answered.turns
 
     def again(label: str, make_request: MakeRequest) -> tuple[Trace, ...]:
-        with progress(label, len(turns)) as advance:
-            return tuple(answer_again(engine, turns, make_request, advance))
+        with progress_bar(label, len(turns)) as bar:
+            return tuple(answer_again(engine, turns, make_request, bar.advance))
 
     outputs = Outputs(
         turns=turns,
@@ -168,7 +175,7 @@ def produce(
         greedy_off=again("greedy, speculation off", requests.greedy_off),
         sampled_on=again("sampled, speculation on", requests.sampled_on),
         sampled_off=again("sampled, speculation off", requests.sampled_off),
-        transformers=_generate_all(reference, turns, options.max_new_tokens),
+        transformers=_generate_all(reference, turns, requests.greedy_params.max_tokens),
     )
     return outputs, answered.skipped
 
@@ -177,10 +184,10 @@ def _generate_all(
     reference: ReferenceModel, turns: Sequence[Turn], max_new_tokens: int
 ) -> tuple[tuple[int, ...], ...]:
     outputs: list[tuple[int, ...]] = []
-    with progress("greedy, transformers", len(turns)) as advance:
+    with progress_bar("greedy, transformers", len(turns)) as bar:
         for turn in turns:
             outputs.append(reference.generate(turn.prompt_token_ids, max_new_tokens)[1])
-            advance()
+            bar.advance()
     return tuple(outputs)
 
 
@@ -190,7 +197,7 @@ def make_pairs(outputs: Outputs, requests: RequestMaker) -> list[Pair]:
     for rank, turn in enumerate(outputs.turns):
         ours, plain = outputs.greedy_on[rank].token_ids, outputs.greedy_off[rank].token_ids
         samples = outputs.sampled_on[rank].token_ids, outputs.sampled_off[rank].token_ids
-        greedily, randomly = requests.greedy_params(turn), requests.sampled_params(turn)
+        greedily, randomly = requests.greedy_params, requests.sampled_params(turn)
         pairs += [
             Pair("greedy_vs_transformers", turn, (ours, outputs.transformers[rank]), greedily),
             Pair("greedy_on_vs_off", turn, (ours, plain), greedily),
@@ -204,7 +211,12 @@ def pooled_acceptance(traces: Sequence[Trace]) -> float:
     return sum((count_steps(trace) for trace in traces), NO_STEPS).mean
 
 
-def run(options: BenchOptions) -> Outcome:
+def run(
+    prompts: PromptOptions,
+    config: EngineConfig,
+    speculation: SpeculationParams,
+    batch: BatchOptions,
+) -> Outcome:
     """Produce the outputs and compare them; in float32 unless the options name another type.
 
     Raises:
@@ -212,28 +224,28 @@ def run(options: BenchOptions) -> Outcome:
             quantized.
         EuryaleError: If the engine cannot be built or refuses a request.
     """
-    if options.quantization != "none":
+    if config.quantization != "none":
         raise BenchError(
-            f"quantization is {options.quantization!r}, but exactness compares with transformers' "
+            f"quantization is {config.quantization!r}, but exactness compares with transformers' "
             "model, whose weights are plain; give 'none'"
         )
-    workload = load_workload(options)
-    dtype = "float32" if options.dtype == "auto" else options.dtype
-    engine = build_engine(engine_config(options, tree_size=options.max_nodes, dtype=dtype))
-    reference = ReferenceModel(engine.loaded)
-    outputs, skipped = produce(engine, reference, workload, options)
-    result = summarise(make_pairs(outputs, RequestMaker(options)), Judge(reference))
-    return Outcome(
-        result=result,
-        device=engine.loaded.device,
-        dtype=engine.loaded.dtype,
-        extra={
-            "mean_acceptance_lengths": {
-                "greedy": pooled_acceptance(outputs.greedy_on),
-                "sampled": pooled_acceptance(outputs.sampled_on),
-            },
-            **describe_engine(engine),
-            **workload.describe(skipped),
-        },
-        passed=result.num_unexplained == 0,
-    )
+    config = replace(config, dtype="float32" if config.dtype == "auto" else config.dtype)
+    setup = prepare(prompts, batch.applied(config), speculation)
+    reference = ReferenceModel(setup.engine.loaded)
+    requests = RequestMaker(setup.greedy, setup.speculation, config.max_nodes)
+    outputs, skipped = produce(setup.engine, reference, setup.workload.conversations, requests)
+    result = summarise(make_pairs(outputs, requests), Judge(reference))
+    acceptance_lengths = {
+        "greedy": pooled_acceptance(outputs.greedy_on),
+        "sampled": pooled_acceptance(outputs.sampled_on),
+    }
+    extra = {"mean_acceptance_lengths": acceptance_lengths}
+    return setup.outcome(result, skipped, extra, passed=result.num_unexplained == 0)
+
+
+COMMAND = Command(
+    "exactness",
+    "Token equality against transformers and between speculation on and off.",
+    run,
+    {**common_settings(BATCH_ENGINE_OPTIONS), "batch": Settings(BatchOptions)},
+)

@@ -9,14 +9,7 @@ timed as a whole; figures without its prefill stand under `decode`.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from bench.benches.setup import (
-    build_engine,
-    describe_engine,
-    engine_config,
-    load_workload,
-    speculation_off,
-    speculation_on,
-)
+from bench.benches.setup import PLAIN, PromptOptions, common_settings, prepare
 from bench.errors import BenchError
 from bench.load.contenders import (
     Contender,
@@ -31,11 +24,11 @@ from bench.measure.limits import WeightTraffic, read_speed, weight_bytes
 from bench.measure.reference import ReferenceModel
 from bench.measure.report import Outcome
 from bench.measure.timing import Speed, Speedup, speed, speedup
-from bench.options import BenchOptions
-from bench.progress import progress
 from bench.workload.conversations import Conversation
 from bench.workload.dialogues import SkippedTurn, make_turn, skip_if_too_long
-from server.config import SamplingParams
+from server.cli.console import progress_bar
+from server.cli.options import Command
+from server.config import EngineConfig, SamplingParams, SpeculationParams
 from server.engine.engine import Engine
 
 NAMES = ("speculation", "plain", "transformers")
@@ -141,7 +134,7 @@ def race_conversations(
         while len(answers) < len(conversation.turns):
             turn = make_turn(engine.tokenizer, conversation, answers)
             sampling = SamplingParams(max_tokens=max_new_tokens, temperature=0.0)
-            request = turn.request(sampling, speculation_off())
+            request = turn.request(sampling, PLAIN)
             obstacle = skip_if_too_long(engine, turn, request)
             if obstacle is not None:
                 skipped.append(obstacle)
@@ -155,47 +148,38 @@ def race_conversations(
     return races, skipped
 
 
-def run(options: BenchOptions) -> Outcome:
+def run(prompts: PromptOptions, config: EngineConfig, speculation: SpeculationParams) -> Outcome:
     """Race speculation, plain decoding and transformers.
 
     Raises:
         BenchError: If the prompts are wrong or none of them fits the context.
         EuryaleError: If the engine cannot be built or refuses a request.
     """
-    workload = load_workload(options)
-    engine = build_engine(engine_config(options, tree_size="auto"))
+    setup = prepare(prompts, config, speculation)
+    engine, conversations = setup.engine, setup.workload.conversations
     reference = ReferenceModel(engine.loaded)
     memory_gb_per_s = read_speed(engine.loaded.device)
-    contenders: dict[str, Contender] = {
-        "speculation": engine_contender(engine, speculation_on(options)),
-        "plain": engine_contender(engine, speculation_off()),
+    contenders = {
+        "speculation": engine_contender(engine, setup.speculation),
+        "plain": engine_contender(engine, PLAIN),
         "transformers": reference_contender(reference),
     }
-    with progress("latency", len(workload.conversations)) as advance:
+    with progress_bar("latency", len(conversations)) as bar:
         races, skipped = race_conversations(
-            engine, contenders, workload.conversations, options.max_new_tokens, advance
+            engine, contenders, conversations, prompts.max_new_tokens, bar.advance
         )
     if not races:
         raise BenchError("no prompt fits the model's context; give shorter ones")
     result = summarise(races)
-    num_bytes = weight_bytes(reference.model, options.quantization)
+    num_bytes = weight_bytes(reference.model, config.quantization)
     traffic = WeightTraffic(
         weight_bytes=num_bytes,
         memory_gb_per_s=memory_gb_per_s,
         plain_gb_per_s=_gb_per_s(num_bytes, result.step_ms["plain"]),
         speculation_gb_per_s=_gb_per_s(num_bytes, result.step_ms["speculation"]),
     )
-    return Outcome(
-        result=result,
-        device=engine.loaded.device,
-        dtype=engine.loaded.dtype,
-        extra={
-            "limit": traffic.describe(),
-            **describe_cost(engine),
-            **describe_engine(engine),
-            **workload.describe(tuple(skipped)),
-        },
-    )
+    extra = {"limit": traffic.describe(), **describe_cost(engine)}
+    return setup.outcome(result, skipped, extra)
 
 
 def describe_cost(engine: Engine) -> dict[str, object]:
@@ -218,3 +202,11 @@ def describe_cost(engine: Engine) -> dict[str, object]:
 
 def _gb_per_s(num_bytes: int, step_ms: float) -> float:
     return num_bytes / (step_ms * 1e6) if step_ms > 0.0 else 0.0
+
+
+COMMAND = Command(
+    "latency",
+    "Tokens per second at batch 1: speculation on, off, and transformers' generate.",
+    run,
+    common_settings(),
+)

@@ -12,20 +12,13 @@ from statistics import median
 from unittest.mock import patch
 
 import server.engine.engine as engine_module
-from bench.benches.setup import (
-    build_engine,
-    describe_engine,
-    engine_config,
-    greedy,
-    load_workload,
-    speculation_on,
-)
+from bench.benches.setup import PromptOptions, common_settings, prepare
 from bench.errors import BenchError
 from bench.measure.report import Outcome
 from bench.measure.stopwatch import Stopwatch, device_waiter
-from bench.options import BenchOptions
-from bench.progress import progress
-from bench.workload.dialogues import SkippedTurn, make_turn, skip_if_too_long
+from server.cli.console import progress_bar
+from server.cli.options import Command
+from server.config import EngineConfig, SpeculationParams
 from server.core.request import Request
 from server.engine.engine import Engine
 
@@ -128,41 +121,33 @@ def time_steps(engine: Engine, stopwatch: Stopwatch, request: Request) -> list[S
     return laps
 
 
-def run(options: BenchOptions) -> Outcome:
+def run(prompts: PromptOptions, config: EngineConfig, speculation: SpeculationParams) -> Outcome:
     """Answer the first turn of each prompt with every part timed.
 
     Raises:
-        BenchError: If the prompts are wrong or no output is long enough for a verify step.
+        BenchError: If the prompts are wrong, none of them fits the context, or no output is long
+            enough for a verify step.
         EuryaleError: If the engine cannot be built or refuses a request.
     """
-    workload = load_workload(options)
-    engine = build_engine(engine_config(options, tree_size="auto"))
-    requests: list[Request] = []
-    skipped: list[SkippedTurn] = []
-    for conversation in workload.conversations:
-        turn = make_turn(engine.tokenizer, conversation, [])
-        request = turn.request(greedy(options), speculation_on(options))
-        obstacle = skip_if_too_long(engine, turn, request)
-        if obstacle is None:
-            requests.append(request)
-        else:
-            skipped.append(obstacle)
+    setup = prepare(prompts, config, speculation)
+    engine = setup.engine
+    turns, skipped = setup.first_turns()
+    requests = [turn.request(setup.greedy, setup.speculation) for turn in turns]
     stopwatch = Stopwatch(device_waiter(engine.loaded.device))
     laps: list[StepLap] = []
-    with progress("overhead", len(requests)) as advance, instrumented(engine, stopwatch):
-        for request in requests[:1]:
-            time_steps(engine, stopwatch, request)  # not counted: everything runs once first
+    with progress_bar("overhead", len(requests)) as bar, instrumented(engine, stopwatch):
+        time_steps(engine, stopwatch, requests[0])  # not counted: everything runs once first
         for request in requests:
             laps += time_steps(engine, stopwatch, request)
-            advance()
+            bar.advance()
     if not laps:
-        raise BenchError("no output had a verify step; give longer outputs or shorter prompts")
-    return Outcome(
-        result=summarise(laps),
-        device=engine.loaded.device,
-        dtype=engine.loaded.dtype,
-        extra={
-            **describe_engine(engine),
-            **workload.describe(tuple(skipped)),
-        },
-    )
+        raise BenchError("no output had a verify step; give a larger --max-new-tokens")
+    return setup.outcome(summarise(laps), skipped)
+
+
+COMMAND = Command(
+    "overhead",
+    "Share of a step that the engine spends outside the model.",
+    run,
+    common_settings(),
+)

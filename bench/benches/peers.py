@@ -13,6 +13,7 @@ are told not to keep prompts, and are timed as their client sees them. What cann
 and listed with what it lacks.
 """
 
+import logging
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -22,15 +23,7 @@ from pathlib import Path
 import torch
 from transformers.utils.import_utils import is_serve_available
 
-from bench.benches.setup import (
-    build_engine,
-    describe_engine,
-    engine_config,
-    greedy,
-    load_workload,
-    speculation_off,
-    speculation_on,
-)
+from bench.benches.setup import PLAIN, PromptOptions, common_settings, prepare
 from bench.errors import BenchError
 from bench.load.contenders import (
     Contender,
@@ -51,18 +44,30 @@ from bench.load.peer_servers import (
 from bench.measure.reference import ReferenceModel
 from bench.measure.report import Outcome
 from bench.measure.timing import Speed, Speedup, speed, speedup
-from bench.options import BenchOptions
-from bench.progress import note, progress
-from bench.workload.dialogues import first_turns
 from server.cache import cache_dir
+from server.cli.console import progress_bar
+from server.cli.options import Command, Settings
+from server.config import EngineConfig, SpeculationParams
 from server.engine.engine import Engine
 from server.model.builtin import SMOLLM2, builtin_gguf
 from server.model.source import resolve_model
 
 OURS = "auto"
 _LLAMA_PROGRAM = "llama-server"
+_log = logging.getLogger("euryale.bench")
 # What transformers' documentation takes.
 _NUM_LOOKUP_TOKENS = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeersOptions:
+    """Other programs.
+
+    Attributes:
+        llama_server: llama.cpp's server; looked for on PATH if not given.
+    """
+
+    llama_server: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +137,29 @@ def gguf_file(model: str) -> Path | None:
 
 
 class Contenders:
-    """Puts the contenders together; servers among them run until `stack` is left."""
+    """Puts the contenders together.
 
-    def __init__(self, engine: Engine, options: BenchOptions, stack: ExitStack) -> None:
+    Args:
+        engine: Ours.
+        speculation: Of our engine with drafts.
+        llama_server: llama.cpp's server; None if there is none.
+        stack: The servers among the contenders run until it is left.
+
+    Attributes:
+        ready: Contenders that can run, by name.
+        missing: What the others lack, by name.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        speculation: SpeculationParams,
+        llama_server: Path | None,
+        stack: ExitStack,
+    ) -> None:
         self._engine = engine
-        self._options = options
+        self._speculation = speculation
+        self._llama_server = llama_server
         self._stack = stack
         self.ready: dict[str, Contender] = {}
         self.missing: dict[str, str] = {}
@@ -144,14 +167,14 @@ class Contenders:
     def add_all(self) -> None:
         """Prepare everything that can run here."""
         engine, reference = self._engine, ReferenceModel(self._engine.loaded)
-        self.ready[OURS] = engine_contender(engine, speculation_on(self._options))
-        self.ready["off"] = engine_contender(engine, speculation_off())
+        self.ready[OURS] = engine_contender(engine, self._speculation)
+        self.ready["off"] = engine_contender(engine, PLAIN)
         self.ready["transformers"] = reference_contender(reference)
         self.ready["transformers_lookup"] = reference_contender(reference, _NUM_LOOKUP_TOKENS)
         self._add_transformers_serve()
         self._add_llama()
         for name, reason in self.missing.items():
-            note(f"{name} does not run: {reason}")
+            _log.info(f"{name} does not run: {reason}")
 
     def _add_transformers_serve(self) -> None:
         if not is_serve_available():
@@ -159,7 +182,7 @@ class Contenders:
                 "not installed: its server lacks packages; pip install 'transformers[serving]'"
             )
             return
-        note("starting transformers serve")
+        _log.info("starting transformers serve")
         loaded, port = self._engine.loaded, free_port()
         model = resolve_model(loaded.name)
         dtype = str(loaded.dtype).removeprefix("torch.")
@@ -168,54 +191,59 @@ class Contenders:
         self.ready["transformers_serve"] = transformers_contender(model, loaded.tokenizer, port)
 
     def _add_llama(self) -> None:
-        program = find_llama_server(self._options.llama_server)
-        if program is None:
+        if self._llama_server is None:
             self.missing["llama_cpp"] = (
                 "not installed: there is no llama-server on PATH; build llama.cpp "
                 "(https://github.com/ggml-org/llama.cpp) and give --llama-server FILE"
             )
             return
-        model = gguf_file(self._options.model)
+        model = gguf_file(self._engine.config.model)
         if model is None:
             self.missing["llama_cpp"] = (
-                f"it needs a GGUF file, and model is {self._options.model!r}; give smollm2 or a "
-                ".gguf file"
+                f"it needs a GGUF file, and model is {self._engine.config.model!r}; give smollm2 "
+                "or a .gguf file"
             )
             return
-        note("starting llama-server")
+        _log.info("starting llama-server")
         port, num_threads = free_port(), torch.get_num_threads()
-        command = llama_command(program, model, num_threads, self._engine.max_model_len, port)
+        command = llama_command(
+            self._llama_server, model, num_threads, self._engine.max_model_len, port
+        )
         self._stack.enter_context(running(_LLAMA_PROGRAM, command, num_threads))
         self.ready["llama_cpp"] = llama_contender(port)
 
 
-def run(options: BenchOptions) -> Outcome:
+def run(
+    prompts: PromptOptions,
+    config: EngineConfig,
+    speculation: SpeculationParams,
+    others: PeersOptions,
+) -> Outcome:
     """Race our engine against what is installed here.
 
     Raises:
         BenchError: If the prompts are wrong, none of them fits the context, or a server fails.
         EuryaleError: If the engine cannot be built or refuses a request.
     """
-    find_llama_server(options.llama_server)
-    workload = load_workload(options)
-    engine = build_engine(engine_config(options, tree_size="auto"))
-    turns, skipped = first_turns(engine, workload.conversations, greedy(options))
+    program = find_llama_server(others.llama_server)
+    setup = prepare(prompts, config, speculation)
+    turns, skipped = setup.first_turns()
     races: list[Race] = []
     with ExitStack() as stack:
-        contenders = Contenders(engine, options, stack)
+        contenders = Contenders(setup.engine, setup.speculation, program, stack)
         contenders.add_all()
-        warm_up(contenders.ready, turns[0], options.max_new_tokens)
-        with progress("peers", len(turns)) as advance:
+        warm_up(contenders.ready, turns[0], prompts.max_new_tokens)
+        with progress_bar("peers", len(turns)) as bar:
             for number, turn in enumerate(turns):
-                races.append(race_turn(contenders.ready, turn, options.max_new_tokens, number))
-                advance()
-    return Outcome(
-        result=summarise(races, contenders.missing),
-        device=engine.loaded.device,
-        dtype=engine.loaded.dtype,
-        extra={
-            "num_lookup_tokens": _NUM_LOOKUP_TOKENS,
-            **describe_engine(engine),
-            **workload.describe(skipped),
-        },
-    )
+                races.append(race_turn(contenders.ready, turn, prompts.max_new_tokens, number))
+                bar.advance()
+    result = summarise(races, contenders.missing)
+    return setup.outcome(result, skipped, {"num_lookup_tokens": _NUM_LOOKUP_TOKENS})
+
+
+COMMAND = Command(
+    "peers",
+    "Tokens per second at batch 1, compared with transformers and llama.cpp.",
+    run,
+    {**common_settings(), "others": Settings(PeersOptions)},
+)

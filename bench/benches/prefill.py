@@ -11,30 +11,31 @@ Both run on the engine, step by step, without HTTP. Every prompt begins with a n
 so that none is in the cache.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
 from bench.benches.setup import (
-    build_engine,
-    describe_engine,
-    engine_config,
-    greedy,
-    load_workload,
-    speculation_off,
-    speculation_on,
+    ENGINE_OPTIONS,
+    PLAIN,
+    PromptOptions,
+    Setup,
+    common_settings,
+    prepare,
+    with_room,
 )
 from bench.errors import BenchError
 from bench.load.interference import Interference, measure_interference
 from bench.load.rounds import Arm
 from bench.measure.report import Outcome
 from bench.measure.timing import time_request
-from bench.options import BenchOptions
-from bench.progress import note, progress
 from bench.workload.conversations import UNCATEGORISED, Conversation
-from bench.workload.dialogues import Turn, first_turns, make_turn
+from bench.workload.dialogues import Turn, make_turn
 from bench.workload.long_prompts import LongPrompts
-from server.config import SamplingParams, SpeculationParams
+from server.cli.console import progress_bar
+from server.cli.options import Command, Count, Settings
+from server.config import EngineConfig, SamplingParams, SpeculationParams
 from server.core.request import Request
 from server.engine.engine import Engine
 
@@ -43,6 +44,24 @@ _FOLLOW_UP = "Say the same in one sentence."
 _FOLLOW_UP_TOKENS = 2
 # Room for the follow-up, its answer, and what the chat template puts around two turns.
 _DIALOGUE_TOKENS = 128
+_log = logging.getLogger("euryale.bench")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillOptions:
+    """Sizes of the bench.
+
+    Attributes:
+        prompt_tokens: Tokens of a conversation's first message.
+        long_prompt_tokens: Tokens of the prompt that arrives while streams decode.
+        streams: Requests that decode when the long prompt arrives.
+        rounds: Counted rounds.
+    """
+
+    prompt_tokens: Count = 2000
+    long_prompt_tokens: Count = 4000
+    streams: Count = 8
+    rounds: Count = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,23 +214,20 @@ class PrefillRounds:
     """Runs the rounds.
 
     Args:
-        engine: Idle; has a prefix cache, and room for the streams and one request more.
+        setup: The engine is idle; it has a prefix cache, and room for the streams and one request
+            more.
         turns: What the streams answer, in turn.
-        prompts: Where long prompts come from.
-        options: The sizes, and both arms' speculation.
+        sizes: Of the prompts, the streams and the rounds.
     """
 
-    def __init__(
-        self, engine: Engine, turns: Sequence[Turn], prompts: LongPrompts, options: BenchOptions
-    ) -> None:
-        self._engine = engine
+    def __init__(self, setup: Setup, turns: Sequence[Turn], sizes: PrefillOptions) -> None:
+        self._setup = setup
         self._turns = turns
-        self._prompts = prompts
-        self._options = options
-        self._arms: Mapping[Arm, SpeculationParams] = {
-            "auto": speculation_on(options),
-            "off": speculation_off(),
-        }
+        self._sizes = sizes
+        conversations = setup.workload.conversations
+        texts = [text for conversation in conversations for text in conversation.turns]
+        self._prompts = LongPrompts(setup.engine.tokenizer, texts)
+        self._arms: Mapping[Arm, SpeculationParams] = {"auto": setup.speculation, "off": PLAIN}
 
     def run(self, into: list[dict[Arm, ArmRound]], on_run: Callable[[], None]) -> None:
         """Run all rounds, the first of which warms up and is not counted.
@@ -220,7 +236,7 @@ class PrefillRounds:
             into: Gets each counted round as soon as both arms ran; they begin in turn.
             on_run: Called after each arm.
         """
-        for number in range(self._options.prefill.rounds + 1):
+        for number in range(self._sizes.rounds + 1):
             both: dict[Arm, ArmRound] = {}
             for arm in ("auto", "off") if number % 2 else ("off", "auto"):
                 both[arm] = self._arm(self._arms[arm])
@@ -229,13 +245,13 @@ class PrefillRounds:
                 into.append(both)
 
     def _arm(self, speculation: SpeculationParams) -> ArmRound:
-        sizes = self._options.prefill
-        turns = (self._prompts.text(sizes.prompt_tokens), _FOLLOW_UP)
+        engine = self._setup.engine
+        turns = (self._prompts.text(self._sizes.prompt_tokens), _FOLLOW_UP)
         conversation = Conversation(1, "prefill", UNCATEGORISED, turns)
-        reuse = measure_reuse(self._engine, conversation, greedy(self._options), speculation)
-        chosen = [self._turns[i % len(self._turns)] for i in range(sizes.streams)]
+        reuse = measure_reuse(engine, conversation, self._setup.greedy, speculation)
+        chosen = [self._turns[i % len(self._turns)] for i in range(self._sizes.streams)]
         interference = measure_interference(
-            self._engine,
+            engine,
             [
                 self._endless(f"stream {i}", turn.prompt_token_ids, speculation)
                 for i, turn in enumerate(chosen)
@@ -246,29 +262,33 @@ class PrefillRounds:
         return ArmRound(reuse, interference)
 
     def _long(self, name: str, speculation: SpeculationParams) -> Request:
-        token_ids = self._prompts.token_ids(self._options.prefill.long_prompt_tokens)
+        token_ids = self._prompts.token_ids(self._sizes.long_prompt_tokens)
         return self._endless(name, token_ids, speculation)
 
     def _endless(
         self, name: str, token_ids: tuple[int, ...], speculation: SpeculationParams
     ) -> Request:
-        room = self._engine.max_model_len - len(token_ids)
+        room = self._setup.engine.max_model_len - len(token_ids)
         sampling = SamplingParams(max_tokens=room, temperature=0.0, ignore_eos=True)
         return Request(name, token_ids, sampling, speculation)
 
 
-def check_lengths(engine: Engine, options: BenchOptions) -> None:
+def check_lengths(context: int, max_new_tokens: int, sizes: PrefillOptions) -> None:
     """Refuse prompts that the context has no room for.
+
+    Args:
+        context: Longest prompt plus output in tokens.
+        max_new_tokens: Longest answer to a conversation's first message.
+        sizes: Of the prompts.
 
     Raises:
         BenchError: Names the largest number of tokens that has.
     """
-    sizes, context = options.prefill, engine.max_model_len
-    room = context - options.max_new_tokens - _DIALOGUE_TOKENS
+    room = context - max_new_tokens - _DIALOGUE_TOKENS
     if sizes.prompt_tokens > room:
         raise BenchError(
-            f"--prompt-tokens is {sizes.prompt_tokens}, but beside an answer of "
-            f"{options.max_new_tokens} tokens and {_DIALOGUE_TOKENS} for the second turn, the "
+            f"--prompt-tokens is {sizes.prompt_tokens}, but with an answer of "
+            f"{max_new_tokens} tokens and {_DIALOGUE_TOKENS} for the second turn, the "
             f"context of {context} has room for {max(room, 0)}; give at most that, or a smaller "
             "--max-new-tokens"
         )
@@ -279,7 +299,12 @@ def check_lengths(engine: Engine, options: BenchOptions) -> None:
         )
 
 
-def run(options: BenchOptions) -> Outcome:
+def run(
+    prompts: PromptOptions,
+    config: EngineConfig,
+    speculation: SpeculationParams,
+    sizes: PrefillOptions,
+) -> Outcome:
     """Measure reuse and interference; an interrupt ends with the rounds until then.
 
     Raises:
@@ -287,40 +312,37 @@ def run(options: BenchOptions) -> Outcome:
             was interrupted.
         EuryaleError: If the engine cannot be built or refuses a request.
     """
-    sizes = options.prefill
-    workload = load_workload(options)
-    beside = replace(options, concurrency=sizes.streams + 1)
-    config = replace(
-        engine_config(beside, tree_size="auto"),
-        prefix_caching=True,
-        max_prefill_tokens=sizes.max_prefill_tokens,
-    )
-    engine = build_engine(config)
-    check_lengths(engine, options)
-    turns, skipped = first_turns(engine, workload.conversations, greedy(options))
-    texts = [text for conversation in workload.conversations for text in conversation.turns]
-    runner = PrefillRounds(engine, turns, LongPrompts(engine.tokenizer, texts), options)
+    config = replace(with_room(config, sizes.streams + 1), prefix_caching=True)
+    setup = prepare(prompts, config, speculation)
+    engine = setup.engine
+    check_lengths(engine.max_model_len, prompts.max_new_tokens, sizes)
+    turns, skipped = setup.first_turns()
     rounds: list[dict[Arm, ArmRound]] = []
     is_complete = True
     try:
-        with progress("prefill", 2 * (sizes.rounds + 1)) as advance:
-            runner.run(rounds, advance)
+        with progress_bar("prefill", 2 * (sizes.rounds + 1)) as bar:
+            PrefillRounds(setup, turns, sizes).run(rounds, bar.advance)
     except KeyboardInterrupt:
         is_complete = False
-        note("interrupted; the figures are those of the rounds until here")
+        _log.info("interrupted; the figures are those of the rounds until here")
     if not rounds:
         raise BenchError("interrupted before the first counted round; let it run longer")
-    return Outcome(
-        result=summarise(rounds, is_complete),
-        device=engine.loaded.device,
-        dtype=engine.loaded.dtype,
-        extra={
-            "prompt_tokens": sizes.prompt_tokens,
-            "long_prompt_tokens": sizes.long_prompt_tokens,
-            "streams": sizes.streams,
-            "max_prefill_tokens": engine.config.max_prefill_tokens,
-            "max_tokens_per_step": engine.config.max_tokens_per_step,
-            **describe_engine(engine),
-            **workload.describe(skipped),
-        },
-    )
+    extra = {
+        "prompt_tokens": sizes.prompt_tokens,
+        "long_prompt_tokens": sizes.long_prompt_tokens,
+        "streams": sizes.streams,
+        "max_prefill_tokens": engine.config.max_prefill_tokens,
+        "max_tokens_per_step": engine.config.max_tokens_per_step,
+    }
+    return setup.outcome(summarise(rounds, is_complete), skipped, extra)
+
+
+COMMAND = Command(
+    "prefill",
+    "What a cached prefix saves, and what a long prompt costs the streams that decode meanwhile.",
+    run,
+    {
+        **common_settings((*ENGINE_OPTIONS, "max_prefill_tokens")),
+        "sizes": Settings(PrefillOptions),
+    },
+)

@@ -13,23 +13,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from bench.benches.setup import (
-    build_engine,
-    describe_engine,
-    engine_config,
-    greedy,
-    load_workload,
-    speculation_off,
-    speculation_on,
-)
+from bench.benches.setup import PLAIN, PromptOptions, common_settings, prepare
 from bench.measure.reference import ReferenceModel
 from bench.measure.report import Outcome
 from bench.measure.timing import Timing, speed, time_request
-from bench.options import BenchOptions
-from bench.progress import progress
-from bench.workload.dialogues import Turn, first_turns
+from bench.workload.dialogues import Turn
 from bench.workload.tracing import NO_STEPS, Trace, count_steps
-from server.config import SamplingParams, SpeculationParams
+from server.cli.console import progress_bar
+from server.cli.options import Command
+from server.config import EngineConfig, SamplingParams, SpeculationParams
 from server.engine.engine import Engine
 
 TEMPERATURES = (0.7, 1.0)
@@ -134,46 +126,34 @@ def text_nll(reference: ReferenceModel, trace: Trace) -> float:
     return -float(log_probs_TV.gather(1, token_ids[0, -num_output:, None]).sum())
 
 
-def run(options: BenchOptions) -> Outcome:
+def run(prompts: PromptOptions, config: EngineConfig, speculation: SpeculationParams) -> Outcome:
     """Answer the prompts under every rule and temperature.
 
     Raises:
         BenchError: If the prompts are wrong or none fits the context.
         EuryaleError: If the engine cannot be built or refuses a request.
     """
-    workload = load_workload(options)
-    engine = build_engine(engine_config(options, tree_size="auto"))
-    reference = ReferenceModel(engine.loaded)
-    turns, skipped = first_turns(engine, workload.conversations, greedy(options))
-    speculated = speculation_on(options)
+    setup = prepare(prompts, config, speculation)
+    reference = ReferenceModel(setup.engine.loaded)
+    turns, skipped = setup.first_turns()
     ways = {
-        "plain": speculation_off(),
-        "exact": replace(speculated, acceptance="exact"),
-        "typical": replace(speculated, acceptance="typical"),
+        "plain": PLAIN,
+        "exact": replace(setup.speculation, acceptance="exact"),
+        "typical": replace(setup.speculation, acceptance="typical"),
     }
     results = []
-    with progress("quality", len(turns) * len(TEMPERATURES)) as advance:
+    with progress_bar("quality", len(turns) * len(TEMPERATURES)) as bar:
         for temperature in TEMPERATURES:
             samples: dict[str, list[Sample]] = {name: [] for name in ways}
             for index, turn in enumerate(turns):
-                sampling = SamplingParams(
-                    max_tokens=options.max_new_tokens, temperature=temperature, seed=_SEED + index
-                )
-                for name, speculation in ways.items():
-                    samples[name].append(_sample(engine, reference, turn, sampling, speculation))
-                advance()
+                sampling = replace(setup.greedy, temperature=temperature, seed=_SEED + index)
+                for name, way in ways.items():
+                    samples[name].append(_sample(setup.engine, reference, turn, sampling, way))
+                bar.advance()
             results.append(
                 compare(temperature, **{name: describe(some) for name, some in samples.items()})
             )
-    return Outcome(
-        result=QualityResult(tuple(results)),
-        device=engine.loaded.device,
-        dtype=engine.loaded.dtype,
-        extra={
-            **describe_engine(engine),
-            **workload.describe(skipped),
-        },
-    )
+    return setup.outcome(QualityResult(tuple(results)), skipped)
 
 
 def _sample(
@@ -185,3 +165,11 @@ def _sample(
 ) -> Sample:
     timing, trace = time_request(engine, turn.request(sampling, speculation))
     return Sample(timing, trace, text_nll(reference, trace))
+
+
+COMMAND = Command(
+    "quality",
+    "Typical against exact acceptance when sampling: speed, perplexity, variety.",
+    run,
+    common_settings(),
+)

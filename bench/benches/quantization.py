@@ -18,24 +18,16 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from bench.benches.setup import (
-    build_engine,
-    describe_engine,
-    engine_config,
-    greedy,
-    load_workload,
-    speculation_off,
-    speculation_on,
-)
+from bench.benches.setup import PLAIN, PromptOptions, build_engine, common_settings, prepare
 from bench.errors import BenchError
 from bench.measure.report import Outcome
 from bench.measure.stopwatch import device_waiter
-from bench.options import BenchOptions
-from bench.progress import progress
-from bench.workload.dialogues import Turn, first_turns
+from bench.workload.dialogues import Turn
 from bench.workload.tracing import run_requests
 from server.attention.backend import AttentionBatch, AttentionSpan
-from server.config import SpeculationParams
+from server.cli.console import progress_bar
+from server.cli.options import Command
+from server.config import EngineConfig, SamplingParams, SpeculationParams
 from server.engine.engine import Engine
 from server.executor.batch import StepBatch
 
@@ -221,11 +213,19 @@ class Answers:
     Args:
         plain: Engine with plain weights.
         quantized: Engine with quantised weights.
+        greedy: Sampling of all answers.
+        speculation: Of the answers with drafts.
     """
 
-    def __init__(self, plain: Engine, quantized: Engine, options: BenchOptions) -> None:
+    def __init__(
+        self,
+        plain: Engine,
+        quantized: Engine,
+        greedy: SamplingParams,
+        speculation: SpeculationParams,
+    ) -> None:
         self._plain, self._quantized = plain, quantized
-        self._options = options
+        self._greedy, self._speculation = greedy, speculation
         self._readers = (Reader(plain), Reader(quantized))
         self._texts = (ComparisonSums(), ComparisonSums())
         self._num_outputs = self._num_same = self._num_changed = 0
@@ -233,12 +233,11 @@ class Answers:
 
     def add(self, turn: Turn) -> None:
         """Answer a turn three times and read the plain answer."""
-        on, off = speculation_on(self._options), speculation_off()
-        expected = self._answer(self._plain, turn, on)
-        answer = self._answer(self._quantized, turn, on)
+        expected = self._answer(self._plain, turn, self._speculation)
+        answer = self._answer(self._quantized, turn, self._speculation)
         self._num_outputs += 1
         self._num_same += answer == expected
-        self._num_changed += answer != self._answer(self._quantized, turn, off)
+        self._num_changed += answer != self._answer(self._quantized, turn, PLAIN)
         self._num_tokens += len(expected)
         self._num_same_tokens += same_prefix_len(expected, answer)
         compare_text(self._readers, turn.prompt_token_ids, expected, self._texts)
@@ -259,32 +258,33 @@ class Answers:
     def _answer(
         self, engine: Engine, turn: Turn, speculation: SpeculationParams
     ) -> tuple[int, ...]:
-        traces = run_requests(engine, [turn.request(greedy(self._options), speculation)])
+        traces = run_requests(engine, [turn.request(self._greedy, speculation)])
         return traces[turn.key].token_ids
 
 
-def run(options: BenchOptions) -> Outcome:
+def run(prompts: PromptOptions, config: EngineConfig, speculation: SpeculationParams) -> Outcome:
     """Compare texts and answers of the first turns, and time steps.
 
     Raises:
         BenchError: If the prompts are wrong, none fits the context or no quantisation is asked for.
         EuryaleError: If an engine cannot be built or refuses a request.
     """
-    if options.quantization == "none":
+    if config.quantization == "none":
         raise BenchError("quantization is 'none', which leaves nothing to compare; give 'int8'")
-    workload = load_workload(options)
-    config = engine_config(options, tree_size="auto")
+    setup = prepare(prompts, config, speculation)
     plain = build_engine(replace(config, quantization="none"))
-    quantized = build_engine(config)
-    turns, skipped = first_turns(plain, workload.conversations, greedy(options))
-    answers = Answers(plain, quantized, options)
-    with progress("quantization", len(turns)) as advance:
+    turns, skipped = setup.first_turns()
+    answers = Answers(plain, setup.engine, setup.greedy, setup.speculation)
+    with progress_bar("quantization", len(turns)) as bar:
         for turn in turns:
             answers.add(turn)
-            advance()
-    return Outcome(
-        result=answers.result(),
-        device=plain.loaded.device,
-        dtype=plain.loaded.dtype,
-        extra={**describe_engine(quantized), **workload.describe(skipped)},
-    )
+            bar.advance()
+    return setup.outcome(answers.result(), skipped)
+
+
+COMMAND = Command(
+    "quantization",
+    "Quantised weights against plain ones: step seconds, perplexity, agreement.",
+    run,
+    common_settings(quantization="int8"),
+)

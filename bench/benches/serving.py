@@ -7,33 +7,65 @@ in each round; the headline is their median.
 """
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import isnan
+from pathlib import Path
 from statistics import median
+from typing import Annotated
 
-from bench.benches.setup import (
-    build_engine,
-    describe_engine,
-    engine_config,
-    greedy,
-    load_workload,
-    speculation_off,
-    speculation_on,
-)
+from bench.benches.setup import PLAIN, PromptOptions, Setup, build_engine, common_settings, prepare
 from bench.errors import BenchError
 from bench.load.loops import NAN, LoadFigures
-from bench.load.rounds import Arm, Closed, Draws, Level, LoadRounds, Open, RoundPair, num_runs
+from bench.load.rounds import (
+    Arm,
+    Closed,
+    Draws,
+    Level,
+    LoadPlan,
+    LoadRounds,
+    Open,
+    RoundPair,
+    num_runs,
+)
 from bench.load.targets import engine_target, http_target
 from bench.measure.plots import check_plots, plot_ratios
 from bench.measure.report import Outcome
-from bench.options import BenchOptions
-from bench.progress import note, progress
-from bench.workload.dialogues import first_turns
-from server.config import SpeculationParams
-from server.engine.engine import Engine
+from server.cli.console import progress_bar
+from server.cli.options import Command, ReadBy, Settings
+from server.config import EngineConfig, SpeculationParams
 from server.engine.own_thread import in_own_thread
 from server.speculation.tree_sizes import Foresight
+
+_PLOT_SUFFIXES = (".png", ".svg", ".pdf")
+_log = logging.getLogger("euryale.bench")
+
+
+def image_file(text: str) -> Path:
+    """Read the name of a file for a plot.
+
+    Raises:
+        ValueError: If its ending names no format that plots are written in.
+    """
+    path = Path(text)
+    if path.suffix not in _PLOT_SUFFIXES:
+        raise ValueError(f"give a file that ends in {', '.join(_PLOT_SUFFIXES)}")
+    return path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingOptions:
+    """Server and plot.
+
+    Attributes:
+        engine: Drive the asynchronous engine, without HTTP.
+        plot: Image file for a plot of the ratios over the concurrency; nothing is drawn if not
+            given.
+    """
+
+    engine: bool = False
+    plot: Annotated[Path, ReadBy(image_file, "FILE")] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,25 +206,28 @@ def _median(values: Sequence[float]) -> float:
 
 
 async def _measure(
-    engine: Engine, draws: Draws, options: BenchOptions, into: list[RoundPair]
+    setup: Setup, draws: Draws, plan: LoadPlan, without_http: bool, into: list[RoundPair]
 ) -> None:
-    arms: dict[Arm, SpeculationParams] = {
-        "auto": speculation_on(options),
-        "off": speculation_off(),
-    }
+    arms: dict[Arm, SpeculationParams] = {"auto": setup.speculation, "off": PLAIN}
 
     def keep(pair: RoundPair) -> None:
         into.append(pair)
-        note(one_line(pair))
+        _log.info(one_line(pair))
 
-    opened = engine_target(engine) if options.load.engine else http_target(engine)
+    opened = engine_target(setup.engine) if without_http else http_target(setup.engine)
     async with opened as target:
-        rounds = LoadRounds(engine, target, draws, arms, options.load)
-        with progress("serving", num_runs(options.load)) as advance:
-            await rounds.run(keep, advance)
+        rounds = LoadRounds(setup.engine, target, draws, arms, plan)
+        with progress_bar("serving", num_runs(plan)) as bar:
+            await rounds.run(keep, bar.advance)
 
 
-def run(options: BenchOptions) -> Outcome:
+def run(
+    prompts: PromptOptions,
+    config: EngineConfig,
+    speculation: SpeculationParams,
+    plan: LoadPlan,
+    options: ServingOptions,
+) -> Outcome:
     """Put load on a server; an interrupt ends with what is measured until then.
 
     Raises:
@@ -200,36 +235,38 @@ def run(options: BenchOptions) -> Outcome:
             or the first counted round was interrupted.
         EuryaleError: If the engine cannot be built or refuses a request.
     """
-    load = options.load
-    if load.plot is not None:
+    if options.plot is not None:
         check_plots()
-    workload = load_workload(options)
-    config = replace(engine_config(options, tree_size="auto"), max_num_seqs=max(load.concurrencies))
-    engine = in_own_thread(lambda: build_engine(config))
-    turns, skipped = first_turns(engine, workload.conversations, greedy(options))
-    draws = Draws(turns, options.max_new_tokens, load.seed)
+    config = replace(config, max_num_seqs=max(plan.concurrency))
+    setup = prepare(
+        prompts, config, speculation, lambda config: in_own_thread(lambda: build_engine(config))
+    )
+    turns, skipped = setup.first_turns()
+    draws = Draws(turns, prompts.max_new_tokens, plan.seed)
     pairs: list[RoundPair] = []
     is_complete = True
     try:
-        asyncio.run(_measure(engine, draws, options, pairs))
+        asyncio.run(_measure(setup, draws, plan, options.engine, pairs))
     except KeyboardInterrupt:
         is_complete = False
-        note("interrupted; the figures are those of the rounds until here")
+        _log.info("interrupted; the figures are those of the rounds until here")
     if not pairs:
         raise BenchError("interrupted before the first counted round; let it run longer")
     result = summarise(pairs, is_complete)
-    if load.plot is not None:
-        plot_ratios(result.by_concurrency, load.plot)
-    return Outcome(
-        result=result,
-        device=engine.loaded.device,
-        dtype=engine.loaded.dtype,
-        extra={
-            "path": "engine" if load.engine else "http",
-            "seed": load.seed,
-            "max_num_seqs": config.max_num_seqs,
-            "max_tokens_per_step": config.max_tokens_per_step,
-            **describe_engine(engine),
-            **workload.describe(skipped),
-        },
-    )
+    if options.plot is not None:
+        plot_ratios(result.by_concurrency, options.plot)
+    extra = {
+        "path": "engine" if options.engine else "http",
+        "seed": plan.seed,
+        "max_num_seqs": config.max_num_seqs,
+        "max_tokens_per_step": config.max_tokens_per_step,
+    }
+    return setup.outcome(result, skipped, extra)
+
+
+COMMAND = Command(
+    "serving",
+    "A server under load, speculation on against off: throughput and latencies.",
+    run,
+    {**common_settings(), "plan": Settings(LoadPlan), "options": Settings(ServingOptions)},
+)

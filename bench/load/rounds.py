@@ -7,12 +7,13 @@ engine. Which one begins alternates from round to round.
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
+from bench.errors import BenchError
 from bench.load.loops import Answer, Ask, LoadFigures, closed_loop, load_figures, open_loop
 from bench.load.targets import Target
-from bench.options import LoadOptions
 from bench.workload.dialogues import Turn
+from server.cli.options import Between, Count
 from server.config import SpeculationParams
 from server.engine.engine import Engine
 from server.speculation.tree_sizes import Foresight
@@ -21,6 +22,37 @@ Arm = Literal["auto", "off"]
 _ARMS: tuple[Arm, ...] = ("auto", "off")
 _LEAST_REQUESTS = 8
 _OPEN_REQUESTS = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadPlan:
+    """The load.
+
+    Attributes:
+        concurrency: Numbers of clients, each of a closed loop of its own.
+        rate: Requests per second of an open loop, which runs too if this is given.
+        rounds: Counted rounds.
+        requests_per_round: Requests of each loop in a round; twice the clients and at least 8 if
+            not given, 32 for the open loop.
+        seconds_per_round: Seconds after which a closed loop begins no further request; no limit if
+            not given.
+        seed: Seed of the order of the prompts, their longest outputs and the open loop's times.
+
+    Raises:
+        BenchError: If a number of clients is given twice.
+    """
+
+    concurrency: tuple[Count, ...] = (1, 2, 4, 8, 16, 32, 64)
+    rate: Annotated[float, Between(0.0, excludes_low=True)] | None = None
+    rounds: Count = 5
+    requests_per_round: Count | None = None
+    seconds_per_round: Annotated[float, Between(0.0, excludes_low=True)] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if len(set(self.concurrency)) < len(self.concurrency):
+            counts = ",".join(map(str, self.concurrency))
+            raise BenchError(f"--concurrency {counts} names a count twice; give each once")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,24 +93,24 @@ class RoundPair:
     off: ArmRun
 
 
-def levels(options: LoadOptions) -> tuple[Level, ...]:
+def levels(plan: LoadPlan) -> tuple[Level, ...]:
     """The loads of a round, in order."""
-    closed = tuple(Closed(concurrency) for concurrency in options.concurrencies)
-    return closed if options.rate is None else (*closed, Open(options.rate))
+    closed = tuple(Closed(concurrency) for concurrency in plan.concurrency)
+    return closed if plan.rate is None else (*closed, Open(plan.rate))
 
 
-def num_requests(level: Level, options: LoadOptions) -> int:
+def num_requests(level: Level, plan: LoadPlan) -> int:
     """Requests of a load in a round."""
-    if options.requests_per_round is not None:
-        return options.requests_per_round
+    if plan.requests_per_round is not None:
+        return plan.requests_per_round
     return (
         _OPEN_REQUESTS if isinstance(level, Open) else max(_LEAST_REQUESTS, 2 * level.concurrency)
     )
 
 
-def num_runs(options: LoadOptions) -> int:
+def num_runs(plan: LoadPlan) -> int:
     """Runs of arms in all, those that warm up included."""
-    return (options.rounds + 1) * len(levels(options)) * len(_ARMS)
+    return (plan.rounds + 1) * len(levels(plan)) * len(_ARMS)
 
 
 class Draws:
@@ -113,7 +145,7 @@ class LoadRounds:
         target: Answers requests.
         draws: Where requests come from.
         arms: Both arms' speculation.
-        options: Of the load.
+        plan: Loads and rounds.
     """
 
     def __init__(
@@ -122,13 +154,13 @@ class LoadRounds:
         target: Target,
         draws: Draws,
         arms: Mapping[Arm, SpeculationParams],
-        options: LoadOptions,
+        plan: LoadPlan,
     ) -> None:
         self._engine = engine
         self._target = target
         self._draws = draws
         self._arms = arms
-        self._options = options
+        self._plan = plan
 
     async def run(self, on_pair: Callable[[RoundPair], None], on_run: Callable[[], None]) -> None:
         """Run all rounds, the first of which warms up and is not counted.
@@ -137,15 +169,15 @@ class LoadRounds:
             on_pair: Called with each counted pair as soon as it is complete.
             on_run: Called after each arm's run.
         """
-        for number in range(self._options.rounds + 1):
-            for level in levels(self._options):
+        for number in range(self._plan.rounds + 1):
+            for level in levels(self._plan):
                 pair = await self._pair(level, number, on_run)
                 if number:
                     on_pair(pair)
 
     async def _pair(self, level: Level, number: int, on_run: Callable[[], None]) -> RoundPair:
-        asks = self._draws.draw(num_requests(level, self._options))
-        max_seconds = self._options.seconds_per_round
+        asks = self._draws.draw(num_requests(level, self._plan))
+        max_seconds = self._plan.seconds_per_round
         runs: dict[Arm, ArmRun] = {}
         for arm in _ARMS if number % 2 else _ARMS[::-1]:
             before = self._foresight()
@@ -164,7 +196,7 @@ class LoadRounds:
 
         if isinstance(level, Closed):
             return await closed_loop(send, asks, level.concurrency, max_seconds)
-        return await open_loop(send, asks, level.rate, seed=self._options.seed + number)
+        return await open_loop(send, asks, level.rate, seed=self._plan.seed + number)
 
     def _foresight(self) -> Foresight | None:
         foresight = self._engine.speculator.sizes.foresight

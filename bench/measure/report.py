@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
 _DIGITS = 6
 _CPU_INFO = Path("/proc/cpuinfo")
@@ -136,6 +138,17 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_rounded(entry) for entry in value]
     return value
+
+
+def show_figures(title: str, result: Mapping[str, Any]) -> None:
+    """Print the plain numbers of a result as a table on stderr."""
+    table = Table(title=title, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for name, value in result.items():
+        if isinstance(value, (int, float)):
+            table.add_row(name, f"{value:.4g}" if isinstance(value, float) else f"{value}")
+    Console(stderr=True).print(table)
 
 
 def publish(line: str, output: Path | None) -> None:

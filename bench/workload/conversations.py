@@ -58,6 +58,37 @@ class PromptSet:
     conversations: tuple[Conversation, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """A prompt file and the part of it that a bench runs."""
+
+    prompts: PromptSet
+    conversations: tuple[Conversation, ...]
+
+    def describe(self) -> dict[str, Any]:
+        """Fields of the report: rows of the file, prompts sampled."""
+        return {
+            "data": self.prompts.file_name,
+            "data_sha256": self.prompts.sha256,
+            "num_rows": len(self.prompts.conversations),
+            "num_prompts": len(self.conversations),
+        }
+
+
+def load_workload(data: Path | None, limit: int | None) -> Workload:
+    """Read and sample prompts.
+
+    Args:
+        data: JSON lines; None takes the prompts that ship with the package.
+        limit: Number of conversations to sample; None takes all.
+
+    Raises:
+        BenchError: If the file is wrong.
+    """
+    prompts = read_prompts(data or SAMPLE_PATH)
+    return Workload(prompts, tuple(sample_evenly(prompts.conversations, limit)))
+
+
 def read_prompts(path: Path) -> PromptSet:
     """Read a file of conversations, gzip-compressed or not.
 

@@ -11,16 +11,24 @@ from bench.benches.exactness import (
     produce,
     summarise,
 )
-from bench.benches.setup import load_workload
 from bench.measure.judge import Judge
 from bench.measure.reference import ReferenceModel
-from bench.options import BenchOptions
+from bench.workload.conversations import load_workload
 from bench.workload.dialogues import answer_turns
 from bench.workload.tracing import Trace
+from server.config import SamplingParams, SpeculationParams
 from server.engine.engine import Engine
 from tests.bench.traces import make_trace, make_turn
 
-OPTIONS = BenchOptions(command="exactness", max_new_tokens=24, max_nodes=6, limit=4, compile="off")
+GREEDY = SamplingParams(max_tokens=24, temperature=0.0)
+CONVERSATIONS = load_workload(None, limit=4).conversations
+
+
+def requests_of(max_nodes: int) -> RequestMaker:
+    return RequestMaker(GREEDY, SpeculationParams(), max_nodes)
+
+
+REQUESTS = requests_of(6)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +38,7 @@ def reference(engine: Engine) -> ReferenceModel:
 
 @pytest.fixture(scope="module")
 def outputs(engine: Engine, reference: ReferenceModel) -> Outputs:
-    return produce(engine, reference, load_workload(OPTIONS), OPTIONS)[0]
+    return produce(engine, reference, CONVERSATIONS, REQUESTS)[0]
 
 
 def altered(trace: Trace, position: int) -> Trace:
@@ -40,21 +48,21 @@ def altered(trace: Trace, position: int) -> Trace:
 
 
 def test_neighbouring_turns_have_trees_of_different_sizes() -> None:
-    requests = RequestMaker(replace(OPTIONS, max_nodes=32))
+    requests = requests_of(32)
     turns = [make_turn((1,), line=line, index=index) for line in range(4) for index in range(2)]
     assert [requests.tree_size(turn) for turn in turns] == [32, 16, 16, 8, 8, 4, 4, 32]
-    small = RequestMaker(replace(OPTIONS, max_nodes=2))
+    small = requests_of(2)
     assert {small.tree_size(turn) for turn in turns} == {2}
-    plain = RequestMaker(replace(OPTIONS, max_nodes=1))
+    plain = requests_of(1)
     assert {plain.tree_size(turn) for turn in turns} == {1}
 
 
 def test_every_turn_has_its_own_seed_and_the_checks_their_own_parameters() -> None:
-    requests = RequestMaker(OPTIONS)
+    requests = REQUESTS
     turns = [make_turn((1,), line=line, index=index) for line in range(3) for index in range(3)]
     assert len({requests.sampled_params(turn).seed for turn in turns}) == 9
     assert requests.sampled_params(turns[0]).temperature == 0.8
-    assert requests.greedy_params(turns[0]).is_greedy
+    assert requests.greedy_params.is_greedy
     assert requests.greedy_off(turns[0]).speculation.method == "none"
     assert requests.sampled_off(turns[0]).speculation.method == "none"
     assert requests.sampled_on(turns[0]).speculation.method == "auto"
@@ -62,7 +70,7 @@ def test_every_turn_has_its_own_seed_and_the_checks_their_own_parameters() -> No
 
 
 def test_all_five_ways_agree_on_a_tiny_model(outputs: Outputs, reference: ReferenceModel) -> None:
-    result = summarise(make_pairs(outputs, RequestMaker(OPTIONS)), Judge(reference))
+    result = summarise(make_pairs(outputs, REQUESTS), Judge(reference))
     num_turns = len(outputs.turns)
     assert num_turns >= 4
     assert (result.num_outputs, result.num_mismatches) == (3 * num_turns, 0)
@@ -80,7 +88,7 @@ def test_a_wrong_token_is_found_and_not_explained(
     outputs: Outputs, reference: ReferenceModel
 ) -> None:
     wrong = replace(outputs, greedy_on=(altered(outputs.greedy_on[0], 5), *outputs.greedy_on[1:]))
-    result = summarise(make_pairs(wrong, RequestMaker(OPTIONS)), Judge(reference))
+    result = summarise(make_pairs(wrong, REQUESTS), Judge(reference))
     assert (result.num_mismatches, result.num_unexplained) == (2, 2)
     assert [mismatch.check for mismatch in result.mismatches] == [
         "greedy_vs_transformers",
@@ -95,7 +103,7 @@ def test_a_wrong_sample_is_found_and_not_explained(
 ) -> None:
     wrong = altered(outputs.sampled_off[1], 3)
     samples = (outputs.sampled_off[0], wrong, *outputs.sampled_off[2:])
-    pairs = make_pairs(replace(outputs, sampled_off=samples), RequestMaker(OPTIONS))
+    pairs = make_pairs(replace(outputs, sampled_off=samples), REQUESTS)
     result = summarise(pairs, Judge(reference))
     assert result.checks["sampled_on_vs_off"].num_unexplained == 1
     mismatch = result.mismatches[0]
@@ -106,9 +114,7 @@ def test_a_wrong_sample_is_found_and_not_explained(
 
 
 def test_the_traces_answer_the_turns(engine: Engine, outputs: Outputs) -> None:
-    again = answer_turns(
-        engine, load_workload(OPTIONS).conversations, RequestMaker(OPTIONS).greedy_on, lambda: None
-    )
+    again = answer_turns(engine, CONVERSATIONS, REQUESTS.greedy_on, lambda: None)
     assert again.turns == outputs.turns
     assert [t.token_ids for t in again.traces] == [t.token_ids for t in outputs.greedy_on]
 

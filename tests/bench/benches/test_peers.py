@@ -11,7 +11,7 @@ from bench.benches.peers import Contenders, find_llama_server, gguf_file, summar
 from bench.errors import BenchError
 from bench.load.contenders import Race, Run
 from bench.measure.timing import Timing
-from bench.options import BenchOptions
+from server.config import SpeculationParams
 from server.engine.engine import Engine
 from tests.bench.fakes import fake_llama_server
 
@@ -52,19 +52,18 @@ def test_llama_server_needs_the_models_own_file(tmp_path: Path, model_dir: Path)
     assert gguf_file("owner/name") is None
 
 
-def prepared(engine: Engine, options: BenchOptions) -> Contenders:
+def prepared(engine: Engine, llama_server: Path | None = None) -> Contenders:
     with ExitStack() as stack:
-        contenders = Contenders(engine, options, stack)
+        contenders = Contenders(engine, SpeculationParams(), llama_server, stack)
         contenders.add_all()
     return contenders
 
 
-def test_what_is_not_installed_is_told_with_the_remedy(
-    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_is_not_installed_is_listed_with_the_remedy(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(bench.benches.peers, "is_serve_available", lambda: False)
-    contenders = prepared(engine, BenchOptions(command="peers"))
+    contenders = prepared(engine)
     assert list(contenders.ready) == ["auto", "off", "transformers", "transformers_lookup"]
     assert contenders.missing.keys() == {"transformers_serve", "llama_cpp"}
     assert "pip install 'transformers[serving]'" in contenders.missing["transformers_serve"]
@@ -72,13 +71,11 @@ def test_what_is_not_installed_is_told_with_the_remedy(
 
 
 def test_llama_server_is_left_out_for_other_models(
-    engine: Engine, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench.benches.peers, "is_serve_available", lambda: False)
-    options = BenchOptions(
-        command="peers", model=str(model_dir), llama_server=fake_llama_server(tmp_path)
-    )
-    assert "it needs a GGUF file" in prepared(engine, options).missing["llama_cpp"]
+    missing = prepared(engine, fake_llama_server(tmp_path)).missing
+    assert "it needs a GGUF file" in missing["llama_cpp"]
 
 
 def test_all_peers_race(

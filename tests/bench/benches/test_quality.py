@@ -5,10 +5,11 @@ import pytest
 
 from bench.benches import quality
 from bench.benches.quality import Sample, compare, describe, distinct_share, text_nll
+from bench.benches.setup import PromptOptions
 from bench.measure.reference import ReferenceModel
 from bench.measure.timing import Timing
-from bench.options import BenchOptions
 from bench.workload.tracing import Trace
+from server.config import EngineConfig, SpeculationParams
 from server.core.completion import StepSpan
 from server.core.request import RequestStats
 from server.engine.engine import Engine
@@ -69,17 +70,9 @@ def test_likelihood_equals_one_token_at_a_time(engine: Engine) -> None:
 
 
 def test_bench_reports_three_ways_at_each_temperature(model_dir: Path, heads_dir: Path) -> None:
-    options = BenchOptions(
-        command="quality",
-        limit=2,
-        max_new_tokens=8,
-        max_nodes=6,
-        model=str(model_dir),
-        heads=str(heads_dir),
-        device="cpu",
-        compile="off",
-    )
-    result = quality.run(options).result
+    prompts = PromptOptions(limit=2, max_new_tokens=8)
+    config = EngineConfig(model=str(model_dir), heads=str(heads_dir), device="cpu", max_nodes=6)
+    result = quality.run(prompts, config, SpeculationParams()).result
     assert [entry.temperature for entry in result.by_temperature] == list(quality.TEMPERATURES)
     for entry in result.by_temperature:
         for way in (entry.plain, entry.exact, entry.typical):

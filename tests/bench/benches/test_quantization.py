@@ -16,7 +16,6 @@ from bench.benches.quantization import (
     time_steps,
 )
 from bench.measure.reference import ReferenceModel
-from bench.options import BenchOptions, parse_options
 from server.engine.engine import Engine
 
 
@@ -122,8 +121,3 @@ def test_steps_of_every_size_are_timed(engine: Engine, quantized: Engine) -> Non
         assert 0.0 < step.least_plain_ms <= step.plain_ms
         assert 0.0 < step.least_quantized_ms <= step.quantized_ms
         assert step.speedup == pytest.approx(step.plain_ms / step.quantized_ms)
-
-
-def test_int8_is_the_default() -> None:
-    assert parse_options(["quantization"]).quantization == "int8"
-    assert BenchOptions(command="latency").quantization == "none"

@@ -8,6 +8,7 @@ from bench.load.rounds import (
     Arm,
     Closed,
     Draws,
+    LoadPlan,
     LoadRounds,
     Open,
     RoundPair,
@@ -15,7 +16,6 @@ from bench.load.rounds import (
     num_requests,
     num_runs,
 )
-from bench.options import LoadOptions
 from server.config import SpeculationParams
 from server.speculation.cost_model import CostModel
 from tests.bench.traces import make_turn
@@ -25,7 +25,7 @@ ARMS: dict[Arm, SpeculationParams] = {
     "auto": SpeculationParams(),
     "off": SpeculationParams(method="none"),
 }
-SMALL = LoadOptions(concurrencies=(1, 2), rounds=3, requests_per_round=4)
+SMALL = LoadPlan(concurrency=(1, 2), rounds=3, requests_per_round=4)
 
 
 class NotedTarget:
@@ -47,7 +47,7 @@ def draws(num_turns: int = 10, seed: int = 0) -> Draws:
     return Draws(turns, 40, seed)
 
 
-def run(target: NotedTarget, options: LoadOptions) -> list[RoundPair]:
+def run(target: NotedTarget, options: LoadPlan) -> list[RoundPair]:
     pairs: list[RoundPair] = []
     done: list[int] = []
     rounds = LoadRounds(make_engine(), target, draws(), ARMS, options)
@@ -80,7 +80,7 @@ def test_a_round_has_all_closed_loops_and_then_the_open_one() -> None:
 
 
 def test_requests_of_a_round_grow_with_the_concurrency() -> None:
-    default = LoadOptions()
+    default = LoadPlan()
     counts = [num_requests(Closed(concurrency), default) for concurrency in (1, 4, 64)]
     assert counts == [8, 8, 128]
     assert num_requests(Open(1.0), default) == 32
@@ -89,7 +89,7 @@ def test_requests_of_a_round_grow_with_the_concurrency() -> None:
 
 def test_the_arms_take_turns_over_the_same_requests() -> None:
     target = NotedTarget()
-    pairs = run(target, replace(SMALL, concurrencies=(1,)))
+    pairs = run(target, replace(SMALL, concurrency=(1,)))
     assert [pair.level for pair in pairs] == [Closed(1)] * 3
     parts = [target.asked[i : i + 4] for i in range(0, len(target.asked), 4)]
     assert len(parts) == 8
@@ -106,7 +106,7 @@ def test_the_second_arm_gets_what_the_first_one_began_in_its_time() -> None:
     target = NotedTarget()
     target.seconds = 0.004
     options = replace(
-        SMALL, concurrencies=(1,), rounds=1, requests_per_round=500, seconds_per_round=0.05
+        SMALL, concurrency=(1,), rounds=1, requests_per_round=500, seconds_per_round=0.05
     )
     [pair] = run(target, options)
     assert 1 <= pair.auto.figures.num_requests < 500

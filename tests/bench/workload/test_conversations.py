@@ -13,6 +13,7 @@ from bench.workload.conversations import (
     SAMPLE_PATH,
     UNCATEGORISED,
     Conversation,
+    load_workload,
     read_prompts,
     sample_evenly,
 )
@@ -141,6 +142,24 @@ def test_the_shipped_prompts_cover_eight_categories_evenly() -> None:
     assert set(counts.values()) == {3}
     assert sum(len(c.turns) > 1 for c in prompts.conversations) == 3
     assert len({c.turns for c in prompts.conversations}) == 24
+
+
+def test_the_shipped_prompts_are_the_default() -> None:
+    workload = load_workload(None, limit=8)
+    described = workload.describe()
+    assert (described["data"], described["num_rows"], described["num_prompts"]) == (
+        "sample.jsonl",
+        24,
+        8,
+    )
+    assert len({c.category for c in workload.conversations}) == 8
+
+
+def test_a_workload_names_its_file(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", {"prompt": "a"}, {"prompt": "b"})
+    described = load_workload(path, None).describe()
+    assert (described["data"], described["num_prompts"]) == ("rows.jsonl", 2)
+    assert len(described["data_sha256"]) == 64
 
 
 def rows_of(**counts: int) -> list[Conversation]:
