@@ -35,6 +35,7 @@ from bench.measure.report import Outcome
 from server.cli.console import progress_bar
 from server.cli.options import Command, ReadBy, Settings
 from server.config import EngineConfig, SpeculationParams
+from server.engine.engine import Engine
 from server.engine.own_thread import in_own_thread
 from server.speculation.tree_sizes import Foresight
 
@@ -205,6 +206,11 @@ def _median(values: Sequence[float]) -> float:
     return median(known) if known else NAN
 
 
+def _foresight(engine: Engine) -> Foresight | None:
+    foresight = engine.speculator.sizes.foresight
+    return None if foresight is None else replace(foresight)
+
+
 async def _measure(
     setup: Setup, draws: Draws, plan: LoadPlan, without_http: bool, into: list[RoundPair]
 ) -> None:
@@ -216,7 +222,7 @@ async def _measure(
 
     opened = engine_target(setup.engine) if without_http else http_target(setup.engine)
     async with opened as target:
-        rounds = LoadRounds(setup.engine, target, draws, arms, plan)
+        rounds = LoadRounds(target, draws, arms, plan, lambda: _foresight(setup.engine))
         with progress_bar("serving", num_runs(plan)) as bar:
             await rounds.run(keep, bar.advance)
 

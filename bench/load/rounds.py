@@ -6,7 +6,7 @@ engine. Which one begins alternates from round to round.
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from bench.errors import BenchError
@@ -15,7 +15,6 @@ from bench.load.targets import Target
 from bench.workload.dialogues import Turn
 from server.cli.options import Between, Count
 from server.config import SpeculationParams
-from server.engine.engine import Engine
 from server.speculation.tree_sizes import Foresight
 
 Arm = Literal["auto", "off"]
@@ -141,26 +140,27 @@ class LoadRounds:
     """Runs the rounds.
 
     Args:
-        engine: Idle; answers what is sent to `target`.
         target: Answers requests.
         draws: Where requests come from.
         arms: Both arms' speculation.
         plan: Loads and rounds.
+        foresight: How well the planner of the engine that answers foretold its steps until now;
+            None if nothing is planned.
     """
 
     def __init__(
         self,
-        engine: Engine,
         target: Target,
         draws: Draws,
         arms: Mapping[Arm, SpeculationParams],
         plan: LoadPlan,
+        foresight: Callable[[], Foresight | None],
     ) -> None:
-        self._engine = engine
         self._target = target
         self._draws = draws
         self._arms = arms
         self._plan = plan
+        self._foresight = foresight
 
     async def run(self, on_pair: Callable[[RoundPair], None], on_run: Callable[[], None]) -> None:
         """Run all rounds, the first of which warms up and is not counted.
@@ -197,10 +197,6 @@ class LoadRounds:
         if isinstance(level, Closed):
             return await closed_loop(send, asks, level.concurrency, max_seconds)
         return await open_loop(send, asks, level.rate, seed=self._plan.seed + number)
-
-    def _foresight(self) -> Foresight | None:
-        foresight = self._engine.speculator.sizes.foresight
-        return None if foresight is None else replace(foresight)
 
 
 def _since(before: Foresight | None, after: Foresight | None) -> Foresight | None:

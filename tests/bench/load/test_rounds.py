@@ -17,9 +17,8 @@ from bench.load.rounds import (
     num_runs,
 )
 from server.config import SpeculationParams
-from server.speculation.cost_model import CostModel
+from server.speculation.tree_sizes import Foresight
 from tests.bench.traces import make_turn
-from tests.support.engine_tools import make_engine
 
 ARMS: dict[Arm, SpeculationParams] = {
     "auto": SpeculationParams(),
@@ -47,12 +46,12 @@ def draws(num_turns: int = 10, seed: int = 0) -> Draws:
     return Draws(turns, 40, seed)
 
 
-def run(target: NotedTarget, options: LoadPlan) -> list[RoundPair]:
+def run(target: NotedTarget, plan: LoadPlan) -> list[RoundPair]:
     pairs: list[RoundPair] = []
     done: list[int] = []
-    rounds = LoadRounds(make_engine(), target, draws(), ARMS, options)
+    rounds = LoadRounds(target, draws(), ARMS, plan, lambda: None)
     asyncio.run(rounds.run(pairs.append, lambda: done.append(1)))
-    assert len(done) == num_runs(options)
+    assert len(done) == num_runs(plan)
     return pairs
 
 
@@ -105,10 +104,10 @@ def test_the_arms_take_turns_over_the_same_requests() -> None:
 def test_the_second_arm_gets_what_the_first_one_began_in_its_time() -> None:
     target = NotedTarget()
     target.seconds = 0.004
-    options = replace(
+    plan = replace(
         SMALL, concurrency=(1,), rounds=1, requests_per_round=500, seconds_per_round=0.05
     )
-    [pair] = run(target, options)
+    [pair] = run(target, plan)
     assert 1 <= pair.auto.figures.num_requests < 500
     assert pair.auto.figures.num_requests == pair.off.figures.num_requests
 
@@ -120,21 +119,20 @@ def test_the_open_loop_runs_in_every_round() -> None:
 
 
 def test_what_the_planner_foretold_is_counted_run_by_run() -> None:
-    engine = make_engine(costs=CostModel((1, 32), (0.01, 0.02), 0.001))
+    total = Foresight(100.0, 100.0, 100, 100.0)
 
     class Steps(NotedTarget):
         async def answer(self, ask: Ask, speculation: SpeculationParams) -> Answer:
-            foresight = engine.speculator.sizes.foresight
-            assert foresight is not None
-            foresight.num_tokens += 2.0
-            foresight.measured_tokens += 1
-            foresight.seconds += 0.5
-            foresight.measured_seconds += 0.25
+            total.num_tokens += 2.0
+            total.measured_tokens += 1
+            total.seconds += 0.5
+            total.measured_seconds += 0.25
             return await super().answer(ask, speculation)
 
     pairs: list[RoundPair] = []
-    options = replace(SMALL, rounds=2)
-    asyncio.run(LoadRounds(engine, Steps(), draws(), ARMS, options).run(pairs.append, lambda: None))
+    plan = replace(SMALL, rounds=2)
+    rounds = LoadRounds(Steps(), draws(), ARMS, plan, lambda: replace(total))
+    asyncio.run(rounds.run(pairs.append, lambda: None))
     assert len(pairs) == 4
     for pair in pairs:
         for arm in (pair.auto, pair.off):
