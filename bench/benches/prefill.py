@@ -27,21 +27,18 @@ from bench.benches.setup import (
 )
 from bench.errors import BenchError
 from bench.load.interference import Interference, measure_interference
+from bench.load.reuse import FOLLOW_UP_TOKENS, Reuse, measure_reuse
 from bench.load.rounds import Arm
 from bench.measure.report import Outcome
-from bench.measure.timing import time_request
 from bench.workload.conversations import UNCATEGORISED, Conversation
-from bench.workload.dialogues import Turn, make_turn
+from bench.workload.dialogues import Turn
 from bench.workload.long_prompts import LongPrompts
 from server.cli.console import progress_bar
 from server.cli.options import Command, Count, Settings
 from server.config import EngineConfig, SamplingParams, SpeculationParams
 from server.core.request import Request
-from server.engine.engine import Engine
 
 _FOLLOW_UP = "Say the same in one sentence."
-# Of the second turn only the first token is of interest.
-_FOLLOW_UP_TOKENS = 2
 # Room for the follow-up, its answer, and what the chat template puts around two turns.
 _DIALOGUE_TOKENS = 128
 _log = logging.getLogger("euryale.bench")
@@ -62,33 +59,6 @@ class PrefillOptions:
     long_prompt_tokens: Count = 4000
     streams: Count = 8
     rounds: Count = 5
-
-
-@dataclass(frozen=True, slots=True)
-class PromptTime:
-    """Time to the first token of a prompt of so many tokens, of which some came from the cache."""
-
-    num_prompt_tokens: int
-    num_cached_tokens: int
-    ttft_ms: float
-
-    @property
-    def ms_per_token(self) -> float:
-        """Time to the first token per token of the prompt."""
-        return self.ttft_ms / self.num_prompt_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class Reuse:
-    """Both turns of a conversation."""
-
-    first: PromptTime
-    second: PromptTime
-
-    @property
-    def ratio(self) -> float:
-        """Second by first turn, of the time to the first token per token of the prompt."""
-        return self.second.ms_per_token / self.first.ms_per_token
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,34 +152,6 @@ def arm_result(rounds: Sequence[ArmRound]) -> ArmResult:
     )
 
 
-def measure_reuse(
-    engine: Engine,
-    conversation: Conversation,
-    sampling: SamplingParams,
-    speculation: SpeculationParams,
-) -> Reuse:
-    """Answer both turns of a conversation on an idle engine."""
-    first, answer = _time_turn(engine, conversation, [], sampling, speculation)
-    short = replace(sampling, max_tokens=min(_FOLLOW_UP_TOKENS, sampling.max_tokens))
-    second, _ = _time_turn(engine, conversation, [answer], short, speculation)
-    return Reuse(first, second)
-
-
-def _time_turn(
-    engine: Engine,
-    conversation: Conversation,
-    answers: Sequence[str],
-    sampling: SamplingParams,
-    speculation: SpeculationParams,
-) -> tuple[PromptTime, str]:
-    turn = make_turn(engine.tokenizer, conversation, answers)
-    before = engine.counters.num_cached_tokens
-    timing, trace = time_request(engine, turn.request(sampling, speculation))
-    num_cached = engine.counters.num_cached_tokens - before
-    num_prompt = len(turn.prompt_token_ids)
-    return PromptTime(num_prompt, num_cached, timing.first_token_s * 1e3), trace.text
-
-
 class PrefillRounds:
     """Runs the rounds.
 
@@ -292,10 +234,10 @@ def check_lengths(context: int, max_new_tokens: int, sizes: PrefillOptions) -> N
             f"context of {context} has room for {max(room, 0)}; give at most that, or a smaller "
             "--max-new-tokens"
         )
-    if sizes.long_prompt_tokens > context - _FOLLOW_UP_TOKENS:
+    if sizes.long_prompt_tokens > context - FOLLOW_UP_TOKENS:
         raise BenchError(
             f"--long-prompt-tokens is {sizes.long_prompt_tokens}, but the context of {context} has "
-            f"room for {context - _FOLLOW_UP_TOKENS}; give at most that"
+            f"room for {context - FOLLOW_UP_TOKENS}; give at most that"
         )
 
 

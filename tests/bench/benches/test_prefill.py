@@ -8,17 +8,13 @@ from bench.__main__ import main
 from bench.benches.prefill import (
     ArmRound,
     PrefillRounds,
-    PromptTime,
-    Reuse,
-    measure_reuse,
     summarise,
 )
 from bench.load.interference import Interference
 from bench.load.loops import GapFigures, Percentiles
+from bench.load.reuse import PromptTime, Reuse
 from bench.load.rounds import Arm
-from bench.workload.conversations import UNCATEGORISED, Conversation
-from server.config import EngineConfig, SamplingParams, SpeculationParams
-from server.engine.engine import Engine
+from server.config import SamplingParams, SpeculationParams
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0)
 ARMS: tuple[Arm, ...] = ("auto", "off")
@@ -36,13 +32,6 @@ def round_of(ratio: float, itl_rise: float, gap_rise: float, cost: float) -> Arm
         (64, 64),
     )
     return ArmRound(Reuse(first, second), interference)
-
-
-def test_times_to_the_first_token_are_compared_per_token_of_the_prompt() -> None:
-    reuse = Reuse(PromptTime(2000, 0, 4000.0), PromptTime(2500, 2400, 500.0))
-    assert reuse.first.ms_per_token == pytest.approx(2.0)
-    assert reuse.second.ms_per_token == pytest.approx(0.2)
-    assert reuse.ratio == pytest.approx(0.1)
 
 
 def test_figures_are_medians_of_the_rounds_and_those_of_auto_stand_in_front() -> None:
@@ -74,29 +63,6 @@ def test_streams_that_gain_have_a_negative_rise() -> None:
     result = summarise([{"auto": each, "off": each}], is_complete=False)
     assert result.itl_rise_by_chunk_cost == pytest.approx(-0.25)
     assert not result.is_complete
-
-
-@pytest.mark.parametrize("method", ["auto", "none"])
-def test_a_second_turn_takes_the_first_from_the_cache(
-    method: Any, model_dir: Path, heads_dir: Path
-) -> None:
-    config = EngineConfig(
-        model=str(model_dir), heads=str(heads_dir), device="cpu", num_blocks=64, tree_size=6
-    )
-    engine = Engine.from_config(config)
-    turns = ("The euryale is a jellyfish. " * 8, "Say the same in one sentence.")
-    conversation = Conversation(1, "c", UNCATEGORISED, turns)
-    reuse = measure_reuse(engine, conversation, GREEDY, SpeculationParams(method=method))
-    num_prompt = reuse.first.num_prompt_tokens
-    assert reuse.first.num_cached_tokens == 0
-    # Whole blocks of 16; the answer's first token may join the prompt's last one.
-    assert reuse.second.num_cached_tokens >= num_prompt - 32
-    assert reuse.second.num_prompt_tokens > num_prompt
-    assert reuse.first.ttft_ms > 0.0
-    assert reuse.second.ttft_ms > 0.0
-    assert not engine.has_unfinished
-    again = measure_reuse(engine, conversation, GREEDY, SpeculationParams(method=method))
-    assert again.first.num_cached_tokens > 0
 
 
 @pytest.fixture
