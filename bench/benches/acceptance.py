@@ -138,7 +138,7 @@ def run(
 
     Raises:
         BenchError: If the prompts are wrong or none of them fits the context.
-        EuryaleError: If the engine cannot be built or refuses a request.
+        EuryaleError: If the engine cannot be built or rejects a request.
     """
     setup = prepare(prompts, batch.applied(config), speculation)
     conversations = setup.workload.conversations

@@ -113,7 +113,7 @@ class RequestMaker:
 
     Args:
         greedy: How greedy outputs are drawn.
-        speculation: Of the ways with drafts.
+        speculation: Request parameters of the ways with drafts.
         max_nodes: Largest tree of all.
     """
 
@@ -192,7 +192,7 @@ def _generate_all(
 
 
 def make_pairs(outputs: Outputs, requests: RequestMaker) -> list[Pair]:
-    """Lay side by side what must be equal."""
+    """Pair the outputs that must be equal."""
     pairs: list[Pair] = []
     for rank, turn in enumerate(outputs.turns):
         ours, plain = outputs.greedy_on[rank].token_ids, outputs.greedy_off[rank].token_ids
@@ -222,7 +222,7 @@ def run(
     Raises:
         BenchError: If the prompts are wrong, none of them fits the context or the weights are
             quantized.
-        EuryaleError: If the engine cannot be built or refuses a request.
+        EuryaleError: If the engine cannot be built or rejects a request.
     """
     if config.quantization != "none":
         raise BenchError(

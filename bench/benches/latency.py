@@ -3,7 +3,7 @@
 The contenders answer the same greedy prompts in one process, prompt by prompt and in rotating
 order, so that drifts of the machine hit all of them alike: *speculation* and *plain* are the same
 engine with drafts on and off, *transformers* is a separate plain model's `generate`. A request is
-timed as a whole; figures without its prefill stand under `decode`.
+timed as a whole; figures without its prefill are under `decode`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -49,9 +49,10 @@ class LatencyResult:
     """What the bench reports.
 
     Attributes:
-        tokens_per_s: Of whole requests with speculation: all tokens by all seconds.
-        speedup_vs_plain: Ratio of the two totals; medians and decode-only stand in `speedups`.
-        speedup_vs_transformers: Likewise.
+        tokens_per_s: Speed over whole requests with speculation: all tokens by all seconds.
+        speedup_vs_plain: Speed with speculation by that of plain decoding, both totals; `speedups`
+            has medians and decode-only figures.
+        speedup_vs_transformers: The same ratio to transformers.
         mean_acceptance_length: Tokens per verify step with speculation.
         step_ms: Mean measured milliseconds of a decode step, the engine's own work included.
         num_outputs: Turns that were raced.
@@ -153,7 +154,7 @@ def run(prompts: PromptOptions, config: EngineConfig, speculation: SpeculationPa
 
     Raises:
         BenchError: If the prompts are wrong or none of them fits the context.
-        EuryaleError: If the engine cannot be built or refuses a request.
+        EuryaleError: If the engine cannot be built or rejects a request.
     """
     setup = prepare(prompts, config, speculation)
     engine, conversations = setup.engine, setup.workload.conversations

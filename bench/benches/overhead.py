@@ -1,4 +1,4 @@
-"""`overhead`: where a verify step's time goes at batch 1, outside the model above all.
+"""`overhead`: where a verify step's time goes at batch 1, above all outside the model.
 
 The parts are timed by wrappers around the engine's own functions; the engine runs unchanged. A
 part's time excludes the parts inside it, and `other` is what no part covers.
@@ -127,7 +127,7 @@ def run(prompts: PromptOptions, config: EngineConfig, speculation: SpeculationPa
     Raises:
         BenchError: If the prompts are wrong, none of them fits the context, or no output is long
             enough for a verify step.
-        EuryaleError: If the engine cannot be built or refuses a request.
+        EuryaleError: If the engine cannot be built or rejects a request.
     """
     setup = prepare(prompts, config, speculation)
     engine = setup.engine

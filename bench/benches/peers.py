@@ -1,15 +1,15 @@
-"""`peers`: tokens per second of one request at a time, beside other people's programs.
+"""`peers`: tokens per second of one request at a time, compared with other programs.
 
     auto                 our engine, speculation as the options ask for it
     off                  our engine, plain decoding
     transformers         `generate` of a plain model
-    transformers_lookup  likewise with transformers' own prompt lookup
+    transformers_lookup  the same with transformers' own prompt lookup
     transformers_serve   transformers' server, `transformers serve`, over HTTP
     llama_cpp            llama.cpp's `llama-server` with the same GGUF file, over HTTP
 
 They answer the first turns of the prompts greedily, prompt by prompt and in rotating order, after
 one short warm-up. transformers' models have the engine's dtype, which is float32 on CPU. Servers
-are told not to keep prompts, and are timed as their client sees them. What cannot run is left out
+are asked not to keep prompts, and are timed as their client sees them. What cannot run is left out
 and listed with what it lacks.
 """
 
@@ -75,8 +75,8 @@ class PeersResult:
     """What the bench reports; keys are contenders.
 
     Attributes:
-        tokens_per_s: Of whole requests: all tokens by all seconds.
-        ratios: Ours with speculation by each other one; above 1, we are faster.
+        tokens_per_s: Speed over whole requests: all tokens by all seconds.
+        ratios: Our speed with speculation by that of each other contender; above 1, we are faster.
         not_installed: Contenders that did not run, and what they lack.
         speeds: With decode-only figures and the time to the first token.
         speedups: `ratios` with medians and decode-only figures.
@@ -140,8 +140,8 @@ class Contenders:
     """Puts the contenders together.
 
     Args:
-        engine: Ours.
-        speculation: Of our engine with drafts.
+        engine: Our engine, idle.
+        speculation: Request parameters of our engine with drafts.
         llama_server: llama.cpp's server; None if there is none.
         stack: The servers among the contenders run until it is left.
 
@@ -223,7 +223,7 @@ def run(
 
     Raises:
         BenchError: If the prompts are wrong, none of them fits the context, or a server fails.
-        EuryaleError: If the engine cannot be built or refuses a request.
+        EuryaleError: If the engine cannot be built or rejects a request.
     """
     program = find_llama_server(others.llama_server)
     setup = prepare(prompts, config, speculation)

@@ -1,11 +1,11 @@
-"""`prefill`: what a cached prefix saves, and what a long prompt costs the streams beside it.
+"""`prefill`: what a cached prefix saves, and what a long prompt costs streams that decode.
 
 *Reuse.* A conversation opens with a long message. The time to the first token of its second turn,
-whose beginning lies in the prefix cache, is set against that of the first turn, each per token of
+whose beginning is in the prefix cache, is compared with that of the first turn, each per token of
 its prompt.
 
-*Interference.* Streams decode, and a long prompt arrives. What their latencies rise by, while it is
-computed chunk by chunk, is set against what the same chunks cost with nothing beside them.
+*Interference.* Streams decode, and a long prompt arrives. The rise of their latencies, while the
+prompt is computed chunk by chunk, is compared with what the same chunks cost alone.
 
 Both run on the engine, step by step, without HTTP. Every prompt begins with a number of its own,
 so that none is in the cache.
@@ -74,12 +74,15 @@ class ArmResult:
     """Medians of the rounds, and the rounds themselves.
 
     Attributes:
-        ttft_per_token_ratio: Second by first turn of a conversation.
-        itl_p95_rise_ms: Of the streams' time per token, while the prompt is computed.
-        chunk_gap_p95_rise_ms: Likewise of the time between their chunks.
+        ttft_per_token_ratio: Time to the first token per token of the prompt, second by first turn
+            of a conversation.
+        itl_p95_rise_ms: Rise of the 95th percentile of the streams' time per token, while the
+            prompt is computed.
+        chunk_gap_p95_rise_ms: The same rise of the time between their chunks.
         chunk_cost_p95_ms: What a chunk of the prompt costs alone.
-        itl_rise_by_chunk_cost: The first rise by this cost; up to 1, a stream pays no more.
-        chunk_gap_rise_by_chunk_cost: Likewise the second.
+        itl_rise_by_chunk_cost: `itl_p95_rise_ms` by this cost; up to 1, a stream waits no longer
+            than the chunk takes.
+        chunk_gap_rise_by_chunk_cost: `chunk_gap_p95_rise_ms` by this cost.
     """
 
     ttft_per_token_ratio: float
@@ -159,7 +162,7 @@ class PrefillRounds:
         setup: The engine is idle; it has a prefix cache, and room for the streams and one request
             more.
         turns: What the streams answer, in turn.
-        sizes: Of the prompts, the streams and the rounds.
+        sizes: Sizes of the prompts, numbers of streams and rounds.
     """
 
     def __init__(self, setup: Setup, turns: Sequence[Turn], sizes: PrefillOptions) -> None:
@@ -216,15 +219,15 @@ class PrefillRounds:
 
 
 def check_lengths(context: int, max_new_tokens: int, sizes: PrefillOptions) -> None:
-    """Refuse prompts that the context has no room for.
+    """Reject prompts that the context has no room for.
 
     Args:
         context: Longest prompt plus output in tokens.
         max_new_tokens: Longest answer to a conversation's first message.
-        sizes: Of the prompts.
+        sizes: Lengths of the prompts.
 
     Raises:
-        BenchError: Names the largest number of tokens that has.
+        BenchError: If a prompt is too long; names the longest that fits.
     """
     room = context - max_new_tokens - _DIALOGUE_TOKENS
     if sizes.prompt_tokens > room:
@@ -252,7 +255,7 @@ def run(
     Raises:
         BenchError: If the prompts are wrong or do not fit the context, or the first counted round
             was interrupted.
-        EuryaleError: If the engine cannot be built or refuses a request.
+        EuryaleError: If the engine cannot be built or rejects a request.
     """
     config = replace(with_room(config, sizes.streams + 1), prefix_caching=True)
     setup = prepare(prompts, config, speculation)

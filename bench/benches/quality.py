@@ -1,8 +1,8 @@
 """`quality`: what typical acceptance gains over exact acceptance when sampling, and what it costs.
 
 At each temperature the first turn of every prompt is answered three times, one request at a time
-and in turn: decoded plainly, and with drafts under the exact and under the typical rule. Speed
-stands beside two measures of the texts: perplexity under the base model's own distribution (at
+and in turn: decoded plainly, and with drafts under the exact and under the typical rule. Reported
+are the speed and two measures of the texts: perplexity under the base model's own distribution (at
 temperature 1) and the share of distinct n-grams. Exact acceptance samples as plain decoding does,
 so a gap between those two is the noise of the measurement.
 """
@@ -34,9 +34,9 @@ class TextQuality:
     """Speed and text of one way to decode.
 
     Attributes:
-        decode_tokens_per_s: Of the tokens after each request's first.
+        decode_tokens_per_s: Speed of the tokens after each request's first.
         mean_acceptance_length: Tokens emitted per verify step.
-        perplexity: Of all output tokens under the base model at temperature 1.
+        perplexity: Perplexity of all output tokens under the base model at temperature 1.
         distinct_ngrams: Entry n - 1: distinct n-grams by all n-grams, averaged over the outputs.
     """
 
@@ -131,7 +131,7 @@ def run(prompts: PromptOptions, config: EngineConfig, speculation: SpeculationPa
 
     Raises:
         BenchError: If the prompts are wrong or none fits the context.
-        EuryaleError: If the engine cannot be built or refuses a request.
+        EuryaleError: If the engine cannot be built or rejects a request.
     """
     setup = prepare(prompts, config, speculation)
     reference = ReferenceModel(setup.engine.loaded)

@@ -1,9 +1,9 @@
 """`quantization`: what quantised weights gain in seconds a step, and what they cost in quality.
 
 Two engines over the same model, one with plain weights, take turns. Texts are the prompts, which
-other people wrote, and the plain engine's greedy answers to them. Both engines read these texts
-and say what they would go on with; then both answer freely. Steps of growing size are timed in
-turn, so that whatever else the machine does hits both alike.
+people wrote, and the plain engine's greedy answers to them. Both engines read these texts and say
+how they would continue them; then both answer freely. Steps of growing size are timed in turn, so
+that other load on the machine affects both alike.
 
 Shapes: T tokens of a chunk, V vocabulary.
 """
@@ -42,9 +42,10 @@ class TextComparison:
     """How two engines read the same texts.
 
     Attributes:
-        plain_perplexity: Of the texts' tokens after their first under the plain weights.
-        quantized_perplexity: Likewise under the quantised ones.
-        greedy_agreement: Share of positions at which both would go on with the same token.
+        num_tokens: Tokens of the texts after their first.
+        plain_perplexity: Perplexity of these tokens with the plain weights.
+        quantized_perplexity: Perplexity of the same tokens with the quantised weights.
+        greedy_agreement: Share of positions at which both would continue with the same token.
         divergence: Mean Kullback-Leibler divergence of the quantised distribution from the plain
             one in nats.
     """
@@ -73,8 +74,10 @@ class QuantizationResult:
     """What the bench reports.
 
     Attributes:
+        prompts: How both read the prompts.
+        answers: How both read the plain engine's answers.
         num_same_outputs: Outputs that are the same with plain and with quantised weights.
-        same_share: Tokens of outputs before their first difference, of all.
+        same_share: Share of the output tokens that come before an output's first difference.
         num_speculation_differences: Outputs with quantised weights that speculation changed.
     """
 
@@ -121,7 +124,13 @@ class ComparisonSums:
         self._sums = torch.zeros(4, dtype=torch.float64)
 
     def add(self, next_ids: Sequence[int], plain_TV: Tensor, quantized_TV: Tensor) -> None:
-        """Count positions; their logits stand beside the token that follows each."""
+        """Count positions.
+
+        Args:
+            next_ids: The token that follows each position.
+            plain_TV: Logits of the plain engine at these positions.
+            quantized_TV: Logits of the quantised engine at these positions.
+        """
         plain, quantized = plain_TV.log_softmax(-1), quantized_TV.log_softmax(-1)
         next_T1 = torch.tensor(next_ids, device=plain.device).unsqueeze(1)
         sums = (
@@ -155,7 +164,7 @@ def compare_text(
     """Let both engines read a prompt and its answer.
 
     Args:
-        readers: Of the plain and of the quantised engine.
+        readers: The plain engine's and the quantised engine's.
         prompt: At least one token.
         answer: Follows the prompt.
         into: Where the prompt's and where the answer's tokens count.
@@ -180,7 +189,7 @@ def same_prefix_len(left: Sequence[int], right: Sequence[int]) -> int:
 
 
 def time_steps(readers: Sequence[Reader], vocab_size: int) -> tuple[StepTime, ...]:
-    """Time steps of growing size behind `CONTEXT_LEN` tokens, both engines in turn."""
+    """Time steps of growing size after `CONTEXT_LEN` tokens, both engines in turn."""
     times = []
     for size in STEP_SIZES:
         token_ids = [(7 * i) % vocab_size for i in range(size)]
@@ -213,8 +222,8 @@ class Answers:
     Args:
         plain: Engine with plain weights.
         quantized: Engine with quantised weights.
-        greedy: Sampling of all answers.
-        speculation: Of the answers with drafts.
+        greedy: Sampling parameters of all answers.
+        speculation: Request parameters of the answers with drafts.
     """
 
     def __init__(
@@ -267,7 +276,7 @@ def run(prompts: PromptOptions, config: EngineConfig, speculation: SpeculationPa
 
     Raises:
         BenchError: If the prompts are wrong, none fits the context or no quantisation is asked for.
-        EuryaleError: If an engine cannot be built or refuses a request.
+        EuryaleError: If an engine cannot be built or rejects a request.
     """
     if config.quantization == "none":
         raise BenchError("quantization is 'none', which leaves nothing to compare; give 'int8'")

@@ -76,17 +76,19 @@ class LevelResult:
     Attributes:
         concurrency: Clients of the closed loop; None for an open one.
         rate: Requests per second of the open loop; None for a closed one.
-        throughput_ratio: Of output tokens per second; above 1, speculation is faster.
-        itl_p95_ratio: Of the 95th percentile of the time per token; below 1, it is better.
-        chunk_gap_p95_ratio: Likewise of the time between chunks.
-        ttft_p95_ratio: Likewise of the time to the first token.
+        throughput_ratio: Ratio of output tokens per second; above 1, speculation is faster.
+        itl_p95_ratio: Ratio of the 95th percentile of the time per token; below 1, speculation is
+            better.
+        chunk_gap_p95_ratio: The same ratio for the time between chunks.
+        ttft_p95_ratio: The same ratio for the time to the first token.
         mean_acceptance_length: Tokens per verify step of the auto arm, median of the rounds.
-        nodes_per_step: Likewise nodes of a sequence's tree, root included.
-        predicted_over_measured_tokens_per_s: Of the planner, over all rounds of the auto arm; not a
-            number where nothing is planned.
-        throughput_ratios: Of each round, as the other lists.
+        nodes_per_step: Nodes of a sequence's tree in the auto arm, root included, median of the
+            rounds.
+        predicted_over_measured_tokens_per_s: What the planner foretold by what was measured, over
+            all rounds of the auto arm; not a number where nothing is planned.
+        throughput_ratios: One ratio per round, as in the other lists.
         auto: Figures of each round with speculation.
-        off: Likewise without.
+        off: Figures of each round without speculation.
     """
 
     concurrency: int | None
@@ -115,7 +117,8 @@ class ServingResult:
         is_complete: Whether all rounds ran; False after an interrupt.
         by_concurrency: The closed loops.
         open_loop: The open loop, if one was asked for.
-        predicted_over_measured_tokens_per_s: Of the planner, over all rounds of the auto arm.
+        predicted_over_measured_tokens_per_s: What the planner foretold by what was measured, over
+            all rounds of the auto arm.
     """
 
     rounds: int
@@ -239,7 +242,7 @@ def run(
     Raises:
         BenchError: If the prompts are wrong, none of them fits the context, matplotlib is missing,
             or the first counted round was interrupted.
-        EuryaleError: If the engine cannot be built or refuses a request.
+        EuryaleError: If the engine cannot be built or rejects a request.
     """
     if options.plot is not None:
         check_plots()

@@ -36,7 +36,8 @@ async def post_events(
     """Send JSON and yield the events of the answer, up to `[DONE]` or the end.
 
     Raises:
-        BenchError: If the server cannot be reached, refuses, or sends an error as an event.
+        BenchError: If the server cannot be reached, answers with an error status, or sends an error
+            as an event.
     """
     where = f"{str(client.base_url).rstrip('/')}{path}"
     try:
@@ -65,8 +66,8 @@ async def post_events(
 async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
     """Lines of the body as soon as they are complete, and the unfinished rest at the end.
 
-    NOTE: httpx's own `aiter_lines` also splits at separators that may stand inside a JSON text,
-    such as U+2028.
+    NOTE: httpx's own `aiter_lines` also splits at separators that are allowed inside a
+    JSON text, such as U+2028.
     """
     rest = b""
     async for piece in response.aiter_bytes():

@@ -19,12 +19,12 @@ _SETTLING_STEPS = 4
 
 @dataclass(frozen=True, slots=True)
 class Interference:
-    """Latencies of streams beside a long prompt.
+    """Latencies of streams without and with a long prompt in the same steps.
 
     Attributes:
-        quiet: While the streams are alone.
-        busy: From the prompt's arrival to its first token.
-        chunk_cost_ms: Steps that compute the prompt's chunks alone.
+        quiet: Gaps while the streams are alone.
+        busy: Gaps from the prompt's arrival to its first token.
+        chunk_cost_ms: Duration of the steps that compute the prompt's chunks alone.
         chunk_tokens: Prompt tokens of each step, in both cases.
     """
 
@@ -45,11 +45,11 @@ class Interference:
 
 
 class Streams:
-    """Requests that decode side by side, and when their tokens came.
+    """Requests that decode in the same steps, and when their tokens came.
 
     Args:
         engine: Idle; has room for all requests and one more.
-        requests: Long enough to outlast all that is measured.
+        requests: Long enough to outlast the measurement.
     """
 
     def __init__(self, engine: Engine, requests: Sequence[Request]) -> None:
@@ -90,12 +90,12 @@ class Streams:
         return outputs
 
     def run(self, num_steps: int) -> None:
-        """Make so many steps; see `step`."""
+        """Make so many steps; raises what `step` raises."""
         for _ in range(num_steps):
             self.step()
 
     def take(self) -> list[tuple[Chunk, ...]]:
-        """Chunks of each stream since the last call, whose last chunk stands in front."""
+        """Chunks of each stream since the last call, after the last chunk that was taken then."""
         taken = [tuple(chunks) for chunks in self._chunks.values()]
         for chunks in self._chunks.values():
             del chunks[:-1]
@@ -110,19 +110,19 @@ class Streams:
 def measure_interference(
     engine: Engine, streams: Sequence[Request], prompt: Request, prompt_alone: Request
 ) -> Interference:
-    """Let a long prompt arrive while streams decode, then compute the like of it alone.
+    """Let a long prompt arrive while streams decode, then compute one of the same length alone.
 
-    The quiet steps are half before and half after the prompt, since streams get dearer as they
-    get longer.
+    Half of the quiet steps come before the prompt and half after it, since the steps of a stream
+    take longer as it grows.
 
     Args:
         engine: Idle before and after; `max_num_seqs` is above the number of streams.
         streams: Long enough to outlast the prompt.
         prompt: Not in the prefix cache; asks for two tokens at least.
-        prompt_alone: Of as many tokens, and not in the prefix cache either.
+        prompt_alone: Another prompt of as many tokens, not in the prefix cache either.
 
     Raises:
-        BenchError: See `Streams.step`.
+        BenchError: If a stream ended, or the KV cache is too small for all requests.
     """
     running = Streams(engine, streams)
     while not running.all_began:

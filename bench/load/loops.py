@@ -56,7 +56,8 @@ class Answer:
     Attributes:
         arrived_s: When it was sent.
         ended_s: When its stream had ended.
-        num_output_tokens: As the server counts them.
+        chunks: When tokens came, and how many.
+        num_output_tokens: Tokens of the output as the server counts them.
         num_steps: Verify steps.
         num_draft_tokens: Tree nodes below the roots of these steps.
         num_emitted_tokens: Tokens that these steps emitted.
@@ -76,7 +77,7 @@ Send = Callable[[Ask], Awaitable[Answer]]
 
 @dataclass(frozen=True, slots=True)
 class Percentiles:
-    """Of milliseconds; not a number where there is no sample."""
+    """Percentiles of milliseconds; not a number where there is no sample."""
 
     p50: float
     p95: float
@@ -151,7 +152,7 @@ async def open_loop(send: Send, asks: Sequence[Ask], rate: float, seed: int) -> 
         send: Sends one request.
         asks: In order.
         rate: Mean number of requests per second.
-        seed: Of the times.
+        seed: Seed of the times.
     """
     start = perf_counter()
     gaps = random.Random(seed)

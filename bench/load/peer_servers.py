@@ -1,7 +1,7 @@
-"""Other people's servers as contenders: started as a process, asked over HTTP, ended by us.
+"""Servers of other projects as contenders: started as a process, asked over HTTP, ended by us.
 
-A server is ready when its `/health` answers 200. Its output goes to a file, the end of which is
-told if it fails.
+A server is ready when its `/health` answers 200. Its output goes to a file, whose end is part of
+the error if the server fails.
 """
 
 import asyncio

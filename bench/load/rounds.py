@@ -76,7 +76,8 @@ class ArmRun:
     """One arm's share of a round.
 
     Attributes:
-        foresight: Of the planner, for this run alone; None if nothing is planned.
+        figures: What the clients saw.
+        foresight: How well the planner foretold this run's steps; None if nothing is planned.
     """
 
     figures: LoadFigures

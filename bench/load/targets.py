@@ -1,4 +1,4 @@
-"""What a load is put on: a server behind real HTTP, or the asynchronous engine without one."""
+"""What a load is put on: a server over real HTTP, or the asynchronous engine without one."""
 
 import asyncio
 import itertools
@@ -9,6 +9,7 @@ from time import perf_counter
 from typing import Protocol
 
 import httpx
+from typing_extensions import override
 
 from bench.load.http_events import http_client, post_events
 from bench.load.loops import Answer, Ask, Chunk
@@ -23,7 +24,7 @@ from server.engine.engine import Engine
 from server.tokenizer import Tokenizer
 
 _POLL_S = 0.01
-# An open loop that is faster than the server waits here rather than being refused.
+# Requests of an open loop that is faster than the server wait here and are not turned away.
 _MAX_QUEUE = 100_000
 
 
@@ -34,15 +35,15 @@ class Target(Protocol):
         """Send a greedy request and read its stream to the end."""
 
 
-class EngineTarget:
+class EngineTarget(Target):
     """The asynchronous engine, without HTTP."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
         self._numbers = itertools.count()
 
+    @override
     async def answer(self, ask: Ask, speculation: SpeculationParams) -> Answer:
-        """See `Target.answer`."""
         sampling = SamplingParams(max_tokens=ask.max_tokens, temperature=0.0)
         request = ask.turn.request(sampling, speculation)
         # A prompt may be in flight twice.
@@ -66,10 +67,11 @@ class EngineTarget:
         )
 
 
-class HttpTarget:
+class HttpTarget(Target):
     """`/v1/chat/completions` of a server, streamed.
 
-    A chunk's tokens are counted by tokenizing its text, since the stream does not tell.
+    A chunk's tokens are counted by tokenizing its text, since the stream does not say how many
+    they are.
     """
 
     def __init__(self, client: httpx.AsyncClient, model: str, tokenizer: Tokenizer) -> None:
@@ -77,8 +79,8 @@ class HttpTarget:
         self._model = model
         self._tokenizer = tokenizer
 
+    @override
     async def answer(self, ask: Ask, speculation: SpeculationParams) -> Answer:
-        """See `Target.answer`."""
         body = {
             "model": self._model,
             "messages": ask.turn.messages,

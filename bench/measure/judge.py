@@ -31,13 +31,14 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """Two outputs that differ, and what their first difference hangs on.
+    """Two outputs that differ, and what their first difference depends on.
 
     Attributes:
-        line: Of the conversation in the data file.
+        line: Line of the conversation in the data file.
+        turn: Number of the turn in the conversation, from 1.
         position: Index of the first different token in the output.
         tokens: The two tokens there; None where an output had ended.
-        gap: Logit gap that the two tokens' draws hang on; None if an output had ended.
+        gap: Logit gap that decides between the two tokens; None if an output had ended.
         margin: For samples, the distance of the drawn number from the farther token's interval.
         is_tie: Whether the gap proves a floating-point tie.
     """

@@ -14,15 +14,15 @@ _NUM_REPEATS = 5
 
 @dataclass(frozen=True, slots=True)
 class WeightTraffic:
-    """Weight bytes that a step reads at least, beside what the memory can deliver.
+    """Weight bytes that a step reads at least, and the speed at which the memory delivers them.
 
     Attributes:
-        weight_bytes: Of the base model, read once per step whatever the number of tokens. All
+        weight_bytes: Weights of the base model, read once per step for any number of tokens. All
             experts of a mixture count, so for such a model it is an upper bound.
         memory_gb_per_s: Measured speed of reading memory on this device.
         plain_gb_per_s: Weight bytes by the measured seconds of a plain decode step.
-        speculation_gb_per_s: Likewise of a step with a draft tree; its larger matrix products
-            and the draft heads take time too, so it is lower.
+        speculation_gb_per_s: Weight bytes by the measured seconds of a step with a draft tree; its
+            larger matrix products and the draft heads take time too, so it is lower.
     """
 
     weight_bytes: int

@@ -59,8 +59,8 @@ class ReferenceModel:
         self._device = loaded.device
         self._wait_for_device = device_waiter(loaded.device)
         end_ids = sorted(loaded.eos_token_ids)
-        # NOTE: generate() fills whatever a passed configuration leaves open from the model's own
-        # one, repetition penalties included. So the model's own one is replaced.
+        # NOTE: generate() fills what a passed configuration leaves open from the model's own one,
+        # repetition penalties included. So the model's own one is replaced.
         model.generation_config = GenerationConfig(
             do_sample=False,
             num_beams=1,

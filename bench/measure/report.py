@@ -42,11 +42,12 @@ class RunContext:
     """Where, when and with what a bench ran.
 
     Attributes:
-        command_line: As it can be typed again.
-        device_name: Of the GPU, or of the CPU.
+        command_line: The command as it can be typed again.
+        device_name: Marketing name of the GPU, or of the CPU.
         num_threads: CPU threads that torch uses.
         load_average: Processes that wanted a CPU in the minute before the bench began.
-        commit: Of the source tree, with `+` behind it if files were changed; None outside of git.
+        commit: Commit of the source tree, with `+` appended if files were changed; None outside of
+            git.
         date: UTC, ISO 8601.
     """
 

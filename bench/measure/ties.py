@@ -1,7 +1,7 @@
 """Decides whether two outputs part at a floating-point tie, from the model's own logits.
 
 Two correct programs may differ in the last bits of a logit. Where that decides a token, the
-outputs part, and all text behind follows from it; so just the first difference is judged. A
+outputs part, and all later text follows from it; so only the first difference is judged. A
 difference is a proven tie if moving every logit by at most half the reported *gap*, up or down,
 suffices to produce either token.
 

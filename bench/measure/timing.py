@@ -15,9 +15,9 @@ class Timing:
     """One request's clock.
 
     Attributes:
-        num_tokens: Of the output, at least 1.
-        request_s: From handing the request over to its last token.
-        first_token_s: Likewise to its first token: the prefill.
+        num_tokens: Length of the output, at least 1.
+        request_s: Seconds from handing the request over to its last token.
+        first_token_s: Seconds from handing the request over to its first token: the prefill.
     """
 
     num_tokens: int
@@ -40,8 +40,8 @@ class Speed:
     """Speed over many requests: all tokens by all seconds.
 
     Attributes:
-        tokens_per_s: Of whole requests, prefill included.
-        decode_tokens_per_s: Of the tokens after each request's first; 0.0 if there are none.
+        tokens_per_s: Speed over whole requests, prefill included.
+        decode_tokens_per_s: Speed of the tokens after each request's first; 0.0 if there are none.
     """
 
     tokens_per_s: float
@@ -56,8 +56,8 @@ class Speedup:
     Attributes:
         total: Ratio of all tokens by all seconds.
         median: Median over the requests of the ratio of their tokens per second.
-        decode_total: As `total`, without the prefill.
-        decode_median: As `median`, without the prefill.
+        decode_total: Ratio of all tokens by all seconds, without the prefill.
+        decode_median: Median over the requests of this ratio, without the prefill.
     """
 
     total: float

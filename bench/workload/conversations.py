@@ -50,7 +50,8 @@ class PromptSet:
     """All conversations of a file.
 
     Attributes:
-        sha256: Of the file as it lies on disk.
+        file_name: Name of the file, without its directory.
+        sha256: Hex digest of the file as it lies on disk.
     """
 
     file_name: str

@@ -1,4 +1,4 @@
-"""Plays conversations turn by turn: the model's own answer stands in the next turn's context."""
+"""Plays conversations turn by turn: the model's own answer is part of the next turn's context."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -68,7 +68,7 @@ def make_turn(tokenizer: Tokenizer, conversation: Conversation, answers: Sequenc
         answers: The model's answers to the turns before.
 
     Raises:
-        InvalidRequestError: If the tokenizer has no chat template or it refuses the dialogue.
+        InvalidRequestError: If the tokenizer has no chat template or rejects the dialogue.
     """
     messages: list[dict[str, str]] = []
     if conversation.system is not None:
@@ -85,7 +85,7 @@ def skip_if_too_long(engine: Engine, turn: Turn, request: Request) -> SkippedTur
     """Why a turn must be skipped, or None if the engine can answer it in full.
 
     Raises:
-        InvalidRequestError: If the engine refuses the request for anything but its length.
+        InvalidRequestError: If the engine rejects the request for anything but its length.
     """
     try:
         engine.limits.check(request)

@@ -145,7 +145,7 @@ def test_bad_data_ends_with_the_line_on_stderr(
     assert "rows.jsonl, line 2" in captured.err
 
 
-def test_medusa_without_heads_is_refused(
+def test_medusa_without_heads_is_rejected(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["acceptance", *arguments, "--heads", "none", "--method", "medusa"]
@@ -185,7 +185,7 @@ def test_a_bench_runs_on_cuda(
     assert report["context"]["device"] == "cuda"
 
 
-def test_exactness_refuses_quantized_weights(
+def test_exactness_rejects_quantized_weights(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["exactness", *arguments, "--quantization", "int8"]) == 2

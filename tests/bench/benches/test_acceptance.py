@@ -62,7 +62,7 @@ def test_figures_pool_the_verify_steps() -> None:
     assert result.without_repeats.share_of_steps == 1.0
 
 
-def test_the_figure_without_repeats_stands_beside_the_whole_one() -> None:
+def test_the_figure_without_repeats_comes_with_the_whole_one() -> None:
     looping = make_trace(LOOP, "X" + LOOP + LOOP[:4], (7, 5), accepted=(1, 1, 1, 1))
     result = summarise([looping], ["x"])
     assert result.mean_acceptance_length == 6.0

@@ -113,7 +113,7 @@ def test_the_chunk_in_force_is_reported_where_none_was_asked_for(
         ("--long-prompt-tokens", "511", "the context of 512 has room for 510"),
     ],
 )
-def test_prompts_beyond_the_context_are_refused(
+def test_prompts_beyond_the_context_are_rejected(
     option: str,
     count: str,
     message: str,

@@ -68,7 +68,7 @@ def test_rounds_are_those_that_every_load_has() -> None:
     assert (result.rounds, result.is_complete, result.open_loop) == (1, False, None)
 
 
-def test_a_round_is_told_in_a_line() -> None:
+def test_a_round_is_logged_in_a_line() -> None:
     line = one_line(pair_of(Closed(4), 15.0, itl=8.0))
     assert line == "4 clients: 15.0 against 10.0 tokens/s (1.50), p95 time per token 0.40"
     assert one_line(pair_of(Open(2.5), 15.0)).startswith("2.5 a second: ")

@@ -79,7 +79,7 @@ def test_the_request_is_json() -> None:
         (OK + b"Transfer-Encoding: chunked\r\n\r\n5\r\nab", "broke off or sent no events"),
     ],
 )
-def test_whatever_goes_wrong_is_told(reply: bytes, message: str) -> None:
+def test_an_error_says_what_went_wrong(reply: bytes, message: str) -> None:
     with pytest.raises(BenchError, match=message):
         ask(reply)
 

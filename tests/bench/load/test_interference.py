@@ -50,7 +50,7 @@ def streams_of(speculation: SpeculationParams = PLAIN) -> list[Request]:
 
 @pytest.fixture
 def plans(monkeypatch: pytest.MonkeyPatch) -> list[list[StepEntry]]:
-    """What the engine scheduled, as the scheduler itself tells."""
+    """What the engine scheduled, as the scheduler itself says."""
     seen: list[list[StepEntry]] = []
     schedule = Scheduler.schedule
 
@@ -72,7 +72,7 @@ def test_a_rise_is_of_the_95th_percentile() -> None:
 
 
 @pytest.mark.parametrize("speculation", [PLAIN, SpeculationParams()])
-def test_the_same_chunks_are_computed_beside_streams_and_alone(
+def test_the_same_chunks_are_computed_with_streams_and_alone(
     speculation: SpeculationParams, cold: Engine, plans: list[list[StepEntry]]
 ) -> None:
     found = measure_interference(
@@ -91,7 +91,7 @@ def test_the_same_chunks_are_computed_beside_streams_and_alone(
             if item.sequence.request.request_id == name and not item.is_decoding
         ]
 
-    # Beside three streams, and with nothing else in the step.
+    # With three streams, and with nothing else in the step.
     assert chunks_of("long") == [(24, 4), (24, 4), (24, 4), (24, 4), (4, 4)]
     assert chunks_of("alone") == [(24, 1), (24, 1), (24, 1), (24, 1), (4, 1)]
 

@@ -44,7 +44,7 @@ def test_a_server_ends_with_its_block(tmp_path: Path) -> None:
         llama_contender(port)(turn_of((5,)), 4)
 
 
-def test_a_server_that_ends_at_once_tells_why() -> None:
+def test_a_server_that_ends_at_once_says_why() -> None:
     code = "import sys, os; sys.exit('no such model, threads ' + os.environ['OMP_NUM_THREADS'])"
     command = [sys.executable, "-c", code, str(free_port())]
     before = os.environ.get("OMP_NUM_THREADS")

@@ -56,7 +56,7 @@ def test_a_target_is_open_again_after_it_was_closed(engine: Engine) -> None:
         assert len(answers_of(engine, opened, SpeculationParams())) == len(QUESTIONS)
 
 
-def test_a_refusal_over_http_is_told(engine: Engine) -> None:
+def test_an_error_status_is_an_error(engine: Engine) -> None:
     with pytest.raises(BenchError, match=r"answered 400: .*max_nodes"):
         answers_of(engine, http_target, _too_many_nodes())
 

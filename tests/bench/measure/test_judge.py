@@ -29,7 +29,7 @@ def test_equal_outputs_are_no_mismatch(reference: ReferenceModel) -> None:
     assert Judge(reference).compare(greedy_pair((1, 2), (1, 2))) is None
 
 
-def test_a_greedy_mismatch_is_judged_behind_the_common_tokens(reference: ReferenceModel) -> None:
+def test_a_greedy_mismatch_is_judged_after_the_common_tokens(reference: ReferenceModel) -> None:
     logits_V = reference.next_logits((*PROMPT, 8))
     best, second = logits_V.topk(2).indices.tolist()
     mismatch = Judge(reference).compare(greedy_pair((8, best, 1), (8, second, 2)))

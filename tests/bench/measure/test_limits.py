@@ -43,7 +43,7 @@ def test_memory_is_read_at_a_possible_speed() -> None:
     assert 0.1 < read_speed(torch.device("cpu"), num_bytes=16 << 20) < 10_000
 
 
-def test_traffic_is_set_beside_the_memorys_speed() -> None:
+def test_traffic_is_compared_with_the_memorys_speed() -> None:
     described = WeightTraffic(100, 20.0, 15.0, 5.0).describe()
     assert described["plain_share"] == pytest.approx(0.75)
     assert described["memory_gb_per_s"] == 20.0

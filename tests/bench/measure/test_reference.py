@@ -45,7 +45,7 @@ def test_prompt_lookup_changes_no_output(reference: ReferenceModel) -> None:
     assert 0.0 < timing.first_token_s < timing.request_s
 
 
-def test_generate_stops_behind_an_end_token(engine: Engine) -> None:
+def test_generate_stops_after_an_end_token(engine: Engine) -> None:
     reference = ReferenceModel(engine.loaded)
     _, token_ids = reference.generate(PROMPT, 6)
     reference.model.generation_config = GenerationConfig(eos_token_id=token_ids[2], pad_token_id=0)
@@ -60,7 +60,7 @@ def test_the_models_own_generation_options_are_not_used(reference: ReferenceMode
     assert config.eos_token_id == [2]
 
 
-def test_next_logits_are_float32_whatever_the_length(reference: ReferenceModel) -> None:
+def test_next_logits_are_float32_at_any_length(reference: ReferenceModel) -> None:
     logits_V = reference.next_logits(PROMPT)
     assert logits_V.shape == (320,)
     assert logits_V.dtype == torch.float32

@@ -34,7 +34,7 @@ def test_self_times_add_up_to_the_whole() -> None:
     assert sum(watch.lap().values()) == pytest.approx(elapsed_s, rel=0.05)
 
 
-def test_a_lap_starts_anew() -> None:
+def test_a_lap_starts_again_at_zero() -> None:
     watch = Stopwatch(do_nothing)
     with watch.part("a"):
         pass

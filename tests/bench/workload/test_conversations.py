@@ -93,7 +93,7 @@ def test_line_separators_inside_a_text_do_not_split_it(tmp_path: Path) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages holds ["),
     ],
 )
-def test_a_bad_row_is_refused_with_its_line(tmp_path: Path, row: Any, message: str) -> None:
+def test_a_bad_row_is_rejected_with_its_line(tmp_path: Path, row: Any, message: str) -> None:
     path = write_rows(tmp_path / "rows.jsonl", {"prompt": "fine"}, row)
     with pytest.raises(BenchError) as error_info:
         read_prompts(path)
@@ -101,14 +101,14 @@ def test_a_bad_row_is_refused_with_its_line(tmp_path: Path, row: Any, message: s
     assert message in str(error_info.value)
 
 
-def test_broken_json_is_refused_with_its_line(tmp_path: Path) -> None:
+def test_broken_json_is_rejected_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "a"}\n{"prompt": \n')
     with pytest.raises(BenchError, match="line 2: no valid JSON"):
         read_prompts(path)
 
 
-def test_bytes_that_are_no_text_are_refused_with_their_line(tmp_path: Path) -> None:
+def test_bytes_that_are_no_text_are_rejected_with_their_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"prompt": "\xff\xfe"}\n')
     with pytest.raises(BenchError, match="line 1: no valid JSON"):
@@ -116,19 +116,19 @@ def test_bytes_that_are_no_text_are_refused_with_their_line(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n"])
-def test_an_empty_file_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_an_empty_file_is_rejected(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
     with pytest.raises(BenchError, match="has no rows"):
         read_prompts(path)
 
 
-def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+def test_a_missing_file_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(BenchError, match=r"cannot read .*none\.jsonl"):
         read_prompts(tmp_path / "none.jsonl")
 
 
-def test_a_damaged_compressed_file_is_refused(tmp_path: Path) -> None:
+def test_a_damaged_compressed_file_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"prompt": "hello"}\n' * 50)[:-20])
     with pytest.raises(BenchError, match="cannot read"):

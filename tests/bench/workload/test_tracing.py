@@ -55,7 +55,7 @@ def test_a_token_that_a_recomputed_prompt_emits_belongs_to_no_verify_step() -> N
     assert trace.steps == (StepSpan(1, 1), StepSpan(3, 2))
 
 
-def test_an_output_that_has_not_ended_is_refused() -> None:
+def test_an_output_that_has_not_ended_is_rejected() -> None:
     with pytest.raises(AssertionError, match="has not ended"):
         make_trace(Request("r", (7,)), [output((1,), False)])
 
@@ -100,7 +100,7 @@ def test_a_follow_up_is_asked_at_once(engine: Engine) -> None:
     assert [len(trace.prompt_token_ids) for trace in found.values()] == [2, 22, 42]
 
 
-def test_a_request_that_can_never_run_is_refused(engine: Engine) -> None:
+def test_a_request_that_can_never_run_is_rejected(engine: Engine) -> None:
     with pytest.raises(InvalidRequestError):
         run_requests(engine, [Request("r", ())])
     assert not engine.has_unfinished
