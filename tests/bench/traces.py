@@ -1,8 +1,8 @@
 """Hand-made outputs for tests of the figures that are computed from them."""
 
-from bench.conversations import Conversation
-from bench.dialogues import Turn
-from bench.tracing import Trace
+from bench.workload.conversations import Conversation
+from bench.workload.dialogues import Turn
+from bench.workload.tracing import Trace
 from server.core.completion import StepSpan
 from server.core.request import RequestStats
 
