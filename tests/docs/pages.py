@@ -1,15 +1,8 @@
-"""What the tests of the documentation read: its pages, and the help of the command lines."""
+"""The pages of the documentation, and what the tests read in them."""
 
-import contextlib
-import functools
-import importlib
-import io
 import re
-import sys
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = tuple(
@@ -102,31 +95,3 @@ def code(cell: str) -> str:
 def flags(text: str) -> set[str]:
     """Options that a text names."""
     return {match.group() for match in _FLAG.finditer(text)}
-
-
-@functools.cache
-def help_text(*arguments: str) -> str:
-    """The help of a command: `euryale serve`, `training train`, `bench latency` and so on."""
-    program, *rest = arguments
-    output = io.StringIO()
-    environment = {"COLUMNS": "1000", "TERM": "dumb"}
-    with (
-        patch.dict("os.environ", environment),
-        patch.object(sys, "argv", [program, *rest, "--help"]),
-        contextlib.redirect_stdout(output),
-        contextlib.suppress(SystemExit),
-    ):
-        if program == "euryale":
-            scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-            module, _, function = scripts["euryale"].partition(":")
-            getattr(importlib.import_module(module), function)()
-        else:
-            importlib.import_module(f"{program}.__main__").main([*rest, "--help"])
-    return output.getvalue()
-
-
-def options_of(*arguments: str) -> set[str]:
-    """Options of a command, without those that every command has and without `--no-...`."""
-    found = flags(help_text(*arguments)) - {"--help", "--config"}
-    negative = {flag for flag in found if f"--{flag.removeprefix('--no-')}" in found}
-    return found - negative
