@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from heads.candidates import Candidates
-from heads.frozen_linear import FrozenLinear
+from heads.packed_product import PackedProduct
 from heads.seen_rows import SeenRows, gather_seen_rows, top_candidates
 
 # Makes a product with the transpose of a matrix [outputs, inputs] that no longer changes.
@@ -133,7 +133,7 @@ class MedusaHeads(nn.Module):
             rows_UD = rows_UD.index_select(0, self.draft_vocab_ids)
         self.register_buffer("draft_rows_UD", rows_UD, persistent=False)
         self._draft_vocab = frozenset(self.draft_vocab_ids.tolist())
-        self._unembed: FrozenLinear | None = None
+        self._unembed: PackedProduct | None = None
         self._frozen: _FrozenProducts | None = None
 
     def forward(self, hidden_TD: Tensor, root_tokens_T: Tensor) -> Tensor:
@@ -173,10 +173,10 @@ class MedusaHeads(nn.Module):
         """
         self._frozen = _FrozenProducts(self, make_product)
 
-    def _frozen_unembedding(self) -> FrozenLinear:
+    def _frozen_unembedding(self) -> PackedProduct:
         # Built on first use, and again when the module has moved to another device or dtype.
-        if self._unembed is None or self._unembed.weight is not self.draft_rows_UD:
-            self._unembed = FrozenLinear(self.draft_rows_UD)
+        if self._unembed is None or self._unembed.weight_OI is not self.draft_rows_UD:
+            self._unembed = PackedProduct(self.draft_rows_UD)
         return self._unembed
 
     @torch.inference_mode()

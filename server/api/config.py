@@ -1,4 +1,4 @@
-"""Options of the HTTP side; checked on construction, like all options."""
+"""Options of the HTTP side, checked on construction."""
 
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -17,7 +17,7 @@ class ApiConfig:
         served_model_name: Name that clients give as `model`; that of `--model` if not given.
         api_key: Bearer token that `/v1`, `/tokenize` and `/detokenize` ask for; none is asked for
             if not given.
-        max_request_bytes: Longest request body.
+        max_request_bytes: Longest request body, in bytes.
 
     Raises:
         ConfigError: If a value is out of range.
@@ -38,7 +38,7 @@ class ApiConfig:
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
-    """How the server process listens and ends.
+    """How the server process listens, queues, logs and ends.
 
     Attributes:
         host: Address to listen on.

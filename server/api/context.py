@@ -1,4 +1,4 @@
-"""What every route needs: the engine, the options, and when this server began."""
+"""What every route needs: the engine, the options, and the time of the start."""
 
 import time
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class ApiContext:
 
     @classmethod
     def of(cls, engine: AsyncEngine, config: ApiConfig) -> "ApiContext":
-        """Put the parts of an application that begins now together."""
+        """The parts of an application that starts now."""
         return cls(engine, config, TokenTexts(engine.info.tokenizer), int(time.time()))
 
     @property
@@ -50,7 +50,7 @@ class ApiContext:
         return self.engine.info.max_model_len
 
     def check_model(self, name: str) -> None:
-        """Refuse another model's name.
+        """Reject another model's name.
 
         Raises:
             ModelNotFoundError: If this server does not serve it.

@@ -1,4 +1,4 @@
-"""`/health`, `/ready` and `/version`: what an orchestrator asks."""
+"""`/health`, `/ready` and `/version`, for orchestrators."""
 
 from fastapi import APIRouter
 from starlette.responses import Response
@@ -11,7 +11,7 @@ router = APIRouter(tags=["health"])
 
 
 class Status(ResponseBody):
-    """One word on the server's state."""
+    """The server's state in one word."""
 
     status: str
 

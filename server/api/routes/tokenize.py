@@ -1,4 +1,4 @@
-"""`/tokenize` and `/detokenize`: the model's tokenizer, as clients that count tokens want it."""
+"""`/tokenize` and `/detokenize`: the model's tokenizer, for clients that count tokens."""
 
 import asyncio
 
