@@ -168,8 +168,7 @@ def prepare(
         build: Loads the engine.
 
     Raises:
-        BenchError: If the prompts are wrong.
-        EuryaleError: If the engine cannot be built.
+        EuryaleError: If the prompts are wrong, or the engine cannot be built.
     """
     workload = load_workload(prompts.data, prompts.limit)
     return Setup(
