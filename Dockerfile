@@ -20,6 +20,7 @@ RUN python3 -m venv $VIRTUAL_ENV && pip install --no-cache-dir 'torch>=2.11'
 COPY pyproject.toml README.md LICENSE ./
 COPY heads heads
 COPY server server
+COPY euryale euryale
 COPY training training
 COPY bench bench
 RUN pip install --no-cache-dir .

@@ -1,15 +1,15 @@
 """Heads on disk: a directory that says for which base model it was trained, and is checked for it.
 
     config.json               format, type, sizes, the base's name and fingerprint, file digests
-    heads.safetensors         the weights, an MTP module's block included, and the draft vocabulary
-                              as int32
-    acceptance_profile.json   measured accept rates; only if there are any
-    adapter/                  LoRA adapter that the base is served with, in PEFT's format; only if
-                              the heads were trained with one
+    heads.safetensors         the weights, an MTP module's decoder layer included, and the draft
+                              vocabulary as int32
+    acceptance_profile.json   measured accept rates, if there are any
+    adapter/                  LoRA adapter that the base is served with, in PEFT's format, if the
+                              heads were trained with one
 
 Nothing is unpickled. config.json is written last and holds the digests of the others, so that
-an interrupted save is never taken for a whole one. Loading is strict: whatever is missing, unknown
-or damaged is an error, and so are heads of another base model, which would only never be accepted.
+an interrupted save is never taken for a whole one. Loading is strict: what is missing, unknown or
+damaged is an error, and so are heads of another base model, whose drafts would all be rejected.
 
 Shape suffixes: V vocabulary, D model width.
 """
@@ -78,7 +78,7 @@ class BaseFingerprint:
 
         Args:
             model_type: Architecture, as transformers names it.
-            num_layers: Decoder blocks.
+            num_layers: Decoder layers.
             hidden_size: Model width.
             vocab_size: Rows of the unembedding.
             parameters: Names and weights in any order, as `named_parameters` gives them, before
@@ -159,8 +159,8 @@ def save_heads(
     """Write a checkpoint, replacing one that is there; other files of the directory stay.
 
     Args:
-        directory: Created if needed.
-        heads: Heads on any device.
+        directory: Where the checkpoint goes; created if needed.
+        heads: What to save, on any device.
         base: Fingerprint of the base model that they were trained for.
         base_name: How to call that base in messages.
         profile: Accept rates measured for these heads, if any.
@@ -210,8 +210,9 @@ def load_heads(
     """Load heads for a base model and check that they belong to it.
 
     Args:
-        directory: What `save_heads` wrote.
-        parts: Of the base model; matrices are used by reference if device and dtype fit.
+        directory: A checkpoint that `save_heads` wrote.
+        parts: What the heads take from the base model; matrices are used by reference if device and
+            dtype fit.
         base: Fingerprint of the loaded base model.
         device: Where the heads run.
         dtype: Type of their weights.
@@ -247,8 +248,8 @@ def load_adapter(directory: Path, base: BaseFingerprint) -> AdapterFiles | None:
     """Read what is to be merged into the base model of some heads; None if nothing is.
 
     Args:
-        directory: What `save_heads` wrote.
-        base: Fingerprint of the loaded base model, nothing merged.
+        directory: A checkpoint that `save_heads` wrote.
+        base: Fingerprint of the loaded base model before anything is merged into it.
 
     Raises:
         HeadsCheckpointError: If the checkpoint is missing, incomplete, damaged or unknown.

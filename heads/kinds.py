@@ -25,10 +25,10 @@ class BaseParts:
     """What draft heads take from their base model.
 
     Attributes:
-        unembedding_VD: In the dtype and on the device of the heads.
-        input_embedding_VD: Likewise.
-        make_block: Makes a fresh decoder block of the base's class; None where there is none, and
-            then no MTP module can be built.
+        unembedding_VD: Unembedding, in the dtype and on the device of the heads.
+        input_embedding_VD: Input embedding, likewise.
+        make_block: Makes a fresh decoder layer of the base's class; None if there is none to make,
+            so that no MTP module can be built.
     """
 
     unembedding_VD: Tensor
@@ -42,7 +42,7 @@ def type_of(heads: AnyHeads) -> str:
 
 
 def describe(heads: AnyHeads) -> dict[str, Any]:
-    """Return the heads' sizes as JSON; an MTP module's with the class of its block."""
+    """Return the heads' sizes as JSON; an MTP module's with the class of its decoder layer."""
     sizes = asdict(heads.config)
     if isinstance(heads, MTPModule):
         sizes[_BLOCK_KEY] = type(heads.block).__name__
@@ -55,8 +55,8 @@ def build_heads(kind: str, sizes: Any, draft_vocab_ids: Tensor | None, base: Bas
     Args:
         kind: One of `TYPES`.
         sizes: What `describe` returned.
-        draft_vocab_ids: If the checkpoint has any.
-        base: Of the base model that they belong to.
+        draft_vocab_ids: Ids of the draft vocabulary, if the checkpoint has any.
+        base: What the heads take from the base model that they belong to.
 
     Raises:
         ValueError: If the sizes are unknown or do not fit the base model.

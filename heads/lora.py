@@ -5,8 +5,8 @@
                                  [outputs, rank]
 
 A merged weight is W + scale * B A, with scale = alpha / rank, or alpha / sqrt(rank) for rsLoRA.
-Whatever PEFT can express beyond that is refused by name. Knows no model class: layers are found by
-their names among any module's linear layers.
+What PEFT can express beyond that is rejected with an error that names it. Knows no model class:
+layers are found by their names among any module's linear layers.
 
 Shape suffixes: R rank, I input features, O output features.
 """
@@ -152,7 +152,7 @@ def merge_adapter(model: nn.Module, files: AdapterFiles) -> int:
 
     Args:
         model: Its adapted layers are `nn.Linear`, hence not packed yet.
-        files: Of the adapter.
+        files: The adapter.
 
     Returns:
         The number of layers that changed.

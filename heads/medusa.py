@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from heads.candidates import Candidates
-from heads.frozen_linear import FrozenLinear
+from heads.packed_product import PackedProduct
 from heads.seen_rows import SeenRows, gather_seen_rows, top_candidates
 
-# Makes a product with the transpose of a matrix [outputs, inputs] that nobody writes to any more.
+# Makes a product with the transpose of a matrix [outputs, inputs] that no longer changes.
 MakeProduct = Callable[[Tensor], Callable[[Tensor], Tensor]]
 
 
@@ -133,7 +133,7 @@ class MedusaHeads(nn.Module):
             rows_UD = rows_UD.index_select(0, self.draft_vocab_ids)
         self.register_buffer("draft_rows_UD", rows_UD, persistent=False)
         self._draft_vocab = frozenset(self.draft_vocab_ids.tolist())
-        self._unembed: FrozenLinear | None = None
+        self._unembed: PackedProduct | None = None
         self._frozen: _FrozenProducts | None = None
 
     def forward(self, hidden_TD: Tensor, root_tokens_T: Tensor) -> Tensor:
@@ -173,10 +173,10 @@ class MedusaHeads(nn.Module):
         """
         self._frozen = _FrozenProducts(self, make_product)
 
-    def _frozen_unembedding(self) -> FrozenLinear:
+    def _frozen_unembedding(self) -> PackedProduct:
         # Built on first use, and again when the module has moved to another device or dtype.
-        if self._unembed is None or self._unembed.weight is not self.draft_rows_UD:
-            self._unembed = FrozenLinear(self.draft_rows_UD)
+        if self._unembed is None or self._unembed.weight_OI is not self.draft_rows_UD:
+            self._unembed = PackedProduct(self.draft_rows_UD)
         return self._unembed
 
     @torch.inference_mode()
@@ -234,7 +234,7 @@ class MedusaHeads(nn.Module):
 
 
 class _FrozenProducts:
-    """What heads compute, by products with matrices that nobody writes to.
+    """What heads compute, by products with matrices that no longer change.
 
     Attributes:
         unembed: Logits over the draft vocabulary; None if heads have matrices of their own.
@@ -255,7 +255,7 @@ class _FrozenProducts:
         self.unembed = None if has_own else make_product(heads.draft_rows_UD)
 
     def hidden(self, hidden_BD: Tensor, root_BD: Tensor) -> Tensor:
-        """See `MedusaHeads.forward`; takes the embeddings of the root tokens."""
+        """Return what `MedusaHeads.forward` does, from the embeddings of the root tokens."""
         x_KBD = hidden_BD.to(self._biases.dtype).expand(self._num_heads, -1, -1)
         if self._map_root is not None:
             mapped_BX = self._map_root(root_BD.to(self._biases.dtype))

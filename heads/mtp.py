@@ -1,4 +1,4 @@
-"""The MTP module: one decoder block that drafts a token at a time from its own output.
+"""The MTP module: one decoder layer that drafts a token at a time from its own output.
 
 Slot i of the module's attention belongs to token i, and its input is that token with the hidden
 state *before* it:
@@ -6,7 +6,7 @@ state *before* it:
     depth 1   u_i = M [RMSNorm(h_{i-1}); RMSNorm(Emb(x_i))]      h from the base model
     depth d   the same with the module's own output at i - 1, of depth d - 1, in place of h_{i-1}
 
-then the block, a final norm, and the base model's frozen unembedding over a draft vocabulary. The
+then the layer, a final norm, and the base model's frozen unembedding over a draft vocabulary. The
 output at i drafts the token i + 1. The root's hidden state is known when it is drafted for, so the
 root runs at depth 1; after verification the accepted tokens run again at depth 1. The first token
 of all has no state before it: zeros.
@@ -14,7 +14,8 @@ of all has no state before it: zeros.
 Source: DeepSeek-V3, arXiv:2412.19437, 2.2; the slot of a pair is that of its token, not of its
 hidden state, so that base and module share block tables.
 
-Owns the weights, and knows neither the block's class nor its attention: the caller brings both.
+Owns the weights, and knows neither the layer's class nor its attention: the caller brings both. The
+layer is called `block`, since its weights have that name in checkpoints.
 
 Shape suffixes: T flat tokens, D model width, U draft vocabulary, V vocabulary.
 """
@@ -34,10 +35,10 @@ class MTPConfig:
     """Shape of an MTP module.
 
     Attributes:
-        hidden_size: Width of the base model and of the block.
+        hidden_size: Width of the base model and of the decoder layer.
         vocab_size: Rows of the base model's unembedding.
         draft_vocab_size: Tokens that the module can draft; the whole vocabulary costs no memory.
-        norm_eps: Of the RMS norms.
+        norm_eps: Epsilon of the RMS norms.
 
     Raises:
         ValueError: If a size is less than 1, or the draft vocabulary exceeds the vocabulary.
@@ -62,13 +63,13 @@ class MTPConfig:
 class MTPModule(nn.Module):
     """One level of drafting: states and tokens in, states of the next level out.
 
-    Fresh modules pass the hidden state to the block as it is, and the token not at all.
+    Fresh modules pass the hidden state to the layer as it is, and the token not at all.
 
     Args:
-        block: A decoder block of the base model's shape, not shared with it.
-        unembedding_VD: The base model's, by reference; frozen.
-        input_embedding_VD: Likewise.
-        draft_vocab_ids: Distinct ids, `config.draft_vocab_size` of them.
+        block: A decoder layer of the base model's shape, with weights of its own.
+        unembedding_VD: The base model's unembedding, used by reference and frozen.
+        input_embedding_VD: The base model's input embedding, used likewise.
+        draft_vocab_ids: Distinct ids of the draft vocabulary, `config.draft_vocab_size` of them.
 
     Attributes:
         draft_vocab_ids: Int64 [U]; in the state dict.
@@ -135,7 +136,7 @@ class MTPModule(nn.Module):
         Args:
             states_TD: For each token the state before it: the base model's last hidden state after
                 its final norm, or this module's output.
-            token_ids_T: Int64.
+            token_ids_T: Int64 tokens.
             run_block: Runs `block` on TD with positions, attention and KV of these tokens.
         """
         embedded_TD = F.embedding(token_ids_T, self._input_embedding_VD)
@@ -144,7 +145,7 @@ class MTPModule(nn.Module):
         joined_TX = torch.cat(
             (self.hidden_norm(states_TD.to(dtype)), self.embedding_norm(embedded_TD.to(dtype))), 1
         )
-        # Under autocast the block returns another dtype.
+        # Under autocast the layer returns another dtype.
         states: Tensor = self.final_norm(run_block(self.projection(joined_TX)).to(dtype))
         return states
 
@@ -152,7 +153,7 @@ class MTPModule(nn.Module):
     def seen_rows(self, prompt_token_ids: Sequence[int]) -> SeenRows | None:
         """Gather the rows of a prompt's tokens that the module cannot draft otherwise.
 
-        Call it once per request: it copies rows. See `heads.seen_rows`.
+        Call it once per request, because it copies rows.
         """
         found = gather_seen_rows(prompt_token_ids, self._draft_vocab, self._unembedding_VD)
         return None if found is None else found.to(self.draft_rows_UD.dtype)

@@ -1,4 +1,4 @@
-"""Tokens of a request's own prompt as candidates beside the draft vocabulary.
+"""Tokens of a request's own prompt as candidates in addition to the draft vocabulary.
 
 A draft vocabulary holds the tokens that answers use most; what it lacks and the prompt has (names,
 numbers, code) is drafted from rows of the base model's unembedding, gathered once per request.
@@ -26,7 +26,7 @@ class SeenRows:
 
     Attributes:
         token_ids_E: Int64, without repetition.
-        rows_ED: Their rows.
+        rows_ED: Unembedding row of each of them.
     """
 
     token_ids_E: Tensor
@@ -64,11 +64,11 @@ def top_candidates(
     """Rank the draft vocabulary and each sequence's seen tokens together.
 
     Args:
-        states_BKD: What the logits were computed from.
-        logits_BKU: Over the draft vocabulary.
+        states_BKD: States that the logits were computed from.
+        logits_BKU: Logits over the draft vocabulary.
         draft_vocab_ids_U: Int64 token of each column.
         num_ranks: Candidates per state; padded where there are fewer tokens to draft.
-        seen: One entry per sequence.
+        seen: For each sequence the rows of its prompt, or None.
     """
     num_seen = max(0 if rows is None else len(rows.token_ids_E) for rows in seen)
     num_extra = max(num_seen, num_ranks - logits_BKU.shape[2])

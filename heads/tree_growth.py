@@ -44,7 +44,7 @@ class GrowingTrees:
     """One growing tree per sequence.
 
     Args:
-        candidates: What may follow each root: one state per sequence, [B, 1, R].
+        candidates: Candidates that may follow each root: one state per sequence, [B, 1, R].
     """
 
     def __init__(self, candidates: Candidates) -> None:

@@ -23,8 +23,9 @@ class AcceptanceProfile:
     Attributes:
         accept_rates_KR: Entry (k, r) is the probability that the candidate of rank r at depth
             k + 1 is accepted, given that its parent on the path was.
-        calibration_KC: By depth and `heads.calibration.head_bin` what a draft probability is
-            multiplied by to get an accept rate, given the same; empty if not measured.
+        calibration_KC: By depth and `heads.calibration.head_bin` the factor that turns a draft
+            probability into an accept rate, given that its parent was accepted; empty if not
+            measured.
 
     Raises:
         ValueError: If there is no rate at some depth, a rate lies outside [0, 1], or a ratio of

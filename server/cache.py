@@ -1,7 +1,7 @@
-"""The directory of converted and downloaded models, shared by all processes of a user.
+"""The directory of what is fetched, converted, compiled and measured once and kept.
 
-Whatever has its final name in it is whole: work happens under partial names, one process at a
-time, and a leftover of an interrupted one is removed by the next.
+All processes of a user share it. Whatever has its final name in it is whole: work happens under
+partial names, one process at a time, and a leftover of an interrupted one is removed by the next.
 """
 
 import os
@@ -9,19 +9,25 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from filelock import FileLock
 
 CACHE_VARIABLE = "EURYALE_CACHE"
+# GGUF files, checkpoints made of them, libraries of ours, compiled layers, and step costs.
+CacheKind = Literal["gguf", "models", "kernels", "compiled", "costs"]
 
 
-def cache_dir() -> Path:
-    """The cache's root: $EURYALE_CACHE, else `euryale` below the user's cache directory."""
+def cache_dir(kind: CacheKind) -> Path:
+    """Where things of a kind are kept; need not exist.
+
+    That is below $EURYALE_CACHE, or below `euryale` in the user's cache directory.
+    """
     chosen = os.environ.get(CACHE_VARIABLE)
     if chosen:
-        return Path(chosen).expanduser()
+        return Path(chosen).expanduser() / kind
     user_cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(user_cache) if user_cache else Path.home() / ".cache") / "euryale"
+    return (Path(user_cache) if user_cache else Path.home() / ".cache") / "euryale" / kind
 
 
 @contextmanager

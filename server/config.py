@@ -6,7 +6,7 @@ of the error carries the value and the remedy.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from server.errors import ConfigError, InvalidRequestError
 
@@ -21,8 +21,14 @@ AcceptanceName = Literal["auto", "exact", "typical"]
 
 SHIPPED_HEADS: tuple[DraftMethod, ...] = ("medusa", "mtp")
 METHODS: tuple[Method, ...] = ("auto", "none", "medusa", "mtp", "lookup")
-COMPILES: tuple[CompileName, ...] = ("auto", "on", "off")
 ACCEPTANCES: tuple[AcceptanceName, ...] = ("auto", "exact", "typical")
+# Values of `EngineConfig` by field.
+_WORDS: Mapping[str, tuple[str, ...]] = {
+    "device": get_args(DeviceName),
+    "dtype": get_args(DtypeName),
+    "quantization": get_args(QuantizationName),
+    "compile": get_args(CompileName),
+}
 # As `heads`: the MTP layer that the base checkpoint ships.
 NATIVE_HEADS = "native"
 MAX_TREE_NODES = 64
@@ -51,8 +57,8 @@ class SamplingParams:
         repetition_penalty: Divides positive (multiplies negative) logits of tokens in prompt or
             generated text; 1 is off.
         logit_bias: Token id to a number added to its logit.
-        seed: With a seed and exact acceptance, which a seed implies unless the request asks for
-            typical, the text is reproducible, whatever the drafts or the batch.
+        seed: Makes a sampled text reproducible with any drafts and in any batch; implies exact
+            acceptance unless the request asks for typical.
         stop: Strings that end generation; they are not part of the text.
         logprobs: Number of most probable tokens to report at each position; None reports nothing.
         ignore_eos: Generate on after an end-of-sequence token.
@@ -179,36 +185,38 @@ class EngineConfig:
 
     Attributes:
         model: Hub id, local directory, `.gguf` file or the built-in `smollm2`.
-        heads: Directory of a heads checkpoint; `auto` takes the heads that ship for the model if
-            there are any, `medusa` and `mtp` insist on that kind of them; `native` takes the MTP
-            layer of the model's own checkpoint; `none` serves without heads.
+        heads: Directory of draft heads; `auto` takes those that ship for the model, if any;
+            `medusa` and `mtp` insist on that kind of them; `native` takes the MTP layer of the
+            model's own checkpoint; `none` serves without heads.
         device: Where the model runs; `auto` takes CUDA if there is a device.
-        dtype: Weight and activation type; `auto` is float32 on CPU and bfloat16 on CUDA.
-        quantization: `int8` stores the weights of the model's linear layers in 8 bits, on CPU in
-            float32.
-        compile: `on` compiles the model's blocks, on CPU only, which needs a C++ compiler at the
-            first start; `auto` does so where it can. Either also takes our own int8 product, for
-            int8 weights and for draft heads, and our own attention, where they run; `off` neither.
+        dtype: Type of weights and activations; `auto` is float32 on CPU and bfloat16 on CUDA.
+        quantization: `int8` stores the weights of linear layers in 8 bits, which is faster and a
+            little less exact; on CPU with float32 only.
+        compile: `on` compiles the model's layers and takes our own kernels for int8 products, draft
+            heads and attention, on CPU only, which needs a C++ compiler at the first start; `auto`
+            does so where it can; `off` does not.
+        attention: Name of an attention backend, or its factory as `module:attribute`; `auto` takes
+            the device's best one.
         block_size: Tokens per KV block.
-        num_blocks: KV blocks in all; None derives them from `kv_cache_bytes`.
-        kv_cache_bytes: Memory of the KV cache; None takes a share of what is free.
+        num_blocks: KV blocks in all; derived from `kv_cache_bytes` if not given.
+        kv_cache_bytes: Memory of the KV cache; a share of the free memory if not given.
         max_num_seqs: Sequences that run at once.
         max_tokens_per_step: Tokens of one forward pass, prompt chunks and tree nodes together.
-        max_prefill_tokens: Prompt tokens of a step in which sequences decode, whose streams wait
-            for them; None takes 64 on CPU and no limit of its own on CUDA.
-        max_model_len: Longest prompt plus output; None takes the model's own limit.
-        max_nodes: Largest tree of a sequence, root included.
+        max_prefill_tokens: Prompt tokens of a step in which other sequences decode, whose streams
+            wait for them; if not given 64 on CPU and without a limit of its own on CUDA.
+        max_model_len: Longest prompt plus output; the model's own limit if not given.
+        max_nodes: Largest draft tree of a sequence, root included.
         tree_size: Nodes of each draft tree, root included; `auto` chooses them for each step by
             the measured step cost.
-        lookup: Whether earlier text of a sequence is a source of drafts too.
-        acceptance: Rule for requests that ask for `auto`; those that are greedy, have a seed or
-            ask for log-probs are exact whatever it says.
-        prefix_caching: Reuse KV blocks of earlier prompts with the same beginning.
-        num_threads: CPU threads of the model; None leaves torch's choice.
-        remeasure: Measure the step cost although an earlier start kept it.
+        lookup: Draft from earlier text of the prompt and the output too.
+        acceptance: Rule for requests that ask for `auto`; greedy requests and those with a seed or
+            log-probs are exact all the same.
+        prefix_caching: Reuse the KV blocks of earlier prompts with the same beginning.
+        num_threads: CPU threads of the model; torch's choice if not given.
+        remeasure: Measure the step cost even if it is known from an earlier start.
 
     Raises:
-        ConfigError: If a value is out of range.
+        ConfigError: If a value is unknown or out of range.
     """
 
     model: str = "smollm2"
@@ -217,6 +225,7 @@ class EngineConfig:
     dtype: DtypeName = "auto"
     quantization: QuantizationName = "none"
     compile: CompileName = "off"
+    attention: str = "auto"
     block_size: int = 16
     num_blocks: int | None = None
     kv_cache_bytes: int | None = None
@@ -245,11 +254,13 @@ class EngineConfig:
         for name, value in positive.items():
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; give at least 1")
+        for name, words in _WORDS.items():
+            value = getattr(self, name)
+            if value not in words:
+                raise ConfigError(f"{name} is {value!r}; give one of {words}")
         if not 1 <= self.max_nodes <= MAX_TREE_NODES:
             raise ConfigError(f"max_nodes is {self.max_nodes}; give 1 to {MAX_TREE_NODES}")
         self._check_tree_size()
-        if self.compile not in COMPILES:
-            raise ConfigError(f"compile is {self.compile!r}; give one of {COMPILES}")
         if self.acceptance not in ACCEPTANCES:
             raise ConfigError(f"acceptance is {self.acceptance!r}; give one of {ACCEPTANCES}")
         # A step must have room for one full tree of every running sequence's root at least.

@@ -1,7 +1,7 @@
 """Prometheus metrics of the engine, on a registry of their own.
 
-Totals and gauges are read from the engine when somebody scrapes, so that a step pays nothing for
-them; only latencies are observed as they happen.
+Totals and gauges are read from the engine at each scrape and cost a step nothing; latencies are
+observed as they happen.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -31,7 +31,7 @@ _GAUGES = {
 
 
 class _EngineCollector(Collector):
-    """Reads totals and gauges at the time of a scrape."""
+    """Reads totals and gauges at each scrape."""
 
     def __init__(self, read: Callable[[], Mapping[str, int]]) -> None:
         self._read = read
@@ -49,7 +49,8 @@ class EngineMetrics:
 
     Attributes:
         registry: What `/metrics` renders.
-        requests: Ended requests by reason.
+        requests: Ended requests by reason: `stop`, `length` or `abort`.
+        step_seconds: Time of an engine step.
         ttft_seconds: From arrival to the first token.
         request_seconds: From arrival to the last token.
     """
@@ -58,7 +59,8 @@ class EngineMetrics:
         """Register all metrics.
 
         Args:
-            read: Returns the engine's current totals and gauges by name; called by scrapes.
+            read: Returns the engine's current totals and gauges by name; called at each scrape, in
+                any thread.
         """
         self.registry = CollectorRegistry()
         self.registry.register(_EngineCollector(read))

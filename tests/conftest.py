@@ -13,12 +13,19 @@ import pytest
 import torch
 
 from server.model.source import resolve_model
+from tests.support.log_lines import LogLines
 
 
 @pytest.fixture(scope="session")
 def smollm2_dir() -> Path:
     """The built-in model as a checkpoint directory; fetched and converted once per machine."""
     return Path(resolve_model("smollm2"))
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> LogLines:
+    """What Euryale logs during the test."""
+    return LogLines(caplog)
 
 
 @pytest.fixture(scope="session", autouse=True)

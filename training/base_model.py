@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from server.device.create import create_device
 from server.model.loading import LoadedModel, load_model
 from training.distilled import Manifest
 from training.errors import DataError
@@ -22,7 +23,7 @@ def load_base(
     Args:
         options: Name, device and dtype.
         heads: A heads checkpoint; an adapter that it carries is merged in.
-        is_packed: As `load_model` takes it.
+        is_packed: Whether linear layers may be replaced by faster ones without autograd.
         device: Where to, instead of the options' device.
 
     Raises:
@@ -34,7 +35,10 @@ def load_base(
         torch.set_num_threads(options.num_threads)
     note(f"loading model {options.model}")
     where = options.device if device is None else str(device)
-    return load_model(options.model, where, options.dtype, heads, is_packed)
+    loaded = load_model(options.model, where, options.dtype, heads)
+    if is_packed:
+        create_device(loaded.device).pack(loaded.model)
+    return loaded
 
 
 def check_base(data: Path, loaded: LoadedModel) -> bool:

@@ -61,7 +61,7 @@ def run(options: DistillOptions) -> dict[str, Any]:
     check_weights(options.category_weights, prompts)
     capture = HiddenCapture()
     on_hidden = None if options.hidden_cache is None else capture.take
-    engine = Engine.from_config(_engine_config(options), note, on_hidden)
+    engine = Engine.from_config(_engine_config(options), on_hidden)
     kept = open_states(options, engine.loaded)
     if engine.loaded.adapter_sha256 is not None:
         raise RunError(

@@ -15,7 +15,7 @@ from torch import Tensor
 from heads.medusa import MedusaHeads
 from heads.mtp import MTPModule
 from heads.seen_rows import SeenRows
-from server.model.decoder_block import DecoderBlock
+from server.model.decoder_layer import DecoderLayer
 from training.dataset import Document
 from training.hidden_states import HiddenStates
 from training.mtp_source import EncodedDocument
@@ -98,7 +98,7 @@ class MTPDrafts:
     """
 
     def __init__(
-        self, encoder: HiddenStates, module: MTPModule, block: DecoderBlock, num_depths: int
+        self, encoder: HiddenStates, module: MTPModule, block: DecoderLayer, num_depths: int
     ) -> None:
         self.num_depths = num_depths
         self.vocab_size = module.config.vocab_size

@@ -81,9 +81,9 @@ def _drafts(options: EvaluateOptions, found: DraftHeads, states: HiddenStates) -
                 "which have one depth each; leave it out"
             )
         return MedusaDrafts(states, found.heads)
-    if found.block is None:
-        raise AssertionError("an MTP module came without its block")
+    if found.layer is None:
+        raise AssertionError("an MTP module came without its decoder layer")
     num_depths = options.num_depths
     if num_depths is None:
         num_depths = found.profile.max_depth if found.profile else _DEFAULT_DEPTHS
-    return MTPDrafts(states, found.heads, found.block, num_depths)
+    return MTPDrafts(states, found.heads, found.layer, num_depths)

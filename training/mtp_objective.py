@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from heads.mtp import MTPModule
-from server.model.decoder_block import DecoderBlock
+from server.model.decoder_layer import DecoderLayer
 from training.losses import DraftLoss, draft_vocab_index
 from training.mtp_source import EncodedBatch
 from training.mtp_unroll import DepthOutput, draft_positions, unroll
@@ -34,7 +34,7 @@ class MTPObjective:
     def __init__(
         self,
         module: MTPModule,
-        block: DecoderBlock,
+        block: DecoderLayer,
         num_depths: int,
         compute_dtype: torch.dtype,
         kl_weight: float = 0.0,

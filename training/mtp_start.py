@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from heads.mtp import MTPConfig, MTPModule
-from server.model.decoder_block import DecoderBlock
+from server.model.decoder_layer import DecoderLayer
 from server.model.loading import LoadedModel
 from training.dataset import Corpus, frequent_tokens
 from training.options import TrainOptions
@@ -16,7 +16,7 @@ class FreshMTP:
     """An untrained module with float32 weights, and what runs its block."""
 
     module: MTPModule
-    block: DecoderBlock
+    block: DecoderLayer
 
 
 def fresh_mtp(options: TrainOptions, loaded: LoadedModel, train: Corpus) -> FreshMTP:
@@ -28,7 +28,7 @@ def fresh_mtp(options: TrainOptions, loaded: LoadedModel, train: Corpus) -> Fres
     size = min(options.draft_vocab_size, loaded.vocab_size) or loaded.vocab_size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
-        block = DecoderBlock(loaded.model)
+        block = DecoderLayer(loaded.model)
     module = MTPModule(
         MTPConfig(loaded.hidden_size, loaded.vocab_size, size),
         block.module,

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from heads.mtp import MTPModule
 from server.attention.hook import AttentionContext
-from server.model.decoder_block import DecoderBlock
+from server.model.decoder_layer import DecoderLayer
 from training.dataset import Document
 from training.examples import NO_LABEL
 from training.mtp_source import EncodedDocument
@@ -42,7 +42,7 @@ class DepthOutput:
 
 
 def unroll(
-    module: MTPModule, block: DecoderBlock, batch: Sequence[EncodedDocument], num_depths: int
+    module: MTPModule, block: DecoderLayer, batch: Sequence[EncodedDocument], num_depths: int
 ) -> Iterator[DepthOutput]:
     """Run the module over documents, depth by depth.
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from server.attention.backend import AttentionBatch
+from server.attention.backend import AttentionBackend, AttentionBatch
 from server.errors import ModelError
 
 
@@ -62,7 +62,7 @@ def visible_keys(query_positions: Tensor, key_positions: Sequence[Tensor]) -> Te
     return torch.cat(visible, dim=1)
 
 
-class UnrolledAttention:
+class UnrolledAttention(AttentionBackend):
     """Attends within documents, over all depths of an `Unroll`."""
 
     def prepare(self, batch: AttentionBatch) -> Unroll:

@@ -131,7 +131,7 @@ def find_llama_server(given: Path | None) -> Path | None:
 def gguf_file(model: str) -> Path | None:
     """The GGUF file that a model is read from, or None if it is read from something else."""
     if model == SMOLLM2.name:
-        return builtin_gguf(SMOLLM2, cache_dir())
+        return builtin_gguf(SMOLLM2, cache_dir("gguf"))
     path = Path(model).expanduser()
     return path if path.suffix.lower() == ".gguf" and path.is_file() else None
 

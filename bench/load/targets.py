@@ -51,8 +51,8 @@ class EngineTarget(Target):
         arrived_s = perf_counter()
         outputs: list[RequestOutput] = []
         chunks: list[Chunk] = []
-        async with aclosing(self._engine.generate(request)) as stream:
-            async for output in stream:
+        async with aclosing(self._engine.generate([request])) as stream:
+            async for _, output in stream:
                 chunks.append(Chunk(perf_counter(), len(output.token_ids)))
                 outputs.append(output)
         stats = join_outputs(outputs).stats

@@ -1,4 +1,4 @@
-"""Options of the HTTP side; checked on construction, like all options."""
+"""Options of the HTTP side, checked on construction."""
 
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -11,12 +11,13 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 
 @dataclass(frozen=True, slots=True)
 class ApiConfig:
-    """What the application is built from, beside the engine.
+    """How the HTTP API answers.
 
     Attributes:
-        served_model_name: Name that clients give as `model`; None takes the engine's model name.
-        api_key: Bearer token that `/v1`, `/tokenize` and `/detokenize` ask for; None asks for none.
-        max_request_bytes: Longest request body.
+        served_model_name: Name that clients give as `model`; that of `--model` if not given.
+        api_key: Bearer token that `/v1`, `/tokenize` and `/detokenize` ask for; none is asked for
+            if not given.
+        max_request_bytes: Longest request body, in bytes.
 
     Raises:
         ConfigError: If a value is out of range.
@@ -37,12 +38,12 @@ class ApiConfig:
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
-    """How the server process listens and ends.
+    """How the server process listens, queues, logs and ends.
 
     Attributes:
         host: Address to listen on.
         port: Port to listen on; 0 takes a free one.
-        max_queue: Requests that may wait beyond those that run.
+        max_queue: Requests that may wait beyond those that run; more are answered with 429.
         drain_s: Seconds that running requests get to end after the first SIGTERM or SIGINT.
         log_level: Least severe messages that are logged; accesses are logged at `info`.
 

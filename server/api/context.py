@@ -1,4 +1,4 @@
-"""What every route needs: the engine, the options, and when this server began."""
+"""What every route needs: the engine, the options, and the time of the start."""
 
 import time
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class ApiContext:
     """The application's parts.
 
     Attributes:
-        engine: Its `engine` may only be read.
+        engine: Started and stopped by the application.
         config: The options.
         token_texts: How single tokens are written in log-probabilities.
         created_s: Unix time of the application's start, which OpenAI calls a model's creation.
@@ -31,26 +31,26 @@ class ApiContext:
 
     @classmethod
     def of(cls, engine: AsyncEngine, config: ApiConfig) -> "ApiContext":
-        """Put the parts of an application that begins now together."""
-        return cls(engine, config, TokenTexts(engine.engine.tokenizer), int(time.time()))
+        """The parts of an application that starts now."""
+        return cls(engine, config, TokenTexts(engine.info.tokenizer), int(time.time()))
 
     @property
     def model_name(self) -> str:
         """The only name that requests may give as `model`."""
-        return self.config.served_model_name or self.engine.engine.model_name
+        return self.config.served_model_name or self.engine.info.model_name
 
     @property
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""
-        return self.engine.engine.tokenizer
+        return self.engine.info.tokenizer
 
     @property
     def max_model_len(self) -> int:
         """Longest prompt plus output."""
-        return self.engine.engine.max_model_len
+        return self.engine.info.max_model_len
 
     def check_model(self, name: str) -> None:
-        """Refuse another model's name.
+        """Reject another model's name.
 
         Raises:
             ModelNotFoundError: If this server does not serve it.

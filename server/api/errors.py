@@ -61,7 +61,7 @@ class ModelNotFoundError(EuryaleError):
 
 
 def failure_of(error: Exception) -> Failure:
-    """Describe an error; one that is not known to be the client's is a 500 without its details."""
+    """Describe an error; one that is not listed here is a 500 without its details."""
     match error:
         case InvalidRequestError():
             return Failure(400, str(error), param=error.param, code=error.code)
@@ -98,7 +98,7 @@ async def _handle_disconnect(request: Request, error: Exception) -> Response:
 
 
 async def _handle_http(request: Request, error: Exception) -> Response:
-    """Answer what the routing refused: unknown paths, wrong methods, unreadable bodies."""
+    """Answer what the routing rejects: unknown paths, wrong methods, unreadable bodies."""
     assert isinstance(error, HTTPException)
     place = f"{request.method} {request.url.path}"
     headers = error.headers or {}

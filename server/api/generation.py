@@ -1,8 +1,8 @@
-"""Runs the choices of one HTTP request: submits, merges and collects them.
+"""Answers an HTTP request for text: prepares its choices, runs them, writes the response.
 
 A choice is one completion of one prompt; the choices of prompt p have the indices p * n to
-p * n + n - 1, as OpenAI numbers them. Knows nothing of chat or completions, which plug in as
-`ChunkFormat`.
+p * n + n - 1, as OpenAI numbers them. Knows nothing of chat or completions: a body says what is
+asked, and a `ReplyFormat` writes what comes back.
 """
 
 import asyncio
@@ -11,86 +11,66 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Protocol, TypedDict
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
 
 from server.api.context import ApiContext
+from server.api.disconnect import until_disconnect
 from server.api.schemas.base import ResponseBody
-from server.api.schemas.generation import MAX_CHOICES, FinishReasonName, GenerationRequest
+from server.api.schemas.generation import MAX_CHOICES, GenerationRequest
 from server.api.schemas.usage import Usage
-from server.api.sse import DONE, event
+from server.api.sse import DONE, EventStream, event
+from server.api.token_texts import TokenTexts
 from server.api.usage import usage_of
-from server.core.request import Request, RequestOutput, RequestStats, TokenLogprob
+from server.core.completion import Completion, join_outputs
+from server.core.request import Request, RequestOutput, RequestStats
 from server.engine.async_engine import AsyncEngine
 from server.errors import InvalidRequestError
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """An HTTP request, ready to run.
+class Heading(TypedDict):
+    """Fields with which a response and each chunk of a stream begin.
 
     Attributes:
-        job_id: The response's id.
-        created_s: Unix time of arrival.
+        id: The response's id.
+        created: Unix time of arrival.
         model: The name that the client asked for.
+    """
+
+    id: str
+    created: int
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """An HTTP request for text, ready to run.
+
+    Attributes:
+        heading: Of its response.
         requests: One per choice, in order of index.
         num_choices: Choices per prompt.
         include_usage: Whether a stream ends in a chunk with the usage.
     """
 
-    job_id: str
-    created_s: int
-    model: str
+    heading: Heading
     requests: tuple[Request, ...]
     num_choices: int
     include_usage: bool
 
 
-@dataclass(frozen=True, slots=True)
-class ChoiceOutput:
-    """What one engine step brought for one choice."""
+class ReplyFormat(Protocol):
+    """Writes what the engine generated as one API has it; has state, one per response."""
 
-    index: int
-    output: RequestOutput
-
-
-@dataclass(slots=True)
-class CollectedChoice:
-    """A whole choice."""
-
-    index: int
-    outputs: list[RequestOutput] = field(default_factory=list)
-
-    @property
-    def text(self) -> str:
-        """The whole text."""
-        return "".join(output.text for output in self.outputs)
-
-    @property
-    def token_texts(self) -> list[str]:
-        """Each token's piece of the text."""
-        return [text for output in self.outputs for text in output.token_texts]
-
-    @property
-    def logprobs(self) -> list[TokenLogprob] | None:
-        """One entry per token, if asked for."""
-        if self.outputs[0].logprobs is None:
-            return None
-        return [entry for output in self.outputs for entry in output.logprobs or ()]
-
-    @property
-    def finish_reason(self) -> FinishReasonName:
-        """Why it ended."""
-        reason = finish_reason(self.outputs[-1])
-        assert reason is not None
-        return reason
-
-
-class ChunkFormat(Protocol):
-    """Turns outputs into the chunks of one kind of stream; has state, one per stream."""
+    def reply(self, completions: Sequence[Completion], usage: Usage) -> ResponseBody:
+        """The whole response; one completion per choice, in order of index."""
+        ...
 
     def chunks(self, index: int, output: RequestOutput) -> Iterator[ResponseBody]:
-        """Chunks for one output of the choice `index`; may be none."""
+        """Chunks of a stream for one output of the choice `index`; may be none."""
         ...
 
     def usage_chunk(self, usage: Usage) -> ResponseBody:
@@ -98,94 +78,73 @@ class ChunkFormat(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class TokenizedTexts:
-    """The texts of a request, as token ids.
-
-    Attributes:
-        prompts: At least one.
-        prediction: Empty if the request has none.
-    """
-
-    prompts: Sequence[Sequence[int]]
-    prediction: tuple[int, ...]
-
-
-async def tokenized(
-    context: ApiContext, body: GenerationRequest, prompts: Callable[[], Sequence[Sequence[int]]]
-) -> TokenizedTexts:
-    """Tokenize a request's texts beside the event loop.
-
-    Args:
-        context: The application's parts.
-        body: The validated body, of which the prediction is tokenized; like an answer it has
-            neither template nor special tokens around it.
-        prompts: Tokenizes the prompts.
-    """
-
-    def tokenize() -> TokenizedTexts:
-        text = "" if body.prediction is None else body.prediction.content
-        prediction = context.tokenizer.encode(text, add_special_tokens=False)
-        return TokenizedTexts(prompts(), tuple(prediction))
-
-    return await asyncio.to_thread(tokenize)
-
-
-def prepare_job(
-    context: ApiContext,
+async def respond(
     body: GenerationRequest,
-    texts: TokenizedTexts,
-    id_prefix: str,
-    logprobs: int | None,
-    default_max_tokens: int | None,
-) -> Job:
-    """Check everything that can be checked before the engine sees the request.
+    request: HttpRequest,
+    context: ApiContext,
+    make_format: Callable[[Heading, TokenTexts], ReplyFormat],
+) -> Response:
+    """Answer a request whole or as a stream, whichever it asks for.
 
     Args:
-        context: The application's parts.
         body: The validated body.
-        texts: The prompts and the prediction.
-        id_prefix: Begins the response's id.
-        logprobs: Number of most probable tokens to report, or None.
-        default_max_tokens: Longest output if the client gives none; None is the rest of the
-            context.
+        request: Says when the client hangs up, which aborts all choices.
+        context: The application's parts.
+        make_format: Called with the response's heading and the texts of single tokens.
 
     Raises:
+        ModelNotFoundError: If the body names another model.
         InvalidRequestError: If a parameter is wrong or a prompt does not fit.
+        QueueFullError: If the engine has no room for all choices.
+        EngineStoppedError: If the engine takes no requests, or ends before them.
     """
-    job_id = f"{id_prefix}-{uuid.uuid4().hex}"
+    context.check_model(body.model)
+    check_num_choices(body.num_prompts, body.n)
+    # Long texts would hold up the event loop.
+    generation = await asyncio.to_thread(prepare, body, context)
+    reply_format = make_format(generation.heading, context.token_texts)
+    if body.stream:
+        return EventStream(_events(context.engine, generation, reply_format))
+    reply = _reply(context.engine, generation, reply_format)
+    return (await until_disconnect(request.receive, reply)).response()
+
+
+def prepare(body: GenerationRequest, context: ApiContext) -> Generation:
+    """Tokenize a body's texts and build the requests of its choices.
+
+    Raises:
+        InvalidRequestError: If a parameter is wrong.
+    """
+    heading = Heading(
+        id=f"{body.id_prefix}-{uuid.uuid4().hex}", created=int(time.time()), model=body.model
+    )
+    prediction = body.prediction_token_ids(context.tokenizer)
     speculation = body.speculation.params()
     requests: list[Request] = []
-    for prompt in map(tuple, texts.prompts):
+    for prompt in map(tuple, body.prompts(context.tokenizer)):
         room = max(1, context.max_model_len - len(prompt))
-        max_tokens = body.token_limit or min(default_max_tokens or room, room)
+        max_tokens = body.token_limit or min(body.default_max_tokens or room, room)
         for choice in range(body.n):
             request = Request(
-                request_id=f"{job_id}-{len(requests)}",
+                request_id=f"{heading['id']}-{len(requests)}",
                 prompt_token_ids=prompt,
-                sampling=body.sampling(max_tokens, logprobs, choice_seed(body.seed, choice)),
+                sampling=body.sampling(max_tokens, choice_seed(body.seed, choice)),
                 speculation=speculation,
-                prediction_token_ids=texts.prediction,
+                prediction_token_ids=prediction,
             )
-            if choice == 0:
-                # The other choices differ in the seed only; a long prompt is read just once.
-                context.engine.engine.limits.check(request)
             requests.append(request)
-    return Job(
-        job_id=job_id,
-        created_s=int(time.time()),
-        model=body.model,
-        requests=tuple(requests),
-        num_choices=body.n,
-        include_usage=body.stream_options.include_usage,
-    )
+    return Generation(heading, tuple(requests), body.n, body.stream_options.include_usage)
 
 
-def check_num_choices(num_prompts: int, num_choices: int) -> int:
-    """Return the number of choices of all prompts together.
+def check_num_choices(num_prompts: int, num_choices: int) -> None:
+    """Refuse more choices than one request may have.
+
+    Args:
+        num_prompts: Prompts of the request.
+        num_choices: Choices per prompt.
 
     Raises:
-        InvalidRequestError: If they are too many for one request.
+        InvalidRequestError: If they are too many together.
     """
     total = num_prompts * num_choices
     if total > MAX_CHOICES:
@@ -194,7 +153,6 @@ def check_num_choices(num_prompts: int, num_choices: int) -> int:
             f"{MAX_CHOICES} in one request",
             param="n",
         )
-    return total
 
 
 def choice_seed(seed: int | None, choice: int) -> int | None:
@@ -205,65 +163,31 @@ def choice_seed(seed: int | None, choice: int) -> int | None:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def finish_reason(output: RequestOutput) -> FinishReasonName | None:
-    """The reason as clients know it."""
-    return output.finish_reason
+async def _reply(
+    engine: AsyncEngine, generation: Generation, reply_format: ReplyFormat
+) -> ResponseBody:
+    choices: list[list[RequestOutput]] = [[] for _ in generation.requests]
+    async with aclosing(engine.generate(generation.requests)) as stream:
+        async for index, output in stream:
+            choices[index].append(output)
+    completions = [join_outputs(outputs) for outputs in choices]
+    stats = [completion.stats for completion in completions]
+    return reply_format.reply(completions, usage_of(stats, generation.num_choices))
 
 
-async def run_choices(
-    engine: AsyncEngine, requests: Sequence[Request]
-) -> AsyncGenerator[ChoiceOutput, None]:
-    """Run requests side by side and yield their outputs as they come.
-
-    Closing the generator, and an error of any request, aborts them all.
-    """
-    merged: asyncio.Queue[ChoiceOutput | asyncio.Task[None]] = asyncio.Queue()
-
-    # NOTE: It awaits only inside the engine's generator, so cancelling it ends that generator too.
-    async def pump(index: int, request: Request) -> None:
-        async for output in engine.generate(request):
-            merged.put_nowait(ChoiceOutput(index, output))
-
-    tasks = [asyncio.create_task(pump(index, request)) for index, request in enumerate(requests)]
-    for task in tasks:
-        task.add_done_callback(merged.put_nowait)
-    try:
-        num_running = len(tasks)
-        while num_running:
-            item = await merged.get()
-            if isinstance(item, ChoiceOutput):
-                yield item
-            else:
-                item.result()
-                num_running -= 1
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def collect(engine: AsyncEngine, job: Job) -> list[CollectedChoice]:
-    """Run a job to its end."""
-    choices = [CollectedChoice(index) for index in range(len(job.requests))]
-    async with aclosing(run_choices(engine, job.requests)) as outputs:
-        async for item in outputs:
-            choices[item.index].outputs.append(item.output)
-    return choices
-
-
-async def stream_events(
-    engine: AsyncEngine, job: Job, chunk_format: ChunkFormat
+async def _events(
+    engine: AsyncEngine, generation: Generation, reply_format: ReplyFormat
 ) -> AsyncGenerator[bytes, None]:
-    """Run a job and yield framed events, `[DONE]` last."""
-    hidden = None if job.include_usage else {"usage"}
+    """Framed events, `[DONE]` last."""
+    hidden = None if generation.include_usage else {"usage"}
     stats: dict[int, RequestStats] = {}
-    async with aclosing(run_choices(engine, job.requests)) as outputs:
-        async for item in outputs:
-            if item.output.stats is not None:
-                stats[item.index] = item.output.stats
-            for chunk in chunk_format.chunks(item.index, item.output):
+    async with aclosing(engine.generate(generation.requests)) as stream:
+        async for index, output in stream:
+            if output.stats is not None:
+                stats[index] = output.stats
+            for chunk in reply_format.chunks(index, output):
                 yield event(chunk.model_dump_json(exclude=hidden).encode())
-    if job.include_usage:
-        usage = usage_of([stats[index] for index in sorted(stats)], job.num_choices)
-        yield event(chunk_format.usage_chunk(usage).model_dump_json().encode())
+    if generation.include_usage:
+        usage = usage_of([stats[index] for index in sorted(stats)], generation.num_choices)
+        yield event(reply_format.usage_chunk(usage).model_dump_json().encode())
     yield DONE

@@ -52,7 +52,7 @@ def completion_logprobs(
 
 
 def _by_text(entry: TokenLogprob, texts: TokenTexts) -> dict[str, float]:
-    """The drawn token beside the most probable ones; of tokens with one text, the likelier."""
+    """The most probable tokens and the drawn one; of tokens with one text, the likelier."""
     logprobs: dict[str, float] = {}
     for token_id, logprob in (*entry.top, (entry.token_id, entry.logprob)):
         logprobs.setdefault(texts.text(token_id), _finite(logprob))

@@ -1,6 +1,6 @@
-"""Plain ASGI middleware: who may ask, and how much.
+"""Plain ASGI middleware: the API key, and the longest body.
 
-Neither touches `send`, nor wraps `receive` beyond counting: a disconnect reaches the routes.
+It leaves `send` alone and only counts what `receive` brings, so a disconnect reaches the routes.
 """
 
 import hmac

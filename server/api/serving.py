@@ -50,7 +50,7 @@ class Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
-        """Leave signals alone; whoever runs the server connects them to `begin_stop`."""
+        """Leave signals alone; `serve` connects them to `begin_stop`."""
         yield
 
     def begin_stop(self) -> None:
@@ -69,7 +69,7 @@ class Server(uvicorn.Server):
 
 
 def listen(config: ServerConfig) -> socket.socket:
-    """Take the address, so that a taken port is known before a model is loaded.
+    """Bind the address, so that a port in use is an error before a model is loaded.
 
     Raises:
         ConfigError: If the address cannot be taken.
@@ -114,5 +114,5 @@ async def serve(
         loop.add_signal_handler(number, server.begin_stop)
     host, port = taken.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    _LOG.info("serving %s on http://%s:%d", engine.engine.model_name, shown, port)
+    _LOG.info("serving %s on http://%s:%d", engine.info.model_name, shown, port)
     await server.serve(sockets=[taken])

@@ -12,8 +12,9 @@ Shapes: T flat tokens, H attention heads, C channels per head, Q queries of a se
 slots from `context_len` on.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -61,12 +62,24 @@ class AttentionBatch:
     slots_T: Tensor
 
 
-class AttentionBackend(Protocol):
-    """Writes the step's KV and computes the attention of all its sequences."""
+class AttentionBackend(ABC):
+    """Writes the step's KV and computes the attention of all its sequences.
 
+    A backend whose code other machine code can call names an `operator`, by which compiled decoder
+    layers attend without Python; then it implements `enter_layer` too.
+
+    Attributes:
+        operator: Name of that operator, as `define_operator` of `hook` takes it; None if there is
+            none, so that compiled layers call `forward` by way of Python.
+    """
+
+    operator: ClassVar[str | None] = None
+
+    @abstractmethod
     def prepare(self, batch: AttentionBatch) -> Any:
         """Build what all layers of one step share; does not touch the KV cache."""
 
+    @abstractmethod
     def forward(
         self,
         queries_HTC: Tensor,
@@ -81,7 +94,7 @@ class AttentionBackend(Protocol):
 
         Args:
             queries_HTC: Queries with rotary positions applied.
-            keys_HTC: Keys of the KV heads, likewise.
+            keys_HTC: Keys of the KV heads, with rotary positions applied.
             values_HTC: Values of the KV heads.
             layer: Index of the layer in the KV cache.
             scaling: Factor on the scores.
@@ -89,5 +102,14 @@ class AttentionBackend(Protocol):
             metadata: What `prepare` returned for this step.
 
         Returns:
-            `[T, H, C]`, contiguous: compiled blocks read it without a look at its strides.
+            `[T, H, C]`, contiguous: compiled layers read it without a look at its strides.
         """
+
+    def enter_layer(self, layer: int, metadata: Any) -> None:
+        """Say what the operator attends with when this thread runs it next, which is once.
+
+        Args:
+            layer: Index of the layer in the KV cache.
+            metadata: What `prepare` returned for this step.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no operator for compiled layers")

@@ -1,9 +1,11 @@
 """Our paged tree attention as a `transformers` attention implementation.
 
 `transformers` calls it for every layer and passes on unknown keywords of the model's forward, so
-the step's context travels as one keyword and no model code of ours exists. In an exported graph it
-is one operator that no compiler looks into; whoever runs the graph says with `attending` what it
-attends with.
+the step's context travels as one keyword and no model code of ours exists. In an exported graph
+attention is one operator that no compiler looks into: `euryale::attend`, which calls the backend
+that `attending` names, or one that a backend brings (`define_operator`) and `exporting_with` picks.
+
+NOTE: An operator takes tensors and numbers only, so the rest reaches it by context variables.
 
 Shapes: T flat tokens, H attention heads, G KV heads, C channels per head.
 """
@@ -19,7 +21,6 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from server.attention.backend import AttentionBackend
-from server.cpu.tree_attention import attended_shape
 from server.errors import ModelError
 
 ATTENTION_NAME = "euryale"
@@ -60,10 +61,37 @@ class _LayerCall:
         return output_THC.unsqueeze(0)
 
 
-# NOTE: An operator takes tensors and numbers only, so the rest reaches it this way.
 _layer_call: ContextVar[_LayerCall] = ContextVar("_layer_call")
-_OPERATOR = "euryale::attend"
+_PYTHON_OPERATOR = "euryale::attend"
+_exported_operator: ContextVar[str] = ContextVar("_exported_operator", default=_PYTHON_OPERATOR)
+_SCHEMA = "(Tensor query, Tensor key, Tensor value, float scaling, int window) -> Tensor"
 _NO_WINDOW = -1
+
+
+def define_operator(name: str) -> None:
+    """Define an attention operator that stands in exported graphs; it has no implementation yet.
+
+    Its arguments are queries, keys and values `[1, heads, T, C]`, the factor on the scores, and the
+    sliding window, -1 for none; its result is `[1, T, H, C]`.
+
+    Args:
+        name: With its namespace, like `euryale::attend`; each can be defined once per process.
+    """
+    torch.library.define(name, _SCHEMA)
+    torch.library.register_fake(name, _attended_shape)
+
+
+def _attended_shape(
+    query_1HTC: Tensor, key_1GTC: Tensor, value_1GTC: Tensor, scaling: float, window: int
+) -> Tensor:
+    _, num_heads, num_tokens, num_channels = query_1HTC.shape
+    return query_1HTC.new_empty(1, num_tokens, num_heads, num_channels)
+
+
+def operator_overload(name: str) -> Any:
+    """Find a defined operator, as torch's compiler knows it."""
+    namespace, _, operator = name.partition("::")
+    return getattr(getattr(torch.ops, namespace), operator).default
 
 
 @contextmanager
@@ -77,13 +105,13 @@ def attending(context: AttentionContext, layer: int) -> Iterator[None]:
 
 
 @contextmanager
-def exporting_native_attention() -> Iterator[None]:
-    """Let graphs that are exported inside attend by `tree_attention`, without Python."""
-    token = _operator.set(torch.ops.euryale.native_attend.default)
+def exporting_with(operator: str | None) -> Iterator[None]:
+    """Let graphs that are exported inside attend by a backend's operator; None takes Python's."""
+    token = _exported_operator.set(operator or _PYTHON_OPERATOR)
     try:
         yield
     finally:
-        _operator.reset(token)
+        _exported_operator.reset(token)
 
 
 def _attend(
@@ -94,12 +122,8 @@ def _attend(
     return call.attend(query_1HTC, key_1GTC, value_1GTC, scaling, sliding_window)
 
 
-torch.library.define(
-    _OPERATOR, "(Tensor query, Tensor key, Tensor value, float scaling, int window) -> Tensor"
-)
-torch.library.impl(_OPERATOR, "CPU", _attend)
-torch.library.register_fake(_OPERATOR, attended_shape)
-_operator: ContextVar[Any] = ContextVar("_operator", default=torch.ops.euryale.attend.default)
+define_operator(_PYTHON_OPERATOR)
+torch.library.impl(_PYTHON_OPERATOR, "CPU", _attend)
 
 
 def _attention(
@@ -125,8 +149,8 @@ def _attention(
     factor = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
     if attention_context is None:
         window = _NO_WINDOW if sliding_window is None else sliding_window
-        operator = _operator.get()
-        # Our own code reads heads and tokens in any order, but the channels of one in a row.
+        operator = operator_overload(_exported_operator.get())
+        # Machine code reads heads and tokens in any order, but the channels of one in a row.
         rows = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
         return operator(*rows, factor, window), None
     layer = int(module.layer_idx)  # type: ignore[arg-type]  # nn.Module types attributes as tensors

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
-from server.attention.backend import AttentionBatch, AttentionSpan
+from server.attention.backend import AttentionBackend, AttentionBatch, AttentionSpan
 from server.kv.kv_cache import KVCache
 
 # Steps of few queries (decoding, trees) are several times faster with grouped heads, above all in
@@ -42,21 +43,26 @@ class SDPAMetadata:
     num_tokens: int
 
 
-class SDPABackend:
-    """Attention over the paged cache, one call of SDPA per sequence."""
+class SDPABackend(AttentionBackend):
+    """Attention over the paged cache, one call of SDPA per sequence.
+
+    Args:
+        kv_cache: Holds the keys and values of all sequences.
+    """
 
     def __init__(self, kv_cache: KVCache) -> None:
         self._kv = kv_cache
         self._layout = kv_cache.layout
-        # As SDPA takes them; a view made anew in every layer would take as long as the attention.
+        # As SDPA takes them; making the view in every layer would take as long as the attention.
         self._keys_1HSC = [keys_SHC.transpose(0, 1).unsqueeze(0) for keys_SHC in kv_cache.keys]
         self._values_1HSC = [values.transpose(0, 1).unsqueeze(0) for values in kv_cache.values]
 
+    @override
     def prepare(self, batch: AttentionBatch) -> SDPAMetadata:
-        """Find each sequence's KV; see `AttentionBackend.prepare`."""
         plans = tuple(_SequencePlan(span, self._find_kv(span)) for span in batch.spans)
         return SDPAMetadata(plans, batch.slots_T, batch.slots_T.shape[0])
 
+    @override
     def forward(
         self,
         queries_HTC: Tensor,
@@ -67,7 +73,6 @@ class SDPABackend:
         sliding_window: int | None,
         metadata: SDPAMetadata,
     ) -> Tensor:
-        """See `AttentionBackend.forward`."""
         keys_THC, values_THC = keys_HTC.transpose(0, 1), values_HTC.transpose(0, 1)
         self._kv.write(layer, metadata.slots_T, keys_THC, values_THC)
         outputs = [

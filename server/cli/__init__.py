@@ -1,5 +1,5 @@
 """The `euryale` command; `options` and `console` also serve `python -m training` and `-m bench`."""
 
-from server.cli.main import main
+from server.cli.program import main
 
 __all__ = ["main"]

@@ -1,5 +1,7 @@
 """Runs `python -m server.cli`, which is the command `euryale`."""
 
+import sys
+
 from server.cli import main
 
-main()
+sys.exit(main())

@@ -12,7 +12,7 @@ the types that a field may have.
     ])
     program.parse(sys.argv[1:]).run()        # calls serve(config=EngineConfig(...))
 
-Whatever is wrong is a `ConfigError` with the value and the remedy; nothing here prints an error.
+What is wrong is a `ConfigError` with the value and the remedy; nothing here prints an error.
 """
 
 import argparse

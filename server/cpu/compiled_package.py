@@ -1,13 +1,14 @@
 """Compiles one module for all that differ from it only in their tensors, and keeps the result.
 
 The module is exported with its tensors as inputs and compiled ahead of time by torch's inductor,
-which needs a C++ compiler once. Packages stay in the cache under a digest of all that they hang
+which needs a C++ compiler once. Packages stay in the cache under a digest of all that they depend
 on: the graph itself, sizes, torch, the CPU and the number of threads.
 
 NOTE: A package is machine code. The cache directory must be as safe as the installation.
 """
 
 import hashlib
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,17 +21,18 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from server.cache import cache_dir, file_version, partial_directory
-from server.cpu.block_calls import NUM_TOKENS, ModuleCall
-from server.cpu.cpu_features import cpu_features
+from server.cpu.cpu_info import cpu_features
 from server.cpu.int8_kernel import KERNEL_SHIMS
+from server.cpu.layer_calls import NUM_TOKENS, ModuleCall
 from server.cpu.product_lowerings import register_product_lowerings
 from server.cpu.tree_attention import ATTENTION_SHIMS
 from server.errors import CompilationError
 
 # Maps the inputs of a call and the module's tensors, in one list, to the output.
 Runner = Callable[[list[Tensor]], Tensor]
-# To be raised whenever packages come out otherwise for a reason that the digest does not see.
+# To be raised whenever packages come out differently for a reason that the digest does not see.
 _RECIPE = 3
+_log = logging.getLogger("euryale.cpu")
 _SHIMS = KERNEL_SHIMS | ATTENTION_SHIMS
 _INDUCTOR_DIRECTORY = "TORCHINDUCTOR_CACHE_DIR"
 
@@ -46,16 +48,13 @@ class _Exported(nn.Module):
         return self._call.compute(inputs, tensors)
 
 
-def compile_call(
-    call: ModuleCall, check: Callable[[Runner], None], report: Callable[[str], None]
-) -> Runner:
-    """Compile a module, or load what an earlier start compiled.
+def compile_call(call: ModuleCall, check: Callable[[Runner], None]) -> Runner:
+    """Compile a module, which takes a while, or load what an earlier start compiled.
 
     Args:
         call: Stands for all calls of the same signature.
         check: Raises a `CompilationError` if the compiled code computes something else than the
-            call; a kept package that fails is compiled anew.
-        report: Called with a short line if it must be compiled, which takes a while.
+            call; a kept package that fails is compiled again.
 
     Raises:
         CompilationError: If it cannot be exported or compiled, or fails the check.
@@ -66,14 +65,15 @@ def compile_call(
         warnings.simplefilter("ignore")
         try:
             program = _export(call)
-            path = cache_dir() / "compiled" / f"{_digest(program, call)}.pt2"
+            path = cache_dir("compiled") / f"{_digest(program, call)}.pt2"
             version = file_version(path)
             if version is not None:
                 try:
                     return _checked(_load(path), check)
                 except (CompilationError, RuntimeError) as error:
-                    report(f"{path} cannot be used, so it is made anew: {_first_line(error)}")
-            report(f"compiling {kind} (once; kept in {path})")
+                    reason = _first_line(error)
+                    _log.info("%s cannot be used, so it is compiled again: %s", path, reason)
+            _log.info("compiling %s (once; kept in %s)", kind, path)
             _compile(program, path, version)
             return _checked(_load(path), check)
         except CompilationError:
@@ -138,14 +138,14 @@ def _compile(program: ExportedProgram, path: Path, useless: tuple[int, int] | No
 
     Args:
         program: To be compiled.
-        path: Of the package.
+        path: Where the package is kept.
         useless: Version of the package that is to be replaced; None if there was none.
     """
     with partial_directory(path) as partial:
         if file_version(path) != useless:
             return
         package = partial / path.name
-        # Left alone, inductor writes to a directory of a known name below /tmp.
+        # By default inductor writes to a directory of a known name below /tmp.
         with _environment(_INDUCTOR_DIRECTORY, str(partial / "inductor")):
             register_product_lowerings()
             torch._inductor.aoti_compile_and_package(

@@ -2,14 +2,13 @@
 
 oneDNN's product prepares itself for some 30 microseconds at each call and leaves the codes and the
 scales to others, which is most of the time of a step of few tokens. This one writes the codes,
-multiplies and scales at once.
+multiplies and scales in a single call.
 
 Shapes: I input features, O output features, P panels of 32 outputs, G groups of 4 inputs.
 """
 
 import ctypes
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
@@ -17,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from server.cpu.native_library import load_native
+from server.cpu.own_library import load_library
 from server.errors import CompilationError
 
-_SOURCE = Path(__file__).with_name("int8_kernel.cpp")
+_SOURCE = Path(__file__).parent / "kernels" / "int8_kernel.cpp"
 _NEEDED = {"avx512f", "avx512bw", "avx512_vnni"}
 # As in the source. Inputs go into whole registers of codes.
 _PANEL, _GROUP, _LANES = 32, 4, 16
@@ -75,15 +74,15 @@ class Int8Kernel:
         ones_O: Tensor,
         bias_O: Tensor | None,
     ) -> Tensor:
-        """Multiply rows with a packed weight; a row's output hangs on that row alone, to the bit.
+        """Multiply rows with a packed weight; a row's output depends on that row alone, to the bit.
 
         Args:
             input_I: Float32 `[..., I]` on the CPU. Rows that are not finite, or whose spread is
                 not, give NaN.
             weight: From `pack`.
-            scale_O: Of each output's weights.
-            ones_O: What a row of ones gives.
-            bias_O: Added if there is one.
+            scale_O: Scale of each output's weights.
+            ones_O: The outputs of a row of ones.
+            bias_O: Added to each row's output; None adds nothing.
 
         Returns:
             Float32 `[..., O]`.
@@ -144,16 +143,13 @@ KERNEL_SHIMS = {
 }
 
 
-def load_int8_kernel(report: Callable[[str], None]) -> Int8Kernel:
+def load_int8_kernel() -> Int8Kernel:
     """Load the kernel, and build it if no earlier start did.
-
-    Args:
-        report: Called with a short line if it must be built.
 
     Raises:
         CompilationError: If this CPU cannot run it, or it cannot be built, or computes nonsense.
     """
-    kernel = load_native(_SOURCE, _NEEDED, _checked, report)
+    kernel = load_library(_SOURCE, _NEEDED, _checked)
     kernel.follow_threads()
     return kernel
 

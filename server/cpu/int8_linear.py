@@ -21,14 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from server.cpu.int8_kernel import Int8Kernel
-from server.cpu.packed_product import int8_product, traceable_int8_product
+from server.cpu.product_operators import int8_product, traceable_int8_product
 from server.cpu.shared_input import joined_bias, replace_linears
 
 # Largest weight; -128 stays unused.
 _MAX_WEIGHT = 127
 # The least scale, so that nothing is divided by zero.
 _TINY = torch.finfo(torch.float32).tiny
-# The number of rows that oneDNN is told to choose the layout for; any number of rows works.
+# The number of rows that oneDNN is asked to choose the layout for; any number of rows works.
 _ROWS_HINT = 8
 
 
@@ -55,7 +55,7 @@ class Int8Linear(nn.Module):
     Args:
         linears: In float32 on the CPU, with the same number of inputs; their outputs come side by
             side.
-        kernel: Computes it where it takes so many inputs; None leaves that to oneDNN.
+        kernel: Our own product, used if it takes so many inputs; None leaves that to oneDNN.
     """
 
     _weight: Tensor
@@ -120,7 +120,7 @@ class Int8Product:
 
     Args:
         weight_OI: In float32 on the CPU; not kept.
-        kernel: Computes it.
+        kernel: Our own product.
     """
 
     def __init__(self, weight_OI: Tensor, kernel: Int8Kernel) -> None:
@@ -136,7 +136,7 @@ class Int8Product:
 def _rounded(weights_OI: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Weights of 8 bits side by side, their scales, and what a row of ones gives.
 
-    A row's minimum counts once for each input feature, which is what the last one is for.
+    A row's minimum counts once for each input feature, hence what a row of ones gives.
     """
     # A single weight is not copied: a vocabulary's may be the largest tensor there is.
     weight_OI = weights_OI[0] if len(weights_OI) == 1 else torch.cat(list(weights_OI))
@@ -195,7 +195,7 @@ def quantize_linears(model: nn.Module, kernel: Int8Kernel | None = None) -> int:
 
     Args:
         model: In float32 on the CPU; changed in place.
-        kernel: Computes them; None leaves that to oneDNN.
+        kernel: Our own product for these layers; None leaves that to oneDNN.
 
     Returns:
         The number of layers replaced.

@@ -9,11 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from server.cpu.packed_product import packed_product, traceable_packed_product
+from heads.packed_product import can_pack, pack
+from server.cpu.product_operators import float_product, traceable_float_product
 from server.cpu.shared_input import joined_bias, replace_linears
-
-# The number of rows that oneDNN is told to choose the layout for; any number of rows works.
-_ROWS_HINT = 8
 
 
 class PackedLinear(nn.Module):
@@ -32,13 +30,13 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features = linears[0].in_features
         self.out_features = sum(linear.out_features for linear in linears)
-        packed = _pack([linear.weight.detach() for linear in linears])
+        packed = pack(_joined([linear.weight.detach() for linear in linears]))
         self.register_buffer("_weight", packed, persistent=False)
         self.register_buffer("_bias_O", joined_bias(linears), persistent=False)
 
     def forward(self, input_I: Tensor) -> Tensor:
         """Map `[..., I]` to `[..., O]`."""
-        product = traceable_packed_product if torch.compiler.is_exporting() else packed_product
+        product = traceable_float_product if torch.compiler.is_exporting() else float_product
         output_O: Tensor = product(input_I, self._weight, self._bias_O, self.out_features)
         return output_O
 
@@ -47,20 +45,9 @@ class PackedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
-def _pack(weights_OI: Sequence[Tensor]) -> Tensor:
+def _joined(weights_OI: Sequence[Tensor]) -> Tensor:
     # A single weight is not copied first: an unembedding may be the largest tensor there is.
-    weight_OI = weights_OI[0] if len(weights_OI) == 1 else torch.cat(list(weights_OI))
-    packed_OI: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_OI, _ROWS_HINT)
-    return packed_OI
-
-
-def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether packed layers run on this machine with such weights."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return False
-    if dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return dtype == torch.float32
+    return weights_OI[0] if len(weights_OI) == 1 else torch.cat(list(weights_OI))
 
 
 def pack_linears(model: nn.Module) -> int:

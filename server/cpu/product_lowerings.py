@@ -1,6 +1,6 @@
-"""How torch's compiler calls the products of `packed_product`: by its own C++ entry points.
+"""How torch's compiler calls the products of `product_operators`: by its own C++ entry points.
 
-Without these an operator of ours is called by way of Python, four times in each block.
+Without these an operator of ours is called by way of Python, four times in each decoder layer.
 
 NOTE: These are parts of inductor that it does not promise to keep; where they are gone or changed,
 the model runs uncompiled, with the reason.
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from server.cpu.packed_product import traceable_int8_product, traceable_packed_product
+from server.cpu.product_operators import traceable_float_product, traceable_int8_product
 
 
 @functools.cache
@@ -21,7 +21,7 @@ def register_product_lowerings() -> None:
     from torch._inductor.lowering import register_lowering
     from torch._inductor.virtualized import V
 
-    def packed_product(input_I: Any, weight: Any, bias_O: Any, size: int) -> Any:
+    def float_product(input_I: Any, weight: Any, bias_O: Any, size: int) -> Any:
         kernel = mkldnn_ir.LinearUnary
         input_I = kernel.require_contiguous(kernel.realize_input(input_I))
         # NOTE: `LinearUnary.create` would ask for a contiguous weight, and so read a packed one as
@@ -46,5 +46,5 @@ def register_product_lowerings() -> None:
         tensors = (codes_TI, scale, zero, weight, scale_O, zero_O, None)
         return ir.TensorBox.create(create(*tensors, 1.0, 0, torch.float32, "none", [], ""))
 
-    register_lowering(traceable_packed_product.default, type_promotion_kind=None)(packed_product)
+    register_lowering(traceable_float_product.default, type_promotion_kind=None)(float_product)
     register_lowering(traceable_int8_product.default, type_promotion_kind=None)(int8_product)

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-# Siblings in the decoder blocks of `transformers`, by attribute name. A wrong guess would cost
-# time and change no result: a layer that gets another input than its siblings is computed anew.
+# Siblings in the decoder layers of `transformers`, by attribute name. A wrong guess would cost
+# time and change no result: a layer that gets another input than its siblings is computed again.
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 

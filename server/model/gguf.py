@@ -4,22 +4,24 @@ Reading GGUF dequantises every weight in Python, which takes long; the converted
 safetensors load in seconds.
 """
 
+import logging
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from server.cache import partial_directory
+from server.cache import cache_dir, partial_directory
 from server.errors import ModelError
-from server.model.progress import note, quiet_transformers
+from server.model.progress import quiet_transformers
 from server.model.weights import LOAD_ERRORS, load_weights
 
 _DIGEST_LENGTH = 16
+_log = logging.getLogger("euryale.model")
 
 
-def converted_dir(gguf_name: str, sha256: str, cache: Path) -> Path:
+def converted_dir(gguf_name: str, sha256: str) -> Path:
     """Where the conversion of a GGUF file with this name and digest is kept."""
-    return cache / "models" / f"{Path(gguf_name).stem}-{sha256[:_DIGEST_LENGTH]}"
+    return cache_dir("models") / f"{Path(gguf_name).stem}-{sha256[:_DIGEST_LENGTH]}"
 
 
 def convert_gguf(gguf: Path, target: Path) -> None:
@@ -35,7 +37,7 @@ def convert_gguf(gguf: Path, target: Path) -> None:
     with partial_directory(target) as partial:
         if target.is_dir():
             return
-        note(f"converting {gguf.name}, once; this takes about half a minute for 100 MB")
+        _log.info("converting %s, once; this takes about half a minute for 100 MB", gguf.name)
         converted = partial / "converted"
         try:
             with quiet_transformers():

@@ -1,4 +1,4 @@
-"""Loads a base model with `transformers`, ready for the engine.
+"""Loads a base model with `transformers`; it computes as `transformers` wrote it.
 
 Shape suffixes: V vocabulary, D model width.
 """
@@ -18,10 +18,8 @@ from transformers import (
 )
 
 from heads.checkpoint import BaseFingerprint
-from server.cpu.int8_kernel import Int8Kernel
-from server.cpu.int8_linear import can_quantize, quantize_linears
-from server.cpu.packed_linear import pack_linears
-from server.errors import ConfigError, ModelError
+from server.device.create import create_device
+from server.errors import ModelError
 from server.model.adapter import merge_adapter_of
 from server.model.progress import quiet_transformers
 from server.model.source import resolve_model
@@ -29,24 +27,20 @@ from server.model.support import check_config, probe_model
 from server.model.weights import LOAD_ERRORS, load_weights
 from server.tokenizer import Tokenizer
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedModel:
     """A base model in eval mode and what the engine must know about it.
 
     Attributes:
-        name: As it was asked for.
-        model: Without gradients; on CPU with packed linear layers unless it was loaded unpacked.
+        name: As `load_model` got it.
+        model: Without gradients.
         max_model_len: Longest sequence that the model's positions allow.
         vocab_size: Rows of the unembedding, at least as many as the tokenizer has tokens.
         num_kv_heads: Key/value heads of every layer.
         head_dim: Channels of a head's keys and values.
-        fingerprint: Tells this base model from others; without the adapter.
+        fingerprint: Tells this base model, as it is without an adapter, from others.
         adapter_sha256: Digest of the LoRA adapter that is merged in; None if none is.
-        quantization: What was done to the weights of the linear layers: `none` or `int8`.
-        has_int8_kernel: Whether our own kernel computes them then, and not oneDNN.
     """
 
     name: str
@@ -62,8 +56,6 @@ class LoadedModel:
     head_dim: int
     fingerprint: BaseFingerprint
     adapter_sha256: str | None
-    quantization: str
-    has_int8_kernel: bool
     _unembedding_VD: Tensor = field(repr=False)
     _input_embedding_VD: Tensor = field(repr=False)
 
@@ -81,7 +73,7 @@ class LoadedModel:
         return self._input_embedding_VD
 
     def moved(self, device: torch.device) -> Self:
-        """Move a model that was loaded unpacked; this value is not to be used any more."""
+        """Move a model that no device has accelerated; this value is not to be used any more."""
         # Past what transformers wraps around it, whose type is another.
         nn.Module.to(self.model, device)
         unembedding_VD, input_embedding_VD = _embeddings(self.model)
@@ -94,13 +86,7 @@ class LoadedModel:
 
 
 def load_model(
-    name: str,
-    device: str = "auto",
-    dtype: str = "auto",
-    heads: Path | None = None,
-    is_packed: bool = True,
-    quantization: str = "none",
-    int8_kernel: Int8Kernel | None = None,
+    name: str, device: str = "auto", dtype: str = "auto", heads: Path | None = None
 ) -> LoadedModel:
     """Load a base model.
 
@@ -109,20 +95,14 @@ def load_model(
         device: `cpu`, `cuda` or `auto`, which takes CUDA if there is a device.
         dtype: `float32`, `bfloat16`, `float16` or `auto`: float32 on CPU, bfloat16 on CUDA.
         heads: A heads checkpoint; if it carries an adapter, that is merged into the weights.
-        is_packed: Whether linear layers may be replaced by faster ones without autograd.
-        quantization: `int8` replaces them by ones with int8 weights, packed or not; `none` does
-            not.
-        int8_kernel: Computes layers with int8 weights; None leaves that to oneDNN.
 
     Raises:
-        ConfigError: If there is no such device, dtype or quantization, these do not go together,
-            or the adapter cannot be merged.
+        ConfigError: If there is no such device or dtype, or the adapter cannot be merged.
         HeadsMismatchError: If the heads belong to another base model.
         ModelError: If the model cannot be found or read, or is of an unsupported kind.
     """
-    on = _device(device)
-    weight_dtype = _dtype(dtype, on)
-    _check_quantization(quantization, on, weight_dtype)
+    chosen = create_device(device)
+    on, weight_dtype = chosen.torch_device, chosen.dtype(dtype)
     source = resolve_model(name)
     with quiet_transformers():
         config = _config(name, source)
@@ -143,10 +123,6 @@ def load_model(
         config.model_type, text.num_hidden_layers, hidden_size, vocab_size, model.named_parameters()
     )
     adapter_sha256 = None if heads is None else merge_adapter_of(heads, model, fingerprint)
-    if quantization == "int8":
-        quantize_linears(model, int8_kernel)
-    elif is_packed:
-        pack_linears(model)
     kv_shape = probe_model(name, model)
     return LoadedModel(
         name=name,
@@ -162,8 +138,6 @@ def load_model(
         head_dim=kv_shape.head_dim,
         fingerprint=fingerprint,
         adapter_sha256=adapter_sha256,
-        quantization=quantization,
-        has_int8_kernel=quantization == "int8" and int8_kernel is not None,
         _unembedding_VD=unembedding_VD,
         _input_embedding_VD=input_embedding_VD,
     )
@@ -176,46 +150,6 @@ def _embeddings(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
         layer.get_parameter("weight").detach() for layer in layers
     )
     return unembedding_VD, input_embedding_VD
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device is {name!r}; give 'auto', 'cpu' or 'cuda'") from error
-    if device.type not in {"cpu", "cuda"}:
-        raise ConfigError(f"device is {name!r}, which is not supported; give 'cpu' or 'cuda'")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device is {name!r}, but torch sees no CUDA device; give 'cpu'")
-    return device
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if name not in _DTYPES:
-        raise ConfigError(f"dtype is {name!r}; give 'auto' or one of {sorted(_DTYPES)}")
-    return _DTYPES[name]
-
-
-def _check_quantization(name: str, device: torch.device, dtype: torch.dtype) -> None:
-    if name == "none":
-        return
-    if name != "int8":
-        raise ConfigError(f"quantization is {name!r}; give 'none' or 'int8'")
-    if device.type != "cpu" or dtype != torch.float32:
-        raise ConfigError(
-            f"quantization is 'int8' with {str(dtype).removeprefix('torch.')} on {device.type}, "
-            "but it is for float32 on cpu; give device 'cpu' with dtype 'float32', or quantization "
-            "'none'"
-        )
-    if not can_quantize():
-        raise ConfigError(
-            "quantization is 'int8', but this build of torch has no int8 product for this CPU; "
-            "give 'none'"
-        )
 
 
 def _config(name: str, source: str) -> PreTrainedConfig:

@@ -1,11 +1,11 @@
-"""How checkpoints name the tensors of the MTP layer that they ship beside the base model.
+"""How checkpoints name the tensors of the MTP layer that they ship with the base model.
 
-    DeepSeek-V3   model.layers.N.: enorm, hnorm, eh_proj, shared_head.norm, and the block; N is the
-                  number of the base's layers. GLM-4.5 has the same names.
-    Qwen3-Next    mtp.: pre_fc_norm_embedding, pre_fc_norm_hidden, fc, norm, and the block under
-                  layers.0.
+    DeepSeek-V3   model.layers.N.: enorm, hnorm, eh_proj, shared_head.norm, and a decoder layer;
+                  N is the number of the base's layers. GLM-4.5 has the same names.
+    Qwen3-Next    mtp.: pre_fc_norm_embedding, pre_fc_norm_hidden, fc, norm, and a decoder layer
+                  under layers.0.
     MiMo          model.mtp_layers.0.: token_layernorm, hidden_layernorm, input_proj,
-                  final_layernorm, and the block
+                  final_layernorm, and a decoder layer
 
 The projection's input is [embedding; hidden state], MiMo's the other way round. A layer may repeat
 the base's embedding and unembedding, which it shares.
@@ -29,17 +29,18 @@ class MTPLayout:
 
     Attributes:
         name: The model that introduced it.
-        prefix: Begins the names of everything but the block.
-        block_prefix: Begins the names of the block's tensors.
+        prefix: Begins the names of everything but the decoder layer.
+        decoder_prefix: Begins the names of the decoder layer's tensors.
         layers: Matches the names of all MTP layers; its group is the layer's number.
-        first_layer: Number of the first one.
-        hidden_norm: Of the hidden state; like the rest, what follows the prefix.
+        first_layer: Number of the first MTP layer.
+        hidden_norm: What follows the prefix in the name of the hidden state's norm, as the further
+            attributes say it of other tensors.
         is_hidden_first: Whether the projection's left half is for the hidden state.
     """
 
     name: str
     prefix: str
-    block_prefix: str
+    decoder_prefix: str
     layers: re.Pattern[str]
     first_layer: int
     hidden_norm: str
@@ -51,7 +52,7 @@ class MTPLayout:
     unembedding: str = "shared_head.head.weight"
 
     def parts(self) -> list[str]:
-        """Return the full names of all that the layer has beside its block."""
+        """Return the full names of all that the layer has besides its decoder layer."""
         names = (self.hidden_norm, self.embedding_norm, self.projection, self.final_norm)
         return [self.prefix + name for name in names]
 
@@ -65,13 +66,13 @@ class MTPNames:
     """Names of a checkpoint's first MTP layer.
 
     Attributes:
-        block: Full names of the block's tensors.
+        decoder: Full names of the decoder layer's tensors.
         shared: Which of the base's matrices the layer repeats.
         num_layers: MTP layers of the checkpoint.
     """
 
     layout: MTPLayout
-    block: tuple[str, ...]
+    decoder: tuple[str, ...]
     shared: tuple[str, ...]
     num_layers: int
 
@@ -82,7 +83,7 @@ def find_mtp_layer(model: str, names: Iterable[str], num_base_layers: int) -> MT
     Args:
         model: What errors call the model.
         names: All tensors of the checkpoint.
-        num_base_layers: Decoder blocks of the base model.
+        num_base_layers: Decoder layers of the base model.
 
     Raises:
         ModelError: If there is none, or tensors of it are missing or unknown.
@@ -112,13 +113,13 @@ def find_mtp_layer(model: str, names: Iterable[str], num_base_layers: int) -> MT
     ]
     missing = [name for name in layout.parts() if name not in own]
     others = [name for name in own if name not in layout.parts() + layout.shared()]
-    unknown = [name for name in others if not name.startswith(layout.block_prefix)]
+    unknown = [name for name in others if not name.startswith(layout.decoder_prefix)]
     for what, wrong in (("lacks", missing), ("has the unknown", unknown)):
         if wrong:
             raise ModelError(
                 f"the MTP layer of {model} {what} {wrong[:_MAX_NAMED]}; in the layout of "
-                f"{layout.name} it has {layout.parts()} and a decoder block under "
-                f"{layout.block_prefix}"
+                f"{layout.name} it has {layout.parts()} and a decoder layer under "
+                f"{layout.decoder_prefix}"
             )
     shared = tuple(name for name in layout.shared() if name in own)
     return MTPNames(layout, tuple(others), shared, num_layers)
@@ -130,7 +131,7 @@ def _layouts(num_base_layers: int) -> tuple[MTPLayout, ...]:
         MTPLayout(
             name="DeepSeek-V3",
             prefix=behind,
-            block_prefix=behind,
+            decoder_prefix=behind,
             layers=re.compile(r"model\.layers\.(\d+)\."),
             first_layer=num_base_layers,
             hidden_norm="hnorm.weight",
@@ -142,7 +143,7 @@ def _layouts(num_base_layers: int) -> tuple[MTPLayout, ...]:
         MTPLayout(
             name="Qwen3-Next",
             prefix="mtp.",
-            block_prefix="mtp.layers.0.",
+            decoder_prefix="mtp.layers.0.",
             layers=re.compile(r"mtp\.layers\.(\d+)\."),
             first_layer=0,
             hidden_norm="pre_fc_norm_hidden.weight",
@@ -154,7 +155,7 @@ def _layouts(num_base_layers: int) -> tuple[MTPLayout, ...]:
         MTPLayout(
             name="MiMo",
             prefix="model.mtp_layers.0.",
-            block_prefix="model.mtp_layers.0.",
+            decoder_prefix="model.mtp_layers.0.",
             layers=re.compile(r"model\.mtp_layers\.(\d+)\."),
             first_layer=0,
             hidden_norm="hidden_layernorm.weight",

@@ -1,10 +1,10 @@
 """Reads the MTP layer that a base checkpoint ships, as a module of ours.
 
-Names are those of `native_layouts`. Only the layer's own tensors are read, from safetensors. Its
-block has the base's class, and `transformers` itself converts its weights (fused experts and all):
-it loads them as the only layer of a decoder of that class. What differs between layouts is gone
-after loading: the projection's halves are in our order, and norm weights are what the norm
-multiplies by, also where a class stores them less one.
+Names are those of `native_layouts`. Only the MTP layer's own tensors are read, from safetensors.
+The decoder layer in it has the base's class, and `transformers` itself converts its weights (fused
+experts and all): it loads them as the only layer of a decoder of that class. What differs between
+layouts is gone after loading: the projection's halves are in our order, and norm weights are what
+the norm multiplies by, also where a class stores them less one.
 
 Shape suffixes: V vocabulary, D model width.
 """
@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 
 from heads.mtp import MTPConfig, MTPModule
 from server.errors import ModelError
-from server.model.decoder_block import DecoderBlock
+from server.model.decoder_layer import DecoderLayer
 from server.model.loading import LoadedModel
 from server.model.native_layouts import MTPLayout, find_mtp_layer
 from server.model.progress import quiet_transformers
@@ -39,13 +39,13 @@ class NativeMTP:
 
     Attributes:
         module: In the base's dtype and on its device; drafts from the whole vocabulary.
-        block: Runs the module's block.
-        layout: The model that introduced its layout.
+        layer: Runs the module's decoder layer.
+        layout: Name of the model that introduced the checkpoint's layout.
         num_layers: MTP layers of the checkpoint, of which this is the first.
     """
 
     module: MTPModule
-    block: DecoderBlock
+    layer: DecoderLayer
     layout: str
     num_layers: int
 
@@ -55,27 +55,27 @@ def load_native_mtp(loaded: LoadedModel) -> NativeMTP:
 
     Raises:
         ModelError: If there is none, tensors are missing, unknown or damaged, or the layer is not
-            of the kind of the base's last block.
+            of the kind of the base's last decoder layer.
     """
     files = SafetensorsFiles(loaded.name, resolve_model(loaded.name))
     found = find_mtp_layer(loaded.name, files.names, loaded.num_layers)
     layout = found.layout
-    block = DecoderBlock(loaded.model)
+    layer = DecoderLayer(loaded.model)
     config = MTPConfig(
         loaded.hidden_size, loaded.vocab_size, loaded.vocab_size, norm_eps=_norm_eps(loaded)
     )
     only_layer = _only_layer_config(loaded)
-    tensors = files.read([*layout.parts(), *found.block, *found.shared])
+    tensors = files.read([*layout.parts(), *found.decoder, *found.shared])
     _check_shapes(loaded, layout, tensors)
     _check_shared(loaded, layout, tensors)
     ids = torch.arange(loaded.vocab_size)
     state = {"draft_vocab_ids": ids, **_own_state(loaded, layout, tensors)}
-    block_tensors = {name: tensors[name] for name in found.block}
-    converted = _converted_block(loaded, only_layer, layout.block_prefix, block_tensors)
+    decoder_tensors = {name: tensors[name] for name in found.decoder}
+    converted = _converted_layer(loaded, only_layer, layout.decoder_prefix, decoder_tensors)
     state |= {f"block.{name}": tensor for name, tensor in converted.items()}
     module = MTPModule(
         config,
-        block.module.to(loaded.device),
+        layer.module.to(loaded.device),
         loaded.unembedding(),
         loaded.input_embedding(),
         ids.to(loaded.device),
@@ -88,11 +88,11 @@ def load_native_mtp(loaded: LoadedModel) -> NativeMTP:
         )
     except RuntimeError as error:
         raise ModelError(
-            f"the MTP layer of {loaded.name} does not have the form of the base's last block: "
+            f"the MTP layer of {loaded.name} does not have the form of the base's last layer: "
             f"{error}; give a base whose MTP layer has"
         ) from error
     module.requires_grad_(False)
-    return NativeMTP(module.eval(), block, layout.name, found.num_layers)
+    return NativeMTP(module.eval(), layer, layout.name, found.num_layers)
 
 
 def _only_layer_config(loaded: LoadedModel) -> PreTrainedConfig:
@@ -104,8 +104,8 @@ def _only_layer_config(loaded: LoadedModel) -> PreTrainedConfig:
             continue
         if own and own[0] != kinds[-1]:
             raise ModelError(
-                f"the MTP layer of {loaded.name} is of the kind {own[0]!r} and its last block of "
-                f"the kind {kinds[-1]!r}; only MTP layers like the last block are supported"
+                f"the MTP layer of {loaded.name} is of the kind {own[0]!r} and its last layer of "
+                f"the kind {kinds[-1]!r}; only MTP layers like the last layer are supported"
             )
         setattr(config, name, [kinds[-1]])
     if hasattr(config, "first_k_dense_replace"):
@@ -116,10 +116,10 @@ def _only_layer_config(loaded: LoadedModel) -> PreTrainedConfig:
     return config
 
 
-def _converted_block(
+def _converted_layer(
     loaded: LoadedModel, config: PreTrainedConfig, prefix: str, tensors: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return the state of the block in the form in which its class keeps it."""
+    """Return the state of the decoder layer in the form in which its class keeps it."""
     renamed = {_ONLY_LAYER + name.removeprefix(prefix): value for name, value in tensors.items()}
     # The decoder has these too, and they are not used.
     renamed["norm.weight"] = torch.ones(loaded.hidden_size)
@@ -138,7 +138,7 @@ def _converted_block(
             )
     except LOAD_ERRORS as error:
         raise ModelError(
-            f"cannot load the block of the MTP layer of {loaded.name}: {error}"
+            f"cannot load the decoder layer in the MTP layer of {loaded.name}: {error}"
         ) from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         keys = sorted(
@@ -149,9 +149,9 @@ def _converted_block(
         )
         if keys:
             raise ModelError(
-                f"the block of the MTP layer of {loaded.name} has {len(keys)} "
+                f"the decoder layer in the MTP layer of {loaded.name} has {len(keys)} "
                 f"{problem.replace('_', ' ')}, like {keys[:_MAX_NAMED]}; the checkpoint is "
-                "incomplete, or its layer is not of the kind of the base's last block"
+                "incomplete, or its layer is not of the kind of the base's last layer"
             )
     state: dict[str, Tensor] = decoder.layers[0].state_dict()
     return state
@@ -160,7 +160,7 @@ def _converted_block(
 def _own_state(
     loaded: LoadedModel, layout: MTPLayout, tensors: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return what the module has beside its block, in our form."""
+    """Return what the module has besides its decoder layer, in our form."""
     projection = tensors[layout.prefix + layout.projection].to(loaded.dtype)
     if not layout.is_hidden_first:
         projection = torch.cat(projection.chunk(2, dim=1)[::-1], dim=1)

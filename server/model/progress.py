@@ -15,11 +15,6 @@ from rich.progress import (
 from transformers.utils import logging as transformers_logging
 
 
-def note(message: str) -> None:
-    """Write one line."""
-    Console(stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)
-
-
 @contextmanager
 def download_bar(description: str, num_bytes: int) -> Iterator[Callable[[int], None]]:
     """Show a progress bar; yields what to call with the number of bytes that have arrived."""

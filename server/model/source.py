@@ -3,9 +3,10 @@
 import re
 from pathlib import Path
 
+from heads.files import file_sha256
 from server.cache import cache_dir
 from server.errors import ModelError
-from server.model.builtin import SMOLLM2, Fetch, builtin_gguf, fetch_with_pip, file_sha256
+from server.model.builtin import SMOLLM2, Fetch, builtin_gguf, fetch_with_pip
 from server.model.gguf import convert_gguf, converted_dir
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -26,13 +27,13 @@ def resolve_model(name: str, fetch: Fetch = fetch_with_pip) -> str:
         ModelError: If there is no such model.
     """
     if name == SMOLLM2.name:
-        target = converted_dir(SMOLLM2.file_name, SMOLLM2.sha256, cache_dir())
+        target = converted_dir(SMOLLM2.file_name, SMOLLM2.sha256)
         if not target.is_dir():
-            convert_gguf(builtin_gguf(SMOLLM2, cache_dir(), fetch), target)
+            convert_gguf(builtin_gguf(SMOLLM2, cache_dir("gguf"), fetch), target)
         return str(target)
     path = Path(name).expanduser()
     if path.suffix.lower() == ".gguf" and path.is_file():
-        target = converted_dir(path.name, file_sha256(path), cache_dir())
+        target = converted_dir(path.name, file_sha256(path))
         convert_gguf(path, target)
         return str(target)
     if name and path.is_dir():

@@ -7,23 +7,26 @@ else is measured again, and so is one whose machine has become faster or slower 
 import hashlib
 import itertools
 import json
+import logging
 import math
 import os
-import platform
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, astuple, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
+from heads.files import atomic_write
+from server.device.base import Accelerated
+from server.device.create import create_device
 from server.model.draft_heads import DraftHeads
 from server.model.loading import LoadedModel
 from server.speculation.cost_model import CostModel, Probes, measure, root_step_s
 
 # A step of one token may take that many times what it took when it was measured, or that part.
 _TOLERANCE = 1.5
+_log = logging.getLogger("euryale.speculation")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,39 +74,27 @@ class CostCache:
         Raises:
             OSError: If it cannot be written.
         """
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=self.directory, suffix=".partial", delete=False
-        ) as file:
-            try:
-                json.dump({"key": self.key, "costs": asdict(costs)}, file)
-                file.close()
-                Path(file.name).replace(self.path)
-            except BaseException:
-                Path(file.name).unlink(missing_ok=True)
-                raise
+        with atomic_write(self.path) as file:
+            json.dump({"key": self.key, "costs": asdict(costs)}, file)
 
 
-def cached_costs(
-    cache: CostCache, probes: Probes, report: Callable[[str], None], remeasure: bool = False
-) -> CostModel:
+def cached_costs(cache: CostCache, probes: Probes, remeasure: bool = False) -> CostModel:
     """Take the costs from the cache if they still hold, or measure and keep them.
 
     Args:
         cache: Of this server.
         probes: What a measurement runs.
-        report: Called with a short line at each stage.
         remeasure: Measure whatever the cache holds.
     """
-    costs = None if remeasure else _costs_that_hold(cache, probes, report)
+    costs = None if remeasure else _costs_that_hold(cache, probes)
     if costs is not None:
-        report(f"step cost as measured before (kept in {cache.path})")
+        _log.info("step cost as measured before (kept in %s)", cache.path)
         return costs
-    costs = measure(probes, report)
+    costs = measure(probes)
     try:
         cache.save(costs)
     except OSError as error:
-        report(f"the step cost cannot be kept in {cache.path} ({error.strerror})")
+        _log.info("the step cost cannot be kept in %s (%s)", cache.path, error.strerror)
     return costs
 
 
@@ -113,7 +104,7 @@ def cost_key(
     block_size: int,
     max_nodes: int,
     probes: Probes,
-    own_code: Mapping[str, bool],
+    accelerated: Accelerated,
 ) -> dict[str, object]:
     """Name all that the costs of a server hang on.
 
@@ -123,17 +114,17 @@ def cost_key(
         block_size: Tokens of a KV block.
         max_nodes: Of a tree; an MTP module grows so many.
         probes: Their sizes count.
-        own_code: Which parts of a step run code that was compiled here.
+        accelerated: How the model was made fast.
     """
-    is_cuda = loaded.device.type == "cuda"
     return {
         "model": asdict(loaded.fingerprint),
         "adapter": loaded.adapter_sha256,
         "heads": None if draft is None else _shapes_of(draft),
         "dtype": str(loaded.dtype),
-        "quantization": loaded.quantization,
-        "own_code": dict(own_code),
-        "device": torch.cuda.get_device_name(loaded.device) if is_cuda else _cpu_name(),
+        "quantization": accelerated.quantization,
+        "attention": accelerated.attention,
+        "own_code": dict(accelerated.own_code),
+        "device": create_device(loaded.device).model_name,
         "num_threads": torch.get_num_threads(),
         "num_cpus": os.cpu_count(),
         "torch": torch.__version__,
@@ -147,21 +138,21 @@ def cost_key(
     }
 
 
-def _costs_that_hold(
-    cache: CostCache, probes: Probes, report: Callable[[str], None]
-) -> CostModel | None:
+def _costs_that_hold(cache: CostCache, probes: Probes) -> CostModel | None:
     try:
         costs = cache.load()
     except ValueError as error:
-        report(f"{cache.path} {error}; measuring again")
+        _log.info("%s %s; measuring again", cache.path, error)
         return None
     if costs is None:
         return None
     step_s, kept_s = root_step_s(probes), costs.step_s[0]
     if not 1.0 / _TOLERANCE <= step_s / kept_s <= _TOLERANCE:
-        report(
-            f"a step of one token takes {1e3 * step_s:.1f} ms, but took {1e3 * kept_s:.1f} ms when "
-            "its cost was kept; measuring again"
+        _log.info(
+            "a step of one token takes %.1f ms, but took %.1f ms when its cost was kept; measuring "
+            "again",
+            1e3 * step_s,
+            1e3 * kept_s,
         )
         return None
     return costs
@@ -185,15 +176,6 @@ def _shapes_of(draft: DraftHeads) -> str:
     depth = None if draft.profile is None else draft.profile.max_depth
     text = repr((type(draft.heads).__name__, sorted(shapes), depth))
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())
 
 
 def _own_version() -> str:

@@ -9,6 +9,7 @@ Shape suffixes: N step sizes.
 
 import bisect
 import functools
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ _SIZE_SHARE = 0.2
 # A step that took this many times what was foretold was disturbed by something else.
 _OUTLIER = 3.0
 _MIN_RATIO, _MAX_RATIO = 0.2, 5.0
+_log = logging.getLogger("euryale.speculation")
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,15 +179,10 @@ def root_step_s(probes: Probes) -> float:
     return _median_s(functools.partial(probes.step, 1))
 
 
-def measure(probes: Probes, report: Callable[[str], None]) -> CostModel:
-    """Time steps of growing size, with more KV and with more sequences.
-
-    Args:
-        probes: What is timed.
-        report: Called with a short line at each stage.
-    """
+def measure(probes: Probes) -> CostModel:
+    """Time steps of growing size, with more KV and with more sequences."""
     sizes = tuple(size for size in STEP_SIZES if size <= probes.max_tokens)
-    report(f"measuring the step cost: steps of 1 to {sizes[-1]} tokens")
+    _log.info("measuring the step cost: steps of 1 to %d tokens", sizes[-1])
     probes.step(sizes[-1])
     medians: list[float] = []
     for size in sizes:
@@ -195,7 +192,7 @@ def measure(probes: Probes, report: Callable[[str], None]) -> CostModel:
         # No room to measure trees, so none may seem cheap.
         sizes, medians = (1, 2), [medians[0], 2 * medians[0]]
     kv_token_s = sequence_s = draft_s = draft_sequence_s = 0.0
-    report("measuring the step cost: a longer context and more sequences")
+    _log.info("measuring the step cost: a longer context and more sequences")
     if probes.num_further_tokens:
         further_s = _median_s(probes.long_step) - medians[0]
         kv_token_s = max(0.0, further_s / probes.num_further_tokens)
@@ -204,7 +201,7 @@ def measure(probes: Probes, report: Callable[[str], None]) -> CostModel:
         same_tokens_s = _interpolated(sizes, medians, probes.num_sequences)
         sequence_s = max(0.0, (_median_s(probes.many_step) - same_tokens_s) / num_further)
     if probes.draft is not None:
-        report("measuring the step cost: the draft heads")
+        _log.info("measuring the step cost: the draft heads")
         draft_s = _median_s(functools.partial(probes.draft, 1))
     if probes.draft is not None and num_further:
         many_s = _median_s(functools.partial(probes.draft, probes.num_sequences))

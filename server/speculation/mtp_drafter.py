@@ -1,4 +1,4 @@
-"""Drafts with an MTP module: one attending block over the sequences' own KV blocks.
+"""Drafts with an MTP module: one attending decoder layer over the sequences' own KV blocks.
 
 The module's KV lies in a layer of its own of the base model's cache, under the same block tables:
 
@@ -22,22 +22,18 @@ import torch
 from torch import Tensor
 
 from heads.candidates import Candidates
-from heads.frozen_linear import FrozenLinear
 from heads.mtp import MTPModule
 from heads.proposals import GrownProposal
 from heads.seen_rows import SeenRows, top_candidates
 from heads.tree_growth import Frontier, GrowingTrees
-from server.attention.backend import AttentionBatch, AttentionSpan
+from server.attention.backend import AttentionBackend, AttentionBatch, AttentionSpan
 from server.attention.hook import AttentionContext
-from server.attention.sdpa import SDPABackend
 from server.config import DraftMethod
 from server.core.sequence import Sequence
-from server.cpu.int8_kernel import Int8Kernel
-from server.cpu.int8_linear import Int8Product, quantize_linears
-from server.cpu.packed_linear import pack_linears
+from server.device.base import DraftProducts
 from server.kv.block_manager import BlockManager
 from server.kv.kv_cache import KVCache
-from server.model.decoder_block import DecoderBlock
+from server.model.decoder_layer import DecoderLayer
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +71,14 @@ class MTPDrafter:
     """Grows trees from an MTP module's own output.
 
     Args:
-        module: In the model's dtype, on its device; its linear layers are replaced on CPU.
-        block: Runs `module.block`.
-        cache: Has the module's layer behind the base model's, and hidden states.
+        module: In the model's dtype, on its device; its linear layers are replaced.
+        layer: Runs the decoder layer `module.block`.
+        cache: KV cache with the module's layer behind the base model's, and with hidden states.
+        attention: Attends over that cache.
+        products: What the module is to multiply with.
         blocks: Gives the slots of growing trees.
-        growth: Sizes.
-        max_tokens: Tokens of one pass that catches up.
-        kernel: Computes the module with int8 weights, for float32 on CPU; None packs them.
+        growth: How far trees grow.
+        max_tokens: Largest number of tokens of a pass that catches up.
     """
 
     method: DraftMethod = "mtp"
@@ -89,26 +86,23 @@ class MTPDrafter:
     def __init__(
         self,
         module: MTPModule,
-        block: DecoderBlock,
+        layer: DecoderLayer,
         cache: KVCache,
+        attention: AttentionBackend,
+        products: DraftProducts,
         blocks: BlockManager,
         growth: Growth,
         max_tokens: int,
-        kernel: Int8Kernel | None = None,
     ) -> None:
-        if kernel is None:
-            pack_linears(module)
-        else:
-            quantize_linears(module, kernel)
+        products.replace_linears(module)
         self._module = module
-        self._block = block
+        self._layer = layer
         self._cache = cache
-        self._backend = SDPABackend(cache)
+        self._backend = attention
         self._blocks = blocks
         self._growth = growth
         self._max_tokens = max_tokens
-        rows_UD = module.draft_rows_UD
-        self._unembed = FrozenLinear(rows_UD) if kernel is None else Int8Product(rows_UD, kernel)
+        self._unembed = products.make(module.draft_rows_UD)
 
     def seen_rows(self, prompt_token_ids: Seq[int]) -> SeenRows | None:
         """See `Drafter.seen_rows`."""
@@ -198,7 +192,7 @@ class MTPDrafter:
         self, states_TD: Tensor, tokens_T: Tensor, positions_T: Tensor, batch: AttentionBatch
     ) -> Tensor:
         context = AttentionContext(self._backend, self._backend.prepare(batch))
-        states: Tensor = self._module(states_TD, tokens_T, self._block.runner(positions_T, context))
+        states: Tensor = self._module(states_TD, tokens_T, self._layer.runner(positions_T, context))
         return states
 
     def _grow(self, lanes: Seq[_Lane], states_TD: Tensor, min_value: float) -> list[GrownProposal]:

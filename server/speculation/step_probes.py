@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 from server.attention.backend import AttentionBatch, AttentionSpan
+from server.device.create import create_device
 from server.executor.batch import StepBatch
 from server.executor.model_runner import ModelRunner
 from server.kv.kv_cache import KVLayout
@@ -28,6 +29,7 @@ def step_probes(
 
     All sequences of a step read and write the same blocks: what lies in them is of no concern.
     """
+    device = create_device(loaded.device)
     num_slots = num_blocks * layout.block_size
     longest = min(num_slots, loaded.max_model_len)
     context_len = min(_CONTEXT, longest // 2)
@@ -49,16 +51,12 @@ def step_probes(
                 attention=AttentionBatch(spans, positions),
             )
         )
-        synchronize()
-
-    def synchronize() -> None:
-        if loaded.device.type == "cuda":
-            torch.cuda.synchronize(loaded.device)
+        device.synchronize()
 
     def run_draft(num_sequences: int) -> None:
         if drafter is not None:
             drafter.propose_for(num_sequences, context_len)
-        synchronize()
+        device.synchronize()
 
     draft: Callable[[int], None] | None = None if drafter is None else run_draft
     return Probes(

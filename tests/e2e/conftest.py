@@ -45,6 +45,7 @@ def engine_factory(model_dir: Path, heads_dir: Path) -> Callable[..., Engine]:
                 max_num_seqs=max_num_seqs,
                 max_nodes=8,
                 tree_size=8,
+                lookup=False,
                 num_threads=1,
             )
         )

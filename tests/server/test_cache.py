@@ -11,7 +11,7 @@ from server.cache import cache_dir, partial_directory
 def test_the_cache_can_be_put_anywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("EURYALE_CACHE", str(tmp_path / "here"))
 
-    assert cache_dir() == tmp_path / "here"
+    assert cache_dir("models") == tmp_path / "here" / "models"
 
 
 def test_a_tilde_in_the_variable_means_home(
@@ -20,7 +20,7 @@ def test_a_tilde_in_the_variable_means_home(
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("EURYALE_CACHE", "~/models")
 
-    assert cache_dir() == tmp_path / "models"
+    assert cache_dir("costs") == tmp_path / "models" / "costs"
 
 
 @pytest.mark.parametrize("empty", [None, ""])
@@ -32,10 +32,10 @@ def test_the_cache_is_below_the_users_cache_directory_by_default(
         monkeypatch.delenv(name, raising=False)
         if empty is not None:
             monkeypatch.setenv(name, empty)
-    assert cache_dir() == tmp_path / ".cache" / "euryale"
+    assert cache_dir("kernels") == tmp_path / ".cache" / "euryale" / "kernels"
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_dir() == tmp_path / "xdg" / "euryale"
+    assert cache_dir("kernels") == tmp_path / "xdg" / "euryale" / "kernels"
 
 
 def test_what_is_not_moved_out_of_a_partial_directory_is_gone(tmp_path: Path) -> None:

@@ -59,14 +59,14 @@ def endless(seed: int = 0) -> Request:
 
 
 async def collect(async_engine: AsyncEngine, request: Request) -> list[RequestOutput]:
-    return [output async for output in async_engine.generate(request)]
+    return [output async for _, output in async_engine.generate([request])]
 
 
-async def first_output(stream: AsyncIterator[RequestOutput]) -> RequestOutput:
-    return await anext(stream)
+async def first_output(stream: AsyncIterator[tuple[int, RequestOutput]]) -> RequestOutput:
+    return (await anext(stream))[1]
 
 
-async def drain(stream: AsyncIterator[RequestOutput]) -> None:
+async def drain(stream: AsyncIterator[tuple[int, RequestOutput]]) -> None:
     async for _ in stream:
         pass
 

@@ -22,13 +22,16 @@ from heads.medusa import MedusaConfig, MedusaHeads
 from heads.proposals import MedusaProposal
 from heads.tree import DraftTree
 from heads.tree_search import AcceptanceProfile, best_tree
+from server.attention.create import create_attention
 from server.config import EngineConfig, SamplingParams, SpeculationParams
 from server.core.completion import Completion
 from server.core.limits import RequestLimits
 from server.core.request import Request
 from server.core.sequence import Sequence, acceptance_rule, request_seed
 from server.core.text import TextStream
-from server.cpu.int8_kernel import Int8Kernel
+from server.cpu.accelerate import draft_products
+from server.device.base import DraftProducts
+from server.device.create import create_device
 from server.engine.build import EngineParts, kv_layout, make_speculator
 from server.engine.engine import Engine, OnHidden
 from server.executor.model_runner import ModelRunner
@@ -64,9 +67,11 @@ def byte_tokenizer() -> Tokenizer:
 
 @cache
 def tiny_loaded(kind: TinyKind = "llama") -> LoadedModel:
-    """A tiny model as the server loads it."""
+    """A tiny model as the server runs it uncompiled."""
     with tempfile.TemporaryDirectory() as directory:
-        return load_model(str(save_tiny_model(kind, Path(directory))), "cpu", "float32")
+        loaded = load_model(str(save_tiny_model(kind, Path(directory))), "cpu", "float32")
+    create_device(loaded.device).pack(loaded.model)
+    return loaded
 
 
 @cache
@@ -86,7 +91,7 @@ def _tiny_runner(kind: TinyKind, layout: KVLayout) -> tuple[ModelRunner, KVCache
     """Shared by all engines of a test run; what earlier ones left in its cache is never read."""
     loaded, block_size = tiny_loaded(kind), layout.block_size
     cache = KVCache(layout, -(-_CACHE_SLOTS // block_size))
-    return ModelRunner(loaded, cache), cache
+    return ModelRunner(loaded, cache, create_attention("sdpa", cache)), cache
 
 
 def random_heads(vocab_size: int, num_heads: int = NUM_HEADS, hidden_size: int = 8) -> MedusaHeads:
@@ -141,7 +146,7 @@ def make_engine(
     costs: CostModel | None = None,
     draft: DraftHeads | None = None,
     on_hidden: OnHidden | None = None,
-    int8_kernel: Int8Kernel | None = None,
+    products: DraftProducts | None = None,
     **options: Any,
 ) -> Engine:
     """An engine over a tiny model with small sizes.
@@ -152,7 +157,7 @@ def make_engine(
             own and as large as the options allow.
         draft: Heads instead of untrained Medusa heads.
         on_hidden: As `Engine` takes it.
-        int8_kernel: Computes the heads; None leaves them in float.
+        products: What the heads multiply with; None takes those of an uncompiled server.
         options: Of `EngineConfig`; `heads="none"` serves without drafts.
     """
     sizes: dict[str, Any] = {
@@ -163,7 +168,7 @@ def make_engine(
         "max_num_seqs": 4,
         "max_tokens_per_step": 32,
         "max_nodes": 8,
-        "tree": "auto" if costs or "budget" in options else (options.get("max_nodes", 8)),
+        "tree_size": "auto" if costs else options.get("max_nodes", 8),
     }
     config = EngineConfig(**(sizes | options))
     if config.num_blocks is None:
@@ -174,7 +179,7 @@ def make_engine(
     layout = kv_layout(loaded, config.block_size, draft, on_hidden is not None)
     runner, cache = _tiny_runner(kind, layout)
     blocks = BlockManager(config.num_blocks, config.block_size, config.prefix_caching)
-    speculator = make_speculator(config, draft, cache, blocks, int8_kernel)
+    speculator = make_speculator(config, draft, cache, blocks, products or draft_products(None))
     if script is not None and draft is not None:
         tree = best_tree(wide_profile(), config.max_nodes)
         speculator.drafter = ScriptedDrafter(heads_for(loaded), tree, script)

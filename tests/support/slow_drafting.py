@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from heads.mtp import MTPConfig, MTPModule
-from server.attention.backend import AttentionBatch
+from server.attention.backend import AttentionBackend, AttentionBatch
 from server.attention.hook import AttentionContext
-from server.model.decoder_block import DecoderBlock
+from server.model.decoder_layer import DecoderLayer
 from server.model.loading import LoadedModel
 from server.speculation.mtp_drafter import Growth
 from tests.support.engine_tools import tiny_loaded, tiny_reference
@@ -25,11 +25,11 @@ NUM_DRAFTED = 60
 
 def tiny_mtp(
     loaded: LoadedModel, draft_ids: Seq[int] | None = None
-) -> tuple[MTPModule, DecoderBlock]:
+) -> tuple[MTPModule, DecoderLayer]:
     """A module with random weights over a part of the vocabulary; always the same one."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
-        block = DecoderBlock(loaded.model)
+        block = DecoderLayer(loaded.model)
         ids = torch.randperm(loaded.vocab_size)[:NUM_DRAFTED]
         if draft_ids is not None:
             ids = torch.tensor(draft_ids)
@@ -41,7 +41,7 @@ def tiny_mtp(
     return module.eval().requires_grad_(False), block
 
 
-class DenseAttention:
+class DenseAttention(AttentionBackend):
     """Plain causal attention over all tokens of one pass; for one sequence."""
 
     def prepare(self, batch: AttentionBatch) -> None:

@@ -3,17 +3,17 @@
 import torch
 
 from heads.mtp import MTPConfig, MTPModule
-from server.model.decoder_block import DecoderBlock
+from server.model.decoder_layer import DecoderLayer
 from server.model.loading import LoadedModel
 
 
 def make_module(
     loaded: LoadedModel, draft_vocab_ids: torch.Tensor
-) -> tuple[MTPModule, DecoderBlock]:
+) -> tuple[MTPModule, DecoderLayer]:
     """Weights are drawn so that the token counts as much as the state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        block = DecoderBlock(loaded.model)
+        block = DecoderLayer(loaded.model)
         module = MTPModule(
             MTPConfig(loaded.hidden_size, loaded.vocab_size, len(draft_vocab_ids)),
             block.module,

@@ -20,7 +20,7 @@ PLAN = LoraPlan(rank=4, alpha=8.0, targets=(ALL_LINEAR,), seed=0)
 
 @pytest.fixture
 def unpacked(model_dir: Path) -> LoadedModel:
-    return load_model(str(model_dir), "cpu", "float32", is_packed=False)
+    return load_model(str(model_dir), "cpu", "float32")
 
 
 @torch.inference_mode()
@@ -80,7 +80,7 @@ def test_only_the_adapter_learns_and_all_of_it(unpacked: LoadedModel) -> None:
 def test_the_seed_gives_the_weights_and_leaves_the_callers_numbers_alone(model_dir: Path) -> None:
     found = []
     for seed in (0, 0, 1):
-        loaded = load_model(str(model_dir), "cpu", "float32", is_packed=False)
+        loaded = load_model(str(model_dir), "cpu", "float32")
         before = torch.get_rng_state()
         base = AdaptedBase(loaded, LoraPlan(4, 8.0, ("q_proj",), seed))
         assert torch.equal(torch.get_rng_state(), before)
@@ -93,7 +93,7 @@ def test_the_seed_gives_the_weights_and_leaves_the_callers_numbers_alone(model_d
 def test_layers_that_could_not_be_served_are_refused_at_once(tmp_path: Path, target: str) -> None:
     # Untied, so that PEFT has nothing to warn of.
     model = save_tiny_model("qwen2", tmp_path)
-    loaded = load_model(str(model), "cpu", "float32", is_packed=False)
+    loaded = load_model(str(model), "cpu", "float32")
     with pytest.raises(RunError, match=f"lora targets are q_proj, {target}.*(adapter|{target})"):
         AdaptedBase(loaded, LoraPlan(4, 8.0, ("q_proj", target), 0))
 

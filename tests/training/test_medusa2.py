@@ -21,7 +21,7 @@ class Setting:
     """Heads and an adapted base with weights of their own."""
 
     def __init__(self, model_dir: Path, draft_vocab_size: int | None = 150) -> None:
-        self.loaded: LoadedModel = load_model(str(model_dir), "cpu", "float32", is_packed=False)
+        self.loaded: LoadedModel = load_model(str(model_dir), "cpu", "float32")
         encoder = HiddenStateEncoder(self.loaded, max_batch_tokens=64)
         self.base = AdaptedBase(self.loaded, LoraPlan(4, 8.0, (ALL_LINEAR,), 0))
         unembedding_VD = self.loaded.unembedding()

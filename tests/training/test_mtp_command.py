@@ -80,7 +80,7 @@ def test_a_trained_module_can_be_loaded_with_its_block_and_profile(
     found = load_draft_heads(module_dir, loaded)
     assert isinstance(found.heads, MTPModule)
     assert found.heads.config.draft_vocab_size == 100
-    assert found.block is not None
+    assert found.layer is not None
     assert found.profile is not None
     assert found.profile.max_depth == 3
     assert load_acceptance(module_dir)["num_answers"] > 0

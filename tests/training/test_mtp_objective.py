@@ -4,7 +4,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from heads.mtp import MTPModule
-from server.model.decoder_block import DecoderBlock
+from server.model.decoder_layer import DecoderLayer
 from server.model.loading import LoadedModel
 from tests.training.corpora import corpus, document
 from tests.training.mtp_modules import make_module
@@ -26,7 +26,7 @@ def encoded(encoder: HiddenStateEncoder, documents: Corpus) -> EncodedBatch:
 
 def losses_slowly(
     module: MTPModule,
-    block: DecoderBlock,
+    block: DecoderLayer,
     batch: EncodedBatch,
     unembedding_VD: Tensor,
     kl_weight: float,

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from heads.mtp import MTPConfig, MTPModule
 from server.attention.hook import AttentionContext
-from server.model.decoder_block import DecoderBlock
+from server.model.decoder_layer import DecoderLayer
 from server.model.loading import LoadedModel, load_model
 from tests.support.tiny_models import save_tiny_model
 from training.dataset import Document, Span
@@ -25,9 +25,9 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return load_model(str(directory), "cpu", "float32")
 
 
-def made(loaded: LoadedModel) -> tuple[MTPModule, DecoderBlock]:
+def made(loaded: LoadedModel) -> tuple[MTPModule, DecoderLayer]:
     torch.manual_seed(0)
-    block = DecoderBlock(loaded.model)
+    block = DecoderLayer(loaded.model)
     config = MTPConfig(loaded.hidden_size, loaded.vocab_size, 40)
     module = MTPModule(
         config, block.module, loaded.unembedding(), loaded.input_embedding(), torch.arange(40)
@@ -52,7 +52,7 @@ def documents(width: int) -> list[EncodedDocument]:
 
 
 def decoded(
-    module: MTPModule, block: DecoderBlock, item: EncodedDocument, root: int, depth: int
+    module: MTPModule, block: DecoderLayer, item: EncodedDocument, root: int, depth: int
 ) -> Tensor:
     """The state of one draft, as decoding gets it: one causal pass over all tokens per depth."""
     states = torch.cat((torch.zeros(1, item.hidden_XD.shape[1]), item.hidden_XD[:root]))

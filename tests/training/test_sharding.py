@@ -45,7 +45,7 @@ def encoded_by_parts(argv: list[str]) -> int:
     )
     processes = Processes("cpu")
     loaded = load_base_for(options, processes)
-    whole = load_model(argv[0], "cpu", "float32", is_packed=False)
+    whole = load_model(argv[0], "cpu", "float32")
     documents = [document(20, (5, 15)), document(9, (2, 8), seed=1)]
     ours = HiddenStateEncoder(loaded).encode(documents)
     theirs = HiddenStateEncoder(whole).encode(documents)

@@ -1,18 +1,17 @@
-"""`/health`, `/ready` and `/version`: what an orchestrator asks."""
+"""`/health`, `/ready` and `/version`, for orchestrators."""
 
 from fastapi import APIRouter
 from starlette.responses import Response
 
 from server.api.config import installed_version
 from server.api.context import Context
-from server.api.responses import json_response
 from server.api.schemas.base import ResponseBody
 
 router = APIRouter(tags=["health"])
 
 
 class Status(ResponseBody):
-    """One word on the server's state."""
+    """The server's state in one word."""
 
     status: str
 
@@ -27,19 +26,17 @@ class Version(ResponseBody):
 async def health(context: Context) -> Response:
     """200 while the engine runs; 503 means that only a restart helps."""
     is_alive = context.engine.is_alive
-    return json_response(Status(status="ok" if is_alive else "failed"), 200 if is_alive else 503)
+    return Status(status="ok" if is_alive else "failed").response(200 if is_alive else 503)
 
 
 @router.get("/ready", response_model=Status)
 async def ready(context: Context) -> Response:
     """200 while new requests are admitted; 503 while the server drains or has failed."""
     is_ready = context.engine.is_ready
-    return json_response(
-        Status(status="ready" if is_ready else "not ready"), 200 if is_ready else 503
-    )
+    return Status(status="ready" if is_ready else "not ready").response(200 if is_ready else 503)
 
 
 @router.get("/version", response_model=Version)
 async def version() -> Response:
     """Version of the server."""
-    return json_response(Version(version=installed_version()))
+    return Version(version=installed_version()).response()

@@ -1,4 +1,4 @@
-"""`/tokenize` and `/detokenize`: the model's tokenizer, as clients that count tokens want it."""
+"""`/tokenize` and `/detokenize`: the model's tokenizer, for clients that count tokens."""
 
 import asyncio
 
@@ -6,7 +6,6 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from server.api.context import ApiContext, Context
-from server.api.responses import json_response
 from server.api.schemas.tokenize import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -24,9 +23,8 @@ async def tokenize(body: TokenizeRequest, context: Context) -> Response:
     """Tokenize a text or a conversation."""
     _check_model(context, body.model)
     tokens = await asyncio.to_thread(_encode, context.tokenizer, body)
-    return json_response(
-        TokenizeResponse(count=len(tokens), max_model_len=context.max_model_len, tokens=tokens)
-    )
+    answer = TokenizeResponse(count=len(tokens), max_model_len=context.max_model_len, tokens=tokens)
+    return answer.response()
 
 
 @router.post("/detokenize", response_model=DetokenizeResponse)
@@ -41,7 +39,7 @@ async def detokenize(body: DetokenizeRequest, context: Context) -> Response:
                 param="tokens",
             )
     text = await asyncio.to_thread(context.tokenizer.decode, body.tokens, body.skip_special_tokens)
-    return json_response(DetokenizeResponse(prompt=text))
+    return DetokenizeResponse(prompt=text).response()
 
 
 def _encode(tokenizer: Tokenizer, body: TokenizeRequest) -> list[int]:

@@ -1,6 +1,6 @@
 """What all request bodies share: strict types, and no option that is silently ignored.
 
-A field is one of four kinds. Declared ones are used. Options that other servers know but this one
+A field is one of four kinds. Declared ones are used. Options that other servers have and this one
 does not support are errors that name them, unless they carry a value that changes nothing.
 Harmless ones (`user`, `metadata`, ...) are dropped. Everything else is an unknown field, an error.
 An explicit null counts as left out.
@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
+from starlette.responses import Response
 
 _MAX_SHOWN = 80
 _UNSUPPORTED = "unsupported_option"
@@ -22,7 +23,7 @@ class RequestBody(BaseModel):
     """Base of all request bodies and of the objects inside them.
 
     Attributes:
-        unsupported: Names of options that are refused, each with the values that change nothing.
+        unsupported: Options that are rejected, each with the values that change nothing.
         harmless: Names of fields that are accepted and dropped.
     """
 
@@ -54,6 +55,10 @@ class ResponseBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
+    def response(self, status: int = 200) -> Response:
+        """The body as a whole HTTP response, without validating it again."""
+        return Response(self.model_dump_json(), status, media_type="application/json")
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -80,7 +85,7 @@ def invalid_value(remedy: str) -> PydanticCustomError:
 
 
 def describe_validation_error(error: Mapping[str, Any]) -> Problem:
-    """Say what is wrong with a request body.
+    """Describe what is wrong with a request body.
 
     Args:
         error: One entry of pydantic's `ValidationError.errors()`.
@@ -129,7 +134,7 @@ UnicodeText = Annotated[str, AfterValidator(_without_surrogates)]
 
 
 def _path(loc: tuple[str | int, ...]) -> str:
-    """Write a place in the body as OpenAI does: `messages[0].content`."""
+    """A place in the body as OpenAI writes it: `messages[0].content`."""
     path = ""
     for part in loc:
         path += f"[{part}]" if isinstance(part, int) else f".{part}"

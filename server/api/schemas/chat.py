@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer
+from typing_extensions import override
 
 from server.api.schemas.base import (
     RequestBody,
@@ -11,11 +12,13 @@ from server.api.schemas.base import (
     UnicodeText,
     unsupported_value,
 )
-from server.api.schemas.generation import FinishReasonName, GenerationRequest
+from server.api.schemas.generation import GenerationRequest
 from server.api.schemas.text_parts import TextPart, joined_text
 from server.api.schemas.usage import Usage
 from server.config import MAX_LOGPROBS
+from server.core.request import FinishReason
 from server.errors import InvalidRequestError
+from server.tokenizer import Tokenizer
 
 _ROLES = ("system", "developer", "user", "assistant")
 
@@ -83,23 +86,32 @@ class ChatRequest(GenerationRequest):
     # Without tools, which are refused, this one decides nothing.
     harmless: ClassVar[frozenset[str]] = GenerationRequest.harmless | {"parallel_tool_calls"}
 
+    id_prefix: ClassVar[str] = "chatcmpl"
+    # The rest of the context.
+    default_max_tokens: ClassVar[int | None] = None
+
     messages: list[ChatMessage] = Field(min_length=1)
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @property
-    def num_logprobs(self) -> int | None:
-        """Number of most probable tokens to report, or None for no log-probabilities.
+    @override
+    def num_prompts(self) -> int:
+        return 1
 
-        Raises:
-            InvalidRequestError: If top_logprobs is given without logprobs.
-        """
+    @property
+    @override
+    def num_logprobs(self) -> int | None:
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequestError(
                 f"top_logprobs is {self.top_logprobs}; give logprobs: true with it",
                 param="top_logprobs",
             )
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @override
+    def prompts(self, tokenizer: Tokenizer) -> list[list[int]]:
+        return [tokenizer.apply_chat_template([turn.for_template() for turn in self.messages])]
 
 
 class TokenAlternative(ResponseBody):
@@ -143,7 +155,7 @@ class ChatChoice(ResponseBody):
     index: int
     message: ChatAnswer
     logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReasonName
+    finish_reason: FinishReason
 
 
 class ChatCompletion(ResponseBody):
@@ -174,7 +186,7 @@ class ChatChunkChoice(ResponseBody):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReasonName | None = None
+    finish_reason: FinishReason | None = None
 
 
 class ChatCompletionChunk(ResponseBody):

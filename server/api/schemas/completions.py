@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import field_validator, model_validator
+from typing_extensions import override
 
 from server.api.schemas.base import (
     ResponseBody,
@@ -11,8 +12,10 @@ from server.api.schemas.base import (
     invalid_value,
     unsupported_option,
 )
-from server.api.schemas.generation import FinishReasonName, GenerationRequest
+from server.api.schemas.generation import GenerationRequest
 from server.api.schemas.usage import Usage
+from server.core.request import FinishReason
+from server.tokenizer import Tokenizer
 
 Prompt = str | list[str] | list[int] | list[list[int]]
 
@@ -25,6 +28,9 @@ class CompletionRequest(GenerationRequest):
         "echo": (False,),
         "suffix": ("",),
     }
+
+    id_prefix: ClassVar[str] = "cmpl"
+    default_max_tokens: ClassVar[int | None] = 16
 
     prompt: list[UnicodeText] | list[list[int]]
     logprobs: int | None = None
@@ -47,6 +53,20 @@ class CompletionRequest(GenerationRequest):
         if self.best_of is not None and self.best_of != self.n:
             raise unsupported_option("best_of", self.best_of)
         return self
+
+    @property
+    @override
+    def num_prompts(self) -> int:
+        return len(self.prompt)
+
+    @property
+    @override
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    @override
+    def prompts(self, tokenizer: Tokenizer) -> list[list[int]]:
+        return [tokenizer.encode(p) if isinstance(p, str) else p for p in self.prompt]
 
 
 def _are_texts(value: list[object]) -> bool:
@@ -84,10 +104,10 @@ class CompletionChoice(ResponseBody):
     index: int
     text: str
     logprobs: CompletionLogprobs | None = None
-    finish_reason: FinishReasonName | None = None
+    finish_reason: FinishReason | None = None
 
 
-class Completion(ResponseBody):
+class CompletionBody(ResponseBody):
     """The response, and each chunk of a stream."""
 
     id: str

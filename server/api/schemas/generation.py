@@ -1,6 +1,8 @@
 """The options that completions and chat completions share."""
 
+from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
@@ -9,11 +11,12 @@ from server.api.schemas.base import RequestBody, UnicodeText, invalid_value
 from server.api.schemas.text_parts import TextPart, joined_text
 from server.config import AcceptanceName, Method, SamplingParams, SpeculationParams
 from server.errors import InvalidRequestError
+from server.tokenizer import Tokenizer
 
 MAX_CHOICES = 128
 
 # NOTE: Options of OpenAI's API and of other servers' extensions that a client could rely on. Each
-# is refused by name unless its value is among those listed, which change nothing.
+# is an error that names it, unless its value is among those listed, which change nothing.
 _UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "allowed_token_ids": ([],),
     "bad_words": ([],),
@@ -39,13 +42,14 @@ _UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
 }
+_SAMPLING_OPTIONS = {option.name for option in fields(SamplingParams)}
 _HARMLESS = frozenset(
     {"metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "user"}
 )
 
 
 class StreamOptions(RequestBody):
-    """What a stream carries beside the text."""
+    """What a stream carries besides the text."""
 
     unsupported: ClassVar[Mapping[str, tuple[object, ...]]] = {
         "continuous_usage_stats": (False,),
@@ -86,10 +90,18 @@ class Prediction(RequestBody):
 
 
 class GenerationRequest(RequestBody):
-    """Base of the bodies of `/v1/completions` and `/v1/chat/completions`."""
+    """Base of the bodies that ask for text.
+
+    Attributes:
+        id_prefix: Begins the ids of responses.
+        default_max_tokens: Longest output if the client gives none; None is the rest of the
+            context.
+    """
 
     unsupported: ClassVar[Mapping[str, tuple[object, ...]]] = _UNSUPPORTED
     harmless: ClassVar[frozenset[str]] = _HARMLESS
+    id_prefix: ClassVar[str]
+    default_max_tokens: ClassVar[int | None]
 
     model: str
     stream: bool = False
@@ -143,27 +155,52 @@ class GenerationRequest(RequestBody):
             )
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
-    def sampling(self, max_tokens: int, logprobs: int | None, seed: int | None) -> SamplingParams:
+    def sampling(self, max_tokens: int, seed: int | None) -> SamplingParams:
         """Check the ranges.
+
+        Args:
+            max_tokens: Longest output.
+            seed: Of one of the choices.
 
         Raises:
             InvalidRequestError: If a value is out of range.
         """
-        return SamplingParams(
-            max_tokens=max_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            repetition_penalty=self.repetition_penalty,
-            logit_bias={_token_id(key): bias for key, bias in self.logit_bias.items()},
-            seed=seed,
-            stop=tuple(self.stop),
-            logprobs=logprobs,
-            ignore_eos=self.ignore_eos,
-        )
+        options = self.model_dump(include=_SAMPLING_OPTIONS)
+        options |= {
+            "max_tokens": max_tokens,
+            "logit_bias": {_token_id(key): bias for key, bias in self.logit_bias.items()},
+            "seed": seed,
+            "stop": tuple(self.stop),
+            "logprobs": self.num_logprobs,
+        }
+        return SamplingParams(**options)
+
+    def prediction_token_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """Tokens of the prediction, which like an answer stands without special tokens."""
+        text = "" if self.prediction is None else self.prediction.content
+        return tuple(tokenizer.encode(text, add_special_tokens=False))
+
+    @property
+    @abstractmethod
+    def num_prompts(self) -> int:
+        """Number of prompts, each of which gets `n` choices."""
+
+    @property
+    @abstractmethod
+    def num_logprobs(self) -> int | None:
+        """Number of most probable tokens to report, or None for no log-probabilities.
+
+        Raises:
+            InvalidRequestError: If the options for it contradict each other.
+        """
+
+    @abstractmethod
+    def prompts(self, tokenizer: Tokenizer) -> list[list[int]]:
+        """Tokenize the prompts.
+
+        Raises:
+            InvalidRequestError: If the model's chat template rejects a conversation.
+        """
 
 
 def _token_id(key: str) -> int:
@@ -172,6 +209,3 @@ def _token_id(key: str) -> int:
             f"logit_bias has the key {key[:80]!r}; give token ids", param="logit_bias"
         )
     return int(key)
-
-
-FinishReasonName = Literal["stop", "length"]

@@ -1,17 +1,11 @@
-import asyncio
+from collections.abc import Iterator
 
 import pytest
 
 from server.api.config import ApiConfig
 from server.api.context import ApiContext
-from server.api.generation import (
-    Job,
-    TokenizedTexts,
-    check_num_choices,
-    choice_seed,
-    prepare_job,
-    tokenized,
-)
+from server.api.generation import check_num_choices, choice_seed, prepare
+from server.api.schemas.chat import ChatRequest
 from server.api.schemas.completions import CompletionRequest
 from server.engine.async_engine import AsyncEngine
 from server.errors import InvalidRequestError
@@ -45,60 +39,81 @@ def test_too_many_choices_are_refused_with_their_number(num_prompts: int, n: int
         check_num_choices(num_prompts, n)
 
 
-def test_as_many_choices_as_allowed_are_counted() -> None:
-    assert check_num_choices(64, 2) == 128
+def test_as_many_choices_as_allowed_pass() -> None:
+    check_num_choices(64, 2)
 
 
 PREDICTION = {"type": "content", "content": [{"type": "text", "text": "ab c"}]}
 
 
-class CountedId(int):
-    """A token id that counts how often it is compared."""
+class CountedPrompt(list[int]):
+    """Token ids that count how often they are read."""
 
-    num_compared = 0
+    num_reads = 0
 
-    def __lt__(self, other: int) -> bool:
-        CountedId.num_compared += 1
-        return super().__lt__(other)
-
-    def __gt__(self, other: int) -> bool:
-        CountedId.num_compared += 1
-        return super().__gt__(other)
+    def __iter__(self) -> Iterator[int]:
+        CountedPrompt.num_reads += 1
+        return super().__iter__()
 
 
-def job(prompts: list[list[int]], n: int) -> Job:
-    context = ApiContext.of(AsyncEngine(make_engine()), ApiConfig())
-    body = CompletionRequest.model_validate(
-        {"model": context.model_name, "prompt": "a", "n": n, "seed": 3}
-    )
-    return prepare_job(context, body, TokenizedTexts(prompts, ()), "cmpl", None, 4)
+def context() -> ApiContext:
+    engine = make_engine(heads="none", tree_size=8, lookup=True)
+    return ApiContext.of(AsyncEngine(engine), ApiConfig())
+
+
+def completion_request(parts: ApiContext, **fields: object) -> CompletionRequest:
+    return CompletionRequest.model_validate({"model": parts.model_name, "prompt": "a", **fields})
 
 
 def test_every_choice_gets_the_prediction_without_special_tokens() -> None:
-    context = ApiContext.of(AsyncEngine(make_engine(heads="none", tree_size=8)), ApiConfig())
-    body = CompletionRequest.model_validate(
-        {"model": context.model_name, "prompt": "a", "n": 2, "prediction": PREDICTION}
-    )
-    texts = asyncio.run(tokenized(context, body, lambda: [[5], [6]]))
-    expected = tuple(context.tokenizer.encode("ab c", add_special_tokens=False))
-    requests = prepare_job(context, body, texts, "cmpl", None, 4).requests
+    parts = context()
+    body = completion_request(parts, prompt=["a", "b"], n=2, prediction=PREDICTION)
+    expected = tuple(parts.tokenizer.encode("ab c", add_special_tokens=False))
+    requests = prepare(body, parts).requests
     assert [request.prediction_token_ids for request in requests] == [expected] * 4
 
 
-def test_a_prompt_is_read_once_however_many_choices_it_has() -> None:
-    counts = []
+def test_choices_are_numbered_prompt_by_prompt() -> None:
+    parts = context()
+    requests = prepare(completion_request(parts, prompt=[[5, 6], [7]], n=2, seed=3), parts).requests
+    assert [request.prompt_token_ids for request in requests] == [(5, 6)] * 2 + [(7,)] * 2
+    seeds = [request.sampling.seed for request in requests]
+    assert seeds == [3, choice_seed(3, 1)] * 2
+    assert len({request.request_id for request in requests}) == 4
+
+
+def test_a_prompt_is_copied_once_however_many_choices_it_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    parts = context()
     for n in (1, 8):
-        CountedId.num_compared = 0
-        requests = job([[CountedId(5) for _ in range(50)]], n).requests
-        counts.append(CountedId.num_compared)
+        CountedPrompt.num_reads = 0
+        monkeypatch.setattr(CompletionRequest, "prompts", lambda *_: [CountedPrompt([5] * 50)])
+        requests = prepare(completion_request(parts, n=n), parts).requests
+        assert CountedPrompt.num_reads == 1
         assert len({id(request.prompt_token_ids) for request in requests}) == 1
         assert len(requests) == n
-    assert counts[0] == counts[1] > 0
 
 
-@pytest.mark.parametrize("bad", [0, 1, 2])
-def test_every_prompt_is_checked(bad: int) -> None:
-    prompts = [[5, 6], [7], [8, 9]]
-    prompts[bad].append(10**6)
-    with pytest.raises(InvalidRequestError, match="token id 1000000"):
-        job(prompts, 2)
+@pytest.mark.parametrize(
+    ("asked", "num_prompt_tokens", "expected"),
+    [({}, 5, 16), ({}, 250, 6), ({"max_tokens": 3}, 5, 3), ({"max_completion_tokens": 4}, 5, 4)],
+)
+def test_completions_have_16_tokens_at_most_unless_asked_for_others(
+    asked: dict[str, object], num_prompt_tokens: int, expected: int
+) -> None:
+    parts = context()
+    assert parts.max_model_len == 256
+    [request] = prepare(
+        completion_request(parts, prompt=[5] * num_prompt_tokens, **asked), parts
+    ).requests
+    assert request.sampling.max_tokens == expected
+
+
+def test_answers_may_fill_the_context() -> None:
+    parts = context()
+    messages = [{"role": "user", "content": "hi"}]
+    body = ChatRequest.model_validate({"model": parts.model_name, "messages": messages})
+    [request] = prepare(body, parts).requests
+    assert request.sampling.max_tokens == parts.max_model_len - len(request.prompt_token_ids)
+    assert request.request_id.startswith("chatcmpl-")

@@ -3,17 +3,18 @@ import math
 import pytest
 from pydantic import ValidationError
 
+from server.api.schemas.completions import CompletionRequest
 from server.api.schemas.generation import GenerationRequest, SpeculationOptions
 from server.config import SamplingParams, SpeculationParams
 from server.errors import InvalidRequestError
 
 
 def body(**fields: object) -> GenerationRequest:
-    return GenerationRequest.model_validate({"model": "m", **fields})
+    return CompletionRequest.model_validate({"model": "m", "prompt": "a", **fields})
 
 
 def test_defaults_are_those_of_openai() -> None:
-    sampling = body().sampling(max_tokens=16, logprobs=None, seed=None)
+    sampling = body().sampling(max_tokens=16, seed=None)
     assert sampling == SamplingParams(max_tokens=16, temperature=1.0, top_p=1.0)
     assert body().n == 1
     assert not body().stream
@@ -31,7 +32,8 @@ def test_every_sampling_option_arrives() -> None:
         logit_bias={"5": -100, "7": 1.5},
         stop=["a", "b"],
         ignore_eos=True,
-    ).sampling(max_tokens=9, logprobs=3, seed=11)
+        logprobs=3,
+    ).sampling(max_tokens=9, seed=11)
     assert sampling == SamplingParams(
         max_tokens=9,
         temperature=0.5,
@@ -92,7 +94,7 @@ def test_a_stop_of_another_form_is_refused(stop: object) -> None:
 @pytest.mark.parametrize("key", ["x", "-1", "1.0", " 5", "", "²", "9" * 30])
 def test_a_logit_bias_key_that_is_no_token_id_is_refused(key: str) -> None:
     with pytest.raises(InvalidRequestError, match="give token ids") as caught:
-        body(logit_bias={key: 1}).sampling(16, None, None)
+        body(logit_bias={key: 1}).sampling(16, None)
     assert caught.value.param == "logit_bias"
 
 
@@ -100,7 +102,7 @@ def test_a_logit_bias_key_that_is_no_token_id_is_refused(key: str) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e9, -7.0])
 def test_numbers_out_of_range_are_refused(name: str, value: float) -> None:
     with pytest.raises(InvalidRequestError, match=name) as caught:
-        body(**{name: value}).sampling(16, None, None)
+        body(**{name: value}).sampling(16, None)
     assert caught.value.param == name
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from server.attention.backend import AttentionBackend, AttentionBatch, AttentionSpan
 from server.attention.sdpa import SDPABackend
-from server.cpu.tree_attention import NativeBackend
+from server.cpu.tree_attention import OwnAttention
 from server.kv.kv_cache import KVCache, KVLayout
 from tests.support.own_code import own_attention
 
@@ -39,7 +39,7 @@ def _backend(request: pytest.FixtureRequest) -> None:
         Tested.make = SDPABackend
     else:
         library = own_attention()
-        Tested.make = lambda cache: NativeBackend(cache, library)
+        Tested.make = lambda cache: OwnAttention(cache, library)
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from server.attention.backend import AttentionBackend
 from server.attention.hook import ATTENTION_NAME, AttentionContext, install_attention
 from server.errors import ModelError
 from tests.support.engine_tools import tiny_loaded, tiny_reference
 
 
-class Recorder:
+class Recorder(AttentionBackend):
     """A backend that notes what it was asked and returns the queries."""
 
     def __init__(self) -> None:

@@ -11,12 +11,13 @@ import torch
 
 from server.cache import CACHE_VARIABLE
 from server.config import EngineConfig
-from server.cpu import int8_kernel, native_library
+from server.cpu import int8_kernel, own_library
 from server.cpu.int8_kernel import Int8Kernel, load_int8_kernel
-from server.cpu.int8_linear import Int8Product, can_quantize
+from server.cpu.int8_linear import Int8Linear, Int8Product, can_quantize
 from server.engine.engine import Engine
 from server.errors import CompilationError
 from tests.support.engine_tools import heads_for, make_request, tiny_loaded
+from tests.support.log_lines import LogLines
 from tests.support.own_code import own_kernel
 from tests.support.tiny_models import save_tiny_model
 
@@ -42,7 +43,7 @@ class Layer:
 
 @pytest.mark.parametrize("num_rows", [2, 3, 4, 5, 6, 7, 11, 13, 191, 192, 193, 400])
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
-def test_a_row_is_the_same_to_the_bit_in_any_company(
+def test_a_row_is_the_same_to_the_bit_whatever_is_next_to_it(
     kernel: Int8Kernel, num_rows: int, num_threads: int
 ) -> None:
     torch.manual_seed(num_rows)
@@ -100,7 +101,7 @@ def test_a_kernel_that_computes_nonsense_is_not_used(
     wrong.write_text(source.replace("BASE = 256.0f", "BASE = 255.0f"), encoding="utf-8")
     monkeypatch.setattr(int8_kernel, "_SOURCE", wrong)
     with pytest.raises(CompilationError, match="computes something else"):
-        load_int8_kernel(lambda line: None)
+        load_int8_kernel()
     assert list(tmp_path.glob("kernels/*.so")) == []
 
 
@@ -132,34 +133,41 @@ def engine_config(model: Path, **options: object) -> EngineConfig:
     return EngineConfig(**{**common, **options})  # type: ignore[arg-type]
 
 
+def has_kernel(engine: Engine) -> bool:
+    unembedding = engine.loaded.model.get_output_embeddings()
+    assert isinstance(unembedding, Int8Linear)
+    return unembedding.is_one_call
+
+
 @needs_int8
 def test_an_engine_takes_the_kernel_where_it_may_compile(
     kernel: Int8Kernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.engine.build.compile_blocks", lambda *args: None)
+    monkeypatch.setattr("server.cpu.accelerate.compile_layers", lambda *args: None)
     model = save_tiny_model("llama", tmp_path / "model")
     engines = {
         compile: Engine.from_config(engine_config(model, compile=compile))
         for compile in ("auto", "off")
     }
-    has_kernel = {name: engine.loaded.has_int8_kernel for name, engine in engines.items()}
-    assert has_kernel == {"auto": True, "off": False}
+    assert {name: has_kernel(engine) for name, engine in engines.items()} == {
+        "auto": True,
+        "off": False,
+    }
 
 
 @needs_int8
 def test_an_engine_without_the_kernel_says_why_and_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: LogLines
 ) -> None:
-    monkeypatch.setattr("server.engine.build.compile_blocks", lambda *args: None)
-    monkeypatch.setattr(native_library, "cpu_features", lambda: "flags : sse")
-    lines: list[str] = []
+    monkeypatch.setattr("server.cpu.accelerate.compile_layers", lambda *args: None)
+    monkeypatch.setattr(own_library, "cpu_features", lambda: "flags : sse")
     model = save_tiny_model("llama", tmp_path / "model")
-    engine = Engine.from_config(engine_config(model, compile="auto"), lines.append)
+    engine = Engine.from_config(engine_config(model, compile="auto"))
 
-    assert not engine.loaded.has_int8_kernel
+    assert not has_kernel(engine)
     (completion,) = engine.generate([make_request((3, 4, 5), max_tokens=3)])
     assert completion.finish_reason in ("length", "stop")
     assert any(
         "int8 weights without our own int8 kernel, which is faster: this CPU" in line
-        for line in lines
+        for line in log.take()
     )

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from server.cpu.packed_linear import PackedLinear, can_pack, pack_linears
+from heads.packed_product import can_pack
+from server.cpu.packed_linear import PackedLinear, pack_linears
 from tests.support.tiny_models import TINY_KINDS, TinyKind, tiny_config
 
 CPU = torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Our own attention to the bit, and in compiled blocks.
+"""Our own attention to the bit, and in an engine.
 
 `test_backends` compares what it computes with the definition.
 """
@@ -15,11 +15,12 @@ from torch import Tensor
 
 from server.attention.backend import AttentionBatch, AttentionSpan
 from server.config import EngineConfig
-from server.cpu import native_library
-from server.cpu.tree_attention import NativeBackend, TreeAttention, can_attend
+from server.cpu import own_library
+from server.cpu.tree_attention import OwnAttention, TreeAttention, can_attend
 from server.engine.build import build_parts
 from server.errors import CompilationError
 from server.kv.kv_cache import KVCache, KVLayout
+from tests.support.log_lines import LogLines
 from tests.support.own_code import own_attention
 from tests.support.tiny_models import save_tiny_model
 
@@ -47,7 +48,7 @@ class Steps:
 
     def __init__(self, library: TreeAttention, tables: list[list[int]]) -> None:
         self._cache = KVCache(LAYOUT, 1 + max(max(table) for table in tables))
-        self._backend = NativeBackend(self._cache, library)
+        self._backend = OwnAttention(self._cache, library)
         self._tables = tables
 
     def run(
@@ -86,7 +87,7 @@ def one_by_one(library: TreeAttention, text: Text, window: int | None) -> Tensor
 
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("num_threads", [1, 2])
-def test_chunks_trees_and_company_change_no_bit(
+def test_chunks_trees_and_neighbours_change_no_bit(
     library: TreeAttention, window: int | None, num_threads: int
 ) -> None:
     rng = Random(0)
@@ -182,7 +183,7 @@ def test_what_it_can_attend_with(dtype: torch.dtype, head_dim: int, expected: bo
 
 def test_more_heads_of_a_group_than_lanes(library: TreeAttention) -> None:
     layout = KVLayout(1, 1, 8, 4, torch.float32, torch.device("cpu"))
-    backend = NativeBackend(KVCache(layout, 2), library)
+    backend = OwnAttention(KVCache(layout, 2), library)
     queries_HTC, keys_GTC, values_GTC = (
         torch.randn(20, 5, 8),
         torch.randn(1, 5, 8),
@@ -209,7 +210,7 @@ def test_threads_attend_with_their_own_steps(library: TreeAttention) -> None:
 
 
 def test_what_does_not_belong_together_is_refused(library: TreeAttention) -> None:
-    backend = NativeBackend(KVCache(LAYOUT, 4), library)
+    backend = OwnAttention(KVCache(LAYOUT, 4), library)
     with pytest.raises(ValueError, match="blocks, mask or depths do not belong together"):
         backend.prepare(
             AttentionBatch((AttentionSpan(0, 9, 0, [0, 1], None, None),), torch.arange(9))
@@ -230,8 +231,8 @@ def test_what_does_not_belong_together_is_refused(library: TreeAttention) -> Non
 
 def test_a_cache_that_it_does_not_take_is_refused(library: TreeAttention) -> None:
     layout = KVLayout(1, 2, 20, 4, torch.float32, torch.device("cpu"))
-    with pytest.raises(ValueError, match="with 20 channels per head; give float32 on cpu"):
-        NativeBackend(KVCache(layout, 1), library)
+    with pytest.raises(ValueError, match="with 20 channels per head, where it needs float32"):
+        OwnAttention(KVCache(layout, 1), library)
 
 
 @pytest.mark.parametrize(
@@ -249,18 +250,19 @@ def test_an_engine_attends_by_it_where_it_may_compile(
     options: dict[str, Any],
     is_own: bool,
 ) -> None:
-    monkeypatch.setattr("server.engine.build.compile_blocks", lambda *args: None)
+    monkeypatch.setattr("server.cpu.accelerate.compile_layers", lambda *args: None)
     config = EngineConfig(
         model=str(save_tiny_model("llama", tmp_path)), device="cpu", num_blocks=16, **options
     )
-    parts = build_parts(config, lambda line: None)
-    assert isinstance(parts.runner._backend, NativeBackend) == is_own
+    parts = build_parts(config)
+    assert isinstance(parts.runner._backend, OwnAttention) == is_own
 
 
-def test_an_engine_without_it_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.engine.build.compile_blocks", lambda *args: None)
-    monkeypatch.setattr(native_library, "cpu_features", lambda: "flags : sse")
-    lines: list[str] = []
+def test_an_engine_without_it_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: LogLines
+) -> None:
+    monkeypatch.setattr("server.cpu.accelerate.compile_layers", lambda *args: None)
+    monkeypatch.setattr(own_library, "cpu_features", lambda: "flags : sse")
     config = EngineConfig(
         model=str(save_tiny_model("llama", tmp_path)),
         device="cpu",
@@ -268,26 +270,26 @@ def test_an_engine_without_it_says_why(tmp_path: Path, monkeypatch: pytest.Monke
         compile="auto",
         heads="none",
     )
-    build_parts(config, lines.append)
+    build_parts(config)
+    lines = log.take()
     assert "without our own attention, which is faster: this CPU has no avx512f" in lines
 
 
-def test_a_model_whose_blocks_do_not_compile_with_it_is_compiled_without(
-    library: TreeAttention, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_model_whose_layers_do_not_compile_with_it_is_compiled_without(
+    library: TreeAttention, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: LogLines
 ) -> None:
     tried: list[bool] = []
 
-    def compile_blocks(model: object, report: object, attention: object = None) -> None:
-        tried.append(attention is not None)
-        if attention is not None:
-            raise CompilationError("a block is too strange")
+    def compile_layers(model: object, echo: object = None) -> None:
+        tried.append(echo is not None)
+        if echo is not None:
+            raise CompilationError("a layer is too strange")
 
-    monkeypatch.setattr("server.engine.build.compile_blocks", compile_blocks)
-    lines: list[str] = []
+    monkeypatch.setattr("server.cpu.accelerate.compile_layers", compile_layers)
     config = EngineConfig(
         model=str(save_tiny_model("llama", tmp_path)), device="cpu", num_blocks=16, compile="on"
     )
-    parts = build_parts(config, lines.append)
+    parts = build_parts(config)
     assert tried == [True, False]
     assert parts.is_compiled
-    assert "compiling again for attention by way of Python: a block is too strange" in lines
+    assert "compiling again for attention by way of Python: a layer is too strange" in log.take()

@@ -11,6 +11,7 @@ from server.core.sequence import Sequence
 from server.errors import InvalidRequestError, QueueFullError
 from tests.support.async_tools import (
     collect,
+    drain,
     endless,
     first_output,
     is_empty,
@@ -57,7 +58,7 @@ class TestStreams:
         async def test() -> None:
             async with (
                 running() as async_engine,
-                aclosing(async_engine.generate(endless())) as stream,
+                aclosing(async_engine.generate([endless()])) as stream,
             ):
                 assert (await first_output(stream)).finish_reason is None
                 assert async_engine.num_in_flight == 1
@@ -89,11 +90,87 @@ class TestStreams:
         run(test())
 
 
+class TestRequestsOfOneCall:
+    def test_each_gets_its_own_text_under_its_index(self) -> None:
+        async def test() -> None:
+            requests = [make_request(random_prompt(i, 3 + i), max_tokens=5 + i) for i in range(6)]
+            tokens: list[list[int]] = [[] for _ in requests]
+            async with running(make_engine()) as async_engine:
+                async for index, output in async_engine.generate(requests):
+                    assert output.request_id == requests[index].request_id
+                    tokens[index] += output.token_ids
+                assert async_engine.num_in_flight == 0
+            for request, found in zip(requests, tokens, strict=True):
+                assert_same_tokens(tuple(found), ORACLE.complete(request))
+
+        run(test())
+
+    def test_a_request_frees_its_place_when_it_ends_however_long_the_others_run(self) -> None:
+        async def test() -> None:
+            short = make_request(PROMPT, max_tokens=2)
+            async with (
+                running() as async_engine,
+                aclosing(async_engine.generate([endless(), short])) as stream,
+            ):
+                await first_output(stream)
+                assert async_engine.num_in_flight == 2
+                await until(lambda: async_engine.num_in_flight == 1)
+
+        run(test())
+
+    def test_closing_their_stream_aborts_those_that_have_not_ended(self) -> None:
+        async def test() -> None:
+            short = make_request(PROMPT, max_tokens=2, ignore_eos=True)
+            async with running() as async_engine:
+                stream = async_engine.generate([endless(1), short, endless(2)])
+                await first_output(stream)
+                await until(lambda: async_engine.num_in_flight == 2)
+                await stream.aclose()
+                assert async_engine.num_in_flight == 0
+                await until(is_empty(async_engine))
+                read = samples(async_engine)
+                assert read['euryale_requests_total{finish_reason="abort"}'] == 2
+                assert read['euryale_requests_total{finish_reason="length"}'] == 1
+
+        run(test())
+
+    @pytest.mark.parametrize("bad", [0, 1, 2])
+    def test_none_runs_if_one_of_them_never_can(self, bad: int) -> None:
+        async def test() -> None:
+            requests = [make_request(random_prompt(i, 4), max_tokens=5) for i in range(3)]
+            requests[bad] = make_request((5, 10**6), max_tokens=5)
+            async with running() as async_engine:
+                with pytest.raises(InvalidRequestError, match="token id 1000000"):
+                    await drain(async_engine.generate(requests))
+                assert async_engine.num_in_flight == 0
+                assert is_empty(async_engine)()
+                read = samples(async_engine)
+                assert 'euryale_requests_total{finish_reason="abort"}' not in read
+                assert read["euryale_steps_total"] == 0
+                assert await collect(async_engine, requests[bad - 1])
+
+        run(test())
+
+    def test_a_slow_reader_holds_up_nobody(self) -> None:
+        async def test() -> None:
+            async with running() as async_engine:
+                unread = [make_request(PROMPT, max_tokens=20, ignore_eos=True) for _ in range(2)]
+                async with aclosing(async_engine.generate(unread)) as stream:
+                    await first_output(stream)
+                    await until(lambda: async_engine.num_in_flight == 0)
+                    outputs = [output async for _, output in stream]
+                assert sum(output.finish_reason is not None for output in outputs) == 2
+                read = samples(async_engine)
+                assert read['euryale_requests_total{finish_reason="length"}'] == 2
+
+        run(test())
+
+
 class TestCancellation:
     def test_closing_a_stream_aborts_the_request_and_frees_its_blocks(self) -> None:
         async def test() -> None:
             async with running() as async_engine:
-                stream = async_engine.generate(endless())
+                stream = async_engine.generate([endless()])
                 await first_output(stream)
                 await stream.aclose()
                 assert async_engine.num_in_flight == 0
@@ -119,7 +196,7 @@ class TestCancellation:
             engine = slow_engine(max_num_seqs=1)
             async with (
                 running(engine) as async_engine,
-                aclosing(async_engine.generate(endless(1))) as first,
+                aclosing(async_engine.generate([endless(1)])) as first,
             ):
                 await first_output(first)
                 task = asyncio.create_task(collect(async_engine, endless(2)))
@@ -134,7 +211,7 @@ class TestCancellation:
         async def test() -> None:
             kept = make_request(random_prompt(5, 8), max_tokens=30)
             async with running() as async_engine:
-                doomed = async_engine.generate(endless())
+                doomed = async_engine.generate([endless()])
                 await first_output(doomed)
                 task = asyncio.create_task(collect(async_engine, kept))
                 await first_output(doomed)
@@ -150,7 +227,7 @@ class TestCancellation:
             async with running() as async_engine:
                 request = endless()
                 for _ in range(5):
-                    stream = async_engine.generate(request)
+                    stream = async_engine.generate([request])
                     await first_output(stream)
                     await stream.aclose()
                 await until(is_empty(async_engine))
@@ -163,7 +240,7 @@ class TestAdmission:
         async def test() -> None:
             engine = slow_engine(max_num_seqs=1)
             async with running(engine, max_queue=1) as async_engine:
-                first, second = (async_engine.generate(endless(i)) for i in range(2))
+                first, second = (async_engine.generate([endless(i)]) for i in range(2))
                 await first_output(first)
                 waiting = asyncio.ensure_future(first_output(second))
                 await until(lambda: async_engine.num_in_flight == 2)
@@ -171,7 +248,7 @@ class TestAdmission:
                     await collect(async_engine, endless(3))
                 assert 1.0 <= caught.value.retry_after_s <= 60.0
                 await first.aclose()
-                async_engine.check_admission()
+                assert await collect(async_engine, make_request(PROMPT, max_tokens=2))
                 await waiting
                 await second.aclose()
 
@@ -180,15 +257,16 @@ class TestAdmission:
     def test_several_requests_of_one_call_are_admitted_together_or_not_at_all(self) -> None:
         async def test() -> None:
             async with running(slow_engine(max_num_seqs=4), max_queue=2) as async_engine:
-                async_engine.check_admission(6)
                 with pytest.raises(InvalidRequestError, match="at most 6") as caught:
-                    async_engine.check_admission(7)
+                    await drain(async_engine.generate([endless(i) for i in range(7)]))
                 assert caught.value.param == "n"
-                async with aclosing(async_engine.generate(endless())) as stream:
+                async with aclosing(async_engine.generate([endless()])) as stream:
                     await first_output(stream)
-                    async_engine.check_admission(5)
                     with pytest.raises(QueueFullError):
-                        async_engine.check_admission(6)
+                        await drain(async_engine.generate([endless(i) for i in range(6)]))
+                    assert async_engine.num_in_flight == 1
+                    rest = [make_request(PROMPT, max_tokens=2) for _ in range(5)]
+                    await drain(async_engine.generate(rest))
 
         run(test())
 
@@ -209,7 +287,7 @@ class TestAdmission:
             request = endless()
             async with (
                 running() as async_engine,
-                aclosing(async_engine.generate(request)) as stream,
+                aclosing(async_engine.generate([request])) as stream,
             ):
                 await first_output(stream)
                 with pytest.raises(ValueError, match="already in flight"):

@@ -37,7 +37,7 @@ class TestStop:
             async_engine = AsyncEngine(make_engine())
             assert not async_engine.is_alive
             with pytest.raises(EngineStoppedError):
-                async_engine.check_admission()
+                await collect(async_engine, make_request(PROMPT, max_tokens=2))
             await async_engine.start()
             assert async_engine.is_ready
             await async_engine.stop()
@@ -69,7 +69,7 @@ class TestStop:
     def test_what_has_not_ended_in_time_gets_an_error(self) -> None:
         async def test() -> None:
             async with running() as async_engine:
-                stream = async_engine.generate(endless())
+                stream = async_engine.generate([endless()])
                 await first_output(stream)
                 await async_engine.stop(drain_s=0.0)
                 with pytest.raises(EngineStoppedError, match="stopping"):
@@ -81,7 +81,7 @@ class TestStop:
     def test_a_second_stop_ends_the_draining_at_once(self) -> None:
         async def test() -> None:
             async with running() as async_engine:
-                stream = async_engine.generate(endless())
+                stream = async_engine.generate([endless()])
                 await first_output(stream)
                 draining = asyncio.create_task(async_engine.stop(drain_s=1000.0))
                 await until(lambda: not async_engine.is_ready)
@@ -117,7 +117,7 @@ class TestFailure:
                 assert not async_engine.is_alive
                 assert not async_engine.is_ready
                 with pytest.raises(EngineStoppedError, match="the engine failed"):
-                    async_engine.check_admission()
+                    await collect(async_engine, endless())
 
         with caplog.at_level(logging.ERROR, logger="euryale.engine"):
             run(test())

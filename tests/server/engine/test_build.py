@@ -26,6 +26,7 @@ from tests.support.engine_tools import (
     tiny_loaded,
     wide_profile,
 )
+from tests.support.log_lines import LogLines
 from tests.support.native_checkpoints import NativeName, save_native
 from tests.support.tiny_heads import save_tiny_heads
 from tests.support.tiny_models import save_tiny_model
@@ -89,14 +90,13 @@ class TestModel:
             build(tmp_path / "nowhere")
 
     def test_each_stage_is_reported_and_the_step_cost_kept(
-        self, model_dir: Path, heads_dir: Path, own_cache: Path
+        self, model_dir: Path, heads_dir: Path, own_cache: Path, log: LogLines
     ) -> None:
-        lines: list[str] = []
         config = EngineConfig(
             model=str(model_dir), heads=str(heads_dir), device="cpu", num_blocks=16, max_nodes=4
         )
-        engine = Engine.from_config(config, lines.append)
-        assert [line.split()[0] for line in lines] == ["loading"] * 2 + ["measuring"] * 3
+        engine = Engine.from_config(config)
+        assert [line.split()[0] for line in log.take()] == ["loading"] * 2 + ["measuring"] * 3
         costs = engine.speculator.sizes.costs
         assert costs is not None
         [kept] = (own_cache / "costs").iterdir()

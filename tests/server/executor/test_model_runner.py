@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from server.attention.backend import AttentionBatch, AttentionSpan
+from server.attention.create import create_attention
 from server.config import SpeculationParams
 from server.core.completion import Completion
 from server.core.request import Request
@@ -138,7 +139,8 @@ class TestModelRunner:
             loaded.dtype,
             loaded.device,
         )
-        runner = ModelRunner(loaded, KVCache(layout, 3))
+        cache = KVCache(layout, 3)
+        runner = ModelRunner(loaded, cache, create_attention("sdpa", cache))
         positions = torch.arange(11)
         span = AttentionSpan(0, 11, 0, [0, 1, 2], None, None)
         rows = torch.tensor([3, 10, 4])
@@ -167,7 +169,7 @@ class TestModelRunner:
         positions, slots = torch.arange(6), torch.tensor([8, 9, 10, 11, 0, 1])
         span = AttentionSpan(0, 6, 0, [2, 0], None, None)
         batch = AttentionBatch((span,), slots)
-        ModelRunner(loaded, cache).run(
+        ModelRunner(loaded, cache, create_attention("sdpa", cache)).run(
             StepBatch(torch.tensor(prompt), positions, torch.tensor([5]), batch)
         )
         with torch.inference_mode():

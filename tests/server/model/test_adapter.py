@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from server.config import EngineConfig
-from server.cpu.packed_linear import PackedLinear
+from server.cpu.packed_linear import pack_linears
 from server.engine.engine import Engine
 from server.errors import HeadsCheckpointError, HeadsMismatchError
 from server.model.draft_heads import load_draft_heads
 from server.model.loading import load_model
 from tests.support.engine_tools import make_request
+from tests.support.log_lines import LogLines
 from tests.support.tiny_adapters import adapted, save_adapted_heads, save_tiny_adapter
 from tests.support.tiny_heads import save_tiny_heads
 from tests.support.tiny_models import save_tiny_model
@@ -32,11 +33,11 @@ def heads_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return save_adapted_heads(model_dir, directory / "heads", adapter)
 
 
-def build(model_dir: Path, heads_dir: Path, lines: list[str]) -> Engine:
+def build(model_dir: Path, heads_dir: Path) -> Engine:
     config = EngineConfig(
         model=str(model_dir), heads=str(heads_dir), device="cpu", num_blocks=16, tree_size=4
     )
-    return Engine.from_config(config, lines.append)
+    return Engine.from_config(config)
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"target_modules": "all-linear"}])
@@ -46,7 +47,9 @@ def test_logits_are_those_of_pefts_own_merge(
 ) -> None:
     adapter = save_tiny_adapter(model_dir, tmp_path / "adapter", **options)
     heads = save_adapted_heads(model_dir, tmp_path / "heads", adapter)
-    loaded = load_model(str(model_dir), "cpu", "float32", heads, is_packed)
+    loaded = load_model(str(model_dir), "cpu", "float32", heads)
+    if is_packed:
+        pack_linears(loaded.model)
     merged = adapted(model_dir, **options).merge_and_unload()
     with torch.inference_mode():
         expected = merged(input_ids=IDS).logits
@@ -66,11 +69,6 @@ def test_the_fingerprint_stays_that_of_the_plain_base(model_dir: Path, heads_dir
 def test_heads_without_an_adapter_leave_the_model_plain(model_dir: Path, tmp_path: Path) -> None:
     heads = save_tiny_heads(model_dir, tmp_path / "heads")
     assert load_model(str(model_dir), "cpu", heads=heads).adapter_sha256 is None
-
-
-def test_an_unpacked_model_keeps_its_linear_layers(model_dir: Path) -> None:
-    model = load_model(str(model_dir), "cpu", "float32", is_packed=False).model
-    assert not any(isinstance(module, PackedLinear) for module in model.modules())
 
 
 def test_another_base_model_is_refused_before_anything_is_merged(
@@ -108,11 +106,10 @@ def test_heads_and_a_model_of_different_adapters_are_refused(
 
 
 def test_the_engine_serves_base_and_adapter_with_the_heads(
-    model_dir: Path, heads_dir: Path
+    model_dir: Path, heads_dir: Path, log: LogLines
 ) -> None:
-    lines: list[str] = []
-    engine = build(model_dir, heads_dir, lines)
-    assert any(str(engine.loaded.adapter_sha256) in line for line in lines)
+    engine = build(model_dir, heads_dir)
+    assert any(str(engine.loaded.adapter_sha256) in line for line in log.take())
     request = make_request(IDS[0].tolist(), max_tokens=8)
     found = engine.generate([request])[0].token_ids
     merged = adapted(model_dir).merge_and_unload()

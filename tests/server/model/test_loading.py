@@ -11,8 +11,6 @@ from tokenizers import AddedToken
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3Config
 
-from server.cpu.int8_linear import Int8Linear, can_quantize
-from server.cpu.packed_linear import PackedLinear, can_pack
 from server.errors import ConfigError, ModelError
 from server.model.loading import load_model
 from tests.support.tiny_models import (
@@ -84,12 +82,9 @@ def test_facts_are_read_off_the_model(checkpoints: dict[str, Path], kind: TinyKi
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
 
 
-def test_linear_layers_are_packed_where_this_machine_can(checkpoints: dict[str, Path]) -> None:
+def test_linear_layers_stay_plain(checkpoints: dict[str, Path]) -> None:
     loaded = load_model(str(checkpoints["qwen2"]), "cpu", "float32")
-    unembedding = loaded.model.get_output_embeddings()
-
-    expected = PackedLinear if can_pack(loaded.device, loaded.dtype) else nn.Linear
-    assert type(unembedding) is expected
+    assert type(loaded.model.get_output_embeddings()) is nn.Linear
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -104,7 +99,7 @@ def test_weights_have_the_type_that_was_asked_for(checkpoints: dict[str, Path], 
 
 def test_a_moved_model_and_its_matrices_are_all_elsewhere(checkpoints: dict[str, Path]) -> None:
     there = torch.device("meta")
-    moved = load_model(str(checkpoints["llama"]), "cpu", is_packed=False).moved(there)
+    moved = load_model(str(checkpoints["llama"]), "cpu").moved(there)
     assert moved.device == there
     assert {tensor.device for tensor in moved.model.state_dict().values()} == {there}
     assert moved.unembedding().device == moved.input_embedding().device == there
@@ -134,52 +129,6 @@ def test_cuda_without_a_device_is_refused(
 def test_an_unknown_device_is_refused(checkpoints: dict[str, Path], device: str) -> None:
     with pytest.raises(ConfigError, match=f"device is '{device}'"):
         load_model(str(checkpoints["llama"]), device)
-
-
-@pytest.mark.skipif(not can_quantize(), reason="this build of torch multiplies no int8 here")
-@pytest.mark.parametrize("is_packed", [True, False])
-def test_int8_replaces_every_linear_layer(checkpoints: dict[str, Path], is_packed: bool) -> None:
-    name = str(checkpoints["llama"])
-    plain = load_model(name, "cpu")
-    loaded = load_model(name, "cpu", is_packed=is_packed, quantization="int8")
-
-    assert (plain.quantization, loaded.quantization) == ("none", "int8")
-    assert type(loaded.model.get_output_embeddings()) is Int8Linear
-    assert not any(isinstance(part, nn.Linear | PackedLinear) for part in loaded.model.modules())
-    assert loaded.fingerprint == plain.fingerprint
-    assert torch.equal(loaded.unembedding(), plain.unembedding())
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_int8_is_refused_in_other_types(checkpoints: dict[str, Path], dtype: str) -> None:
-    with pytest.raises(ConfigError, match=f"'int8' with {dtype} on cpu.*give device 'cpu' with"):
-        load_model(str(checkpoints["llama"]), "cpu", dtype, quantization="int8")
-
-
-def test_int8_is_refused_on_cuda(
-    monkeypatch: pytest.MonkeyPatch, checkpoints: dict[str, Path]
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-
-    with pytest.raises(ConfigError, match="'int8' with bfloat16 on cuda, but it is for float32 on"):
-        load_model(str(checkpoints["llama"]), "auto", quantization="int8")
-
-
-def test_int8_is_refused_where_the_cpu_cannot_do_it(
-    monkeypatch: pytest.MonkeyPatch, checkpoints: dict[str, Path]
-) -> None:
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-
-    with pytest.raises(ConfigError, match="no int8 product for this CPU; give 'none'"):
-        load_model(str(checkpoints["llama"]), "cpu", quantization="int8")
-
-
-@pytest.mark.parametrize("quantization", ["int4", "fp8", "awq", ""])
-def test_an_unknown_quantization_is_refused(
-    checkpoints: dict[str, Path], quantization: str
-) -> None:
-    with pytest.raises(ConfigError, match=f"quantization is '{quantization}'; give 'none' or"):
-        load_model(str(checkpoints["llama"]), quantization=quantization)
 
 
 def test_an_unknown_dtype_is_refused(checkpoints: dict[str, Path]) -> None:

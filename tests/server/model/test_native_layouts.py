@@ -12,28 +12,28 @@ DEEPSEEK = [
 ]
 
 
-def test_the_blocks_tensors_are_told_from_the_rest() -> None:
-    block = ["mtp.layers.0.mlp.up_proj.weight", "mtp.layers.0.input_layernorm.weight"]
-    found = find_mtp_layer("m", [*BASE, *QWEN, *block], 1)
+def test_the_decoder_layers_tensors_are_told_from_the_rest() -> None:
+    decoder = ["mtp.layers.0.mlp.up_proj.weight", "mtp.layers.0.input_layernorm.weight"]
+    found = find_mtp_layer("m", [*BASE, *QWEN, *decoder], 1)
     assert found.layout.name == "Qwen3-Next"
-    assert list(found.block) == block
+    assert list(found.decoder) == decoder
     assert found.shared == ()
 
 
-def test_copies_of_the_bases_matrices_are_no_part_of_the_block() -> None:
+def test_copies_of_the_bases_matrices_are_no_part_of_the_decoder_layer() -> None:
     copies = ["model.layers.2.embed_tokens.weight", "model.layers.2.shared_head.head.weight"]
     found = find_mtp_layer("m", [*BASE, *DEEPSEEK, *copies], 2)
     assert found.layout.name == "DeepSeek-V3"
     assert list(found.shared) == copies
-    assert found.block == ()
+    assert found.decoder == ()
 
 
 def test_layers_behind_the_first_are_counted_and_left() -> None:
     more = ["model.layers.3.enorm.weight", "model.layers.4.enorm.weight"]
     found = find_mtp_layer("m", [*BASE, *DEEPSEEK, *more], 2)
-    # Without a block of its own nothing but the parts carries the first layer's number.
+    # Without a decoder layer nothing but the parts carries the first layer's number.
     assert found.num_layers == 3
-    assert found.block == ()
+    assert found.decoder == ()
 
 
 def test_layers_of_the_base_are_not_taken_for_an_mtp_layer() -> None:

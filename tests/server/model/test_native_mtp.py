@@ -41,7 +41,7 @@ def unrolled(native: NativeMTP, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Te
     with torch.no_grad():
         for _ in range(2):
             memory.begin_depth([positions])
-            run = native.block.runner(positions, context)
+            run = native.layer.runner(positions, context)
             states.append(native.module(before, ids[positions - 1], run))
             before, positions = states[-1][:-1], positions[1:]
     return states[0], states[1]
@@ -177,7 +177,7 @@ def test_a_base_without_an_mtp_layer_is_refused(tmp_path: Path) -> None:
     "name",
     ["self_attn.q_proj.weight", "mlp.shared_experts.up_proj.weight", "mlp.gate.weight"],
 )
-def test_a_missing_tensor_of_the_block_is_named(name: str, tmp_path: Path) -> None:
+def test_a_missing_tensor_of_the_decoder_layer_is_named(name: str, tmp_path: Path) -> None:
     checkpoint = save_native("glm4_moe", tmp_path)
     checkpoint.rewrite({}, without=checkpoint.kind.block_prefix + name)
     with pytest.raises(ModelError, match=f"missing keys, like .*{name}"):
@@ -191,14 +191,14 @@ def test_a_missing_expert_is_an_error(tmp_path: Path) -> None:
         read(tmp_path)
 
 
-def test_an_unknown_tensor_of_the_block_is_named(tmp_path: Path) -> None:
+def test_an_unknown_tensor_of_the_decoder_layer_is_named(tmp_path: Path) -> None:
     checkpoint = save_native("qwen3", tmp_path)
     checkpoint.rewrite({"mtp.layers.0.self_attn.sinks": torch.zeros(4)})
     with pytest.raises(ModelError, match=r"unexpected keys, like .*mtp.layers.0.self_attn.sinks"):
         read(tmp_path)
 
 
-def test_a_block_of_other_sizes_is_named(tmp_path: Path) -> None:
+def test_a_decoder_layer_of_other_sizes_is_named(tmp_path: Path) -> None:
     checkpoint = save_native("qwen3", tmp_path)
     checkpoint.rewrite({"mtp.layers.0.mlp.up_proj.weight": torch.zeros(48, WIDTH)})
     with pytest.raises(ModelError, match=r"mtp.layers.0.mlp.up_proj.weight"):
@@ -216,12 +216,12 @@ def test_a_part_of_another_width_is_named(
         read(tmp_path)
 
 
-def test_a_layer_that_attends_unlike_the_last_block_is_refused(tmp_path: Path) -> None:
+def test_a_layer_that_attends_unlike_the_last_one_is_refused(tmp_path: Path) -> None:
     save_native("qwen3", tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text()) | {"mtp_layer_types": ["sliding_attention"]}
     path.write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="'sliding_attention' and its last block of the kind"):
+    with pytest.raises(ModelError, match="'sliding_attention' and its last layer of the kind"):
         read(tmp_path)
 
 

@@ -3,15 +3,7 @@
 import pytest
 from transformers.utils import logging as transformers_logging
 
-from server.model.progress import download_bar, note, quiet_transformers
-
-
-def test_notes_go_to_stderr_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
-    note("converting [model] " + "x" * 200)
-
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err == "converting [model] " + "x" * 200 + "\n"
+from server.model.progress import download_bar, quiet_transformers
 
 
 def test_a_download_bar_takes_more_bytes_than_it_expected(

@@ -78,7 +78,7 @@ def test_a_gguf_file_is_converted_into_the_cache_once(tmp_path: Path, cache: Pat
 
 
 def test_the_built_in_that_is_converted_needs_no_network(cache: Path) -> None:
-    target = converted_dir(SMOLLM2.file_name, SMOLLM2.sha256, cache)
+    target = converted_dir(SMOLLM2.file_name, SMOLLM2.sha256)
     target.mkdir(parents=True)
 
     assert resolve_model("smollm2", no_fetch) == str(target)
@@ -102,7 +102,7 @@ def test_a_directory_does_not_shadow_the_built_in(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "smollm2").mkdir()
-    target = converted_dir(SMOLLM2.file_name, SMOLLM2.sha256, cache)
+    target = converted_dir(SMOLLM2.file_name, SMOLLM2.sha256)
     target.mkdir(parents=True)
 
     assert resolve_model("smollm2", no_fetch) == str(target)

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from heads.packed_product import PackedProduct
+from server.device.base import Accelerated, DraftProducts
 from server.speculation.cost_cache import CostCache, cached_costs, cost_key
 from server.speculation.cost_model import CostModel, Probes
 from tests.support.engine_tools import make_engine
+from tests.support.log_lines import LogLines
 
 STEP_S = 0.01
 COSTS = CostModel((1, 2, 4), (STEP_S, 0.011, 0.012), 0.003, 16, 0.001, 0.002, 0.0001)
@@ -17,11 +20,10 @@ KEY: dict[str, object] = {"model": {"samples": [0.1, 0.2]}, "threads": 2}
 
 
 class Timed:
-    """Probes whose steps take a fixed time, and a report, both recorded."""
+    """Probes whose steps take a fixed time and are recorded."""
 
     def __init__(self, step_s: float = STEP_S) -> None:
         self.asked: list[int] = []
-        self.lines: list[str] = []
         self._step_s = step_s
 
     def probes(self) -> Probes:
@@ -51,30 +53,33 @@ def test_what_was_kept_comes_back(cache: CostCache) -> None:
     assert [path.name for path in cache.directory.iterdir()] == [cache.path.name]
 
 
-def test_the_second_start_takes_what_the_first_measured(cache: CostCache) -> None:
+def test_the_second_start_takes_what_the_first_measured(cache: CostCache, log: LogLines) -> None:
     first, second = Timed(), Timed()
-    measured = cached_costs(cache, first.probes(), first.lines.append)
+    measured = cached_costs(cache, first.probes())
     assert first.was_measured
-    assert cached_costs(cache, second.probes(), second.lines.append) == measured
+    log.take()
+    assert cached_costs(cache, second.probes()) == measured
     assert not second.was_measured
-    assert second.lines == [f"step cost as measured before (kept in {cache.path})"]
+    assert log.take() == [f"step cost as measured before (kept in {cache.path})"]
 
 
 def test_measuring_again_can_be_asked_for(cache: CostCache) -> None:
     cache.save(COSTS)
     timed = Timed()
-    found = cached_costs(cache, timed.probes(), timed.lines.append, remeasure=True)
+    found = cached_costs(cache, timed.probes(), remeasure=True)
     assert timed.was_measured
     assert cache.load() == found != COSTS
 
 
 @pytest.mark.parametrize("step_s", [STEP_S / 4, STEP_S * 4])
-def test_a_machine_of_another_speed_is_measured_again(cache: CostCache, step_s: float) -> None:
+def test_a_machine_of_another_speed_is_measured_again(
+    cache: CostCache, step_s: float, log: LogLines
+) -> None:
     cache.save(COSTS)
     timed = Timed(step_s)
-    found = cached_costs(cache, timed.probes(), timed.lines.append)
+    found = cached_costs(cache, timed.probes())
     assert timed.was_measured
-    assert "but took 10.0 ms" in timed.lines[0]
+    assert "but took 10.0 ms" in log.take()[0]
     assert cache.load() == found
 
 
@@ -89,12 +94,14 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_a_damaged_file_is_measured_again_with_a_note(cache: CostCache, name: str) -> None:
+def test_a_damaged_file_is_measured_again_with_a_note(
+    cache: CostCache, name: str, log: LogLines
+) -> None:
     cache.save(COSTS)
     cache.path.write_text(DAMAGED[name])
     timed = Timed()
-    found = cached_costs(cache, timed.probes(), timed.lines.append)
-    assert f"{cache.path} is damaged" in timed.lines[0]
+    found = cached_costs(cache, timed.probes())
+    assert f"{cache.path} is damaged" in log.take()[0]
     assert cache.load() == found
 
 
@@ -118,23 +125,23 @@ def test_costs_that_cannot_be_are_damage(cache: CostCache, changes: dict[str, ob
         cache.load()
 
 
-def test_a_file_of_something_else_is_measured_again(cache: CostCache) -> None:
+def test_a_file_of_something_else_is_measured_again(cache: CostCache, log: LogLines) -> None:
     cache.save(COSTS)
     other = replace(cache, key={**KEY, "threads": 1})
     assert other.path != cache.path
     cache.path.rename(other.path)
     timed = Timed()
-    cached_costs(other, timed.probes(), timed.lines.append)
+    cached_costs(other, timed.probes())
     assert timed.was_measured
-    assert "belongs to another model" in timed.lines[0]
+    assert "belongs to another model" in log.take()[0]
 
 
-def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, log: LogLines) -> None:
     (tmp_path / "file").write_text("")
     timed = Timed()
     cache = CostCache(tmp_path / "file" / "costs", KEY)
-    assert cached_costs(cache, timed.probes(), timed.lines.append).num_tokens == (1, 2, 4)
-    assert "cannot be" in timed.lines[-1]
+    assert cached_costs(cache, timed.probes()).num_tokens == (1, 2, 4)
+    assert "cannot be" in log.take()[-1]
 
 
 class TestKey:
@@ -142,13 +149,14 @@ class TestKey:
         self, block_size: int = 4, max_nodes: int = 8, is_compiled: bool = False
     ) -> dict[str, object]:
         loaded = make_engine().loaded
-        own_code = {"blocks": is_compiled}
-        return cost_key(loaded, None, block_size, max_nodes, Timed().probes(), own_code)
+        products = DraftProducts(PackedProduct, lambda module: None)
+        accelerated = Accelerated("sdpa", products, "none", is_compiled, {"layers": is_compiled})
+        return cost_key(loaded, None, block_size, max_nodes, Timed().probes(), accelerated)
 
     def test_is_json_and_the_same_for_the_same_server(self) -> None:
         assert json.dumps(self.key()) == json.dumps(self.key())
 
-    def test_tells_what_costs_hang_on(self) -> None:
+    def test_tells_what_costs_depend_on(self) -> None:
         assert self.key() != self.key(block_size=8) != self.key(max_nodes=7)
         assert self.key() != self.key(is_compiled=True)
         assert {"model", "heads", "dtype", "device", "num_threads", "torch"} <= set(self.key())

@@ -17,6 +17,7 @@ from server.speculation.cost_model import (
     StepLoad,
     measure,
 )
+from tests.support.log_lines import LogLines
 
 # Two tokens cost what one costs, then every further token has its price: a memory-bound CPU.
 COSTS = CostModel((1, 2, 4, 8), (10.0, 10.0, 14.0, 22.0), draft_s=1.0)
@@ -129,13 +130,11 @@ def probes(step: Callable[[int], object], max_tokens: int, **others: Any) -> Pro
 
 
 class TestMeasure:
-    def test_times_every_size_up_to_the_limit_several_times(self) -> None:
+    def test_times_every_size_up_to_the_limit_several_times(self, log: LogLines) -> None:
         asked: list[int] = []
         drafts: list[int] = []
-        lines: list[str] = []
-        costs = measure(
-            probes(asked.append, 24, draft=drafts.append, num_sequences=4), lines.append
-        )
+        costs = measure(probes(asked.append, 24, draft=drafts.append, num_sequences=4))
+        lines = log.take()
         assert costs.num_tokens == tuple(size for size in STEP_SIZES if size <= 24)
         assert all(asked.count(size) >= 3 for size in costs.num_tokens)
         assert max(asked) == 24
@@ -145,13 +144,13 @@ class TestMeasure:
         assert "1 to 24 tokens" in lines[0]
 
     def test_seconds_never_fall_with_the_size(self) -> None:
-        costs = measure(probes(lambda size: sum(range((200 - size) * 500)), 128), print)
+        costs = measure(probes(lambda size: sum(range((200 - size) * 500)), 128))
         assert list(costs.step_s) == sorted(costs.step_s)
         assert costs.draft_s == 0.0
 
     def test_a_single_size_still_gives_a_slope(self) -> None:
         asked: list[int] = []
-        costs = StepCosts(measure(probes(asked.append, 1), print))
+        costs = StepCosts(measure(probes(asked.append, 1)))
         assert set(asked) == {1}, "a cache of one slot has no room for more"
         assert costs.seconds(2, ONE) == 2 * costs.seconds(1, ONE)
 
@@ -167,8 +166,7 @@ class TestMeasure:
                 many_step=lambda: work(9),
                 num_further_tokens=40,
                 num_sequences=5,
-            ),
-            print,
+            )
         )
         assert costs.kv_token_s > 0.0
         assert costs.sequence_s > 0.0

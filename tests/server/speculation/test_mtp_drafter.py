@@ -17,6 +17,7 @@ from heads.seen_rows import SeenRows
 from server.config import DraftMethod, SamplingParams, SpeculationParams
 from server.core.request import Request
 from server.core.sequence import Sequence
+from server.cpu.accelerate import draft_products
 from server.engine.engine import Engine
 from server.errors import InvalidRequestError
 from server.model.draft_heads import DraftHeads
@@ -287,8 +288,8 @@ def test_a_module_with_int8_weights_drafts_nearly_the_same() -> None:
     requests = [make_request(random_prompt(i, 9), max_tokens=30, ignore_eos=True) for i in range(3)]
     found: list[dict[tuple[int, ...], set[tuple[int, ...]]]] = []
     texts = []
-    for kernel in (None, own_kernel()):
-        engine = mtp_engine(int8_kernel=kernel)
+    for products in (None, draft_products(own_kernel())):
+        engine = mtp_engine(products=products)
         proposals = recorded(engine)
         texts.append([completion.token_ids for completion in engine.generate(requests)])
         found.append({text: {path[:2] for path in paths} for text, _, paths in proposals})

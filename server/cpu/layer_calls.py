@@ -1,6 +1,6 @@
-"""How a model calls its decoder blocks, recorded from one pass, so that they can run without it.
+"""How a model calls its decoder layers, recorded from one pass, so that they can run without it.
 
-Blocks that compute the same but for their tensors have equal signatures.
+Layers that compute the same but for their tensors have equal signatures.
 """
 
 import math
@@ -12,11 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
+from typing_extensions import override
 
+from server.attention.backend import AttentionBackend, AttentionBatch
 from server.attention.hook import AttentionContext, install_attention
 from server.errors import CompilationError
 
-# Tokens of the recorded pass: an axis of that size counts tokens, so it must be no model's size.
+# Tokens of the recorded pass. An axis of that size counts tokens, so no size of a model may equal
+# it.
 NUM_TOKENS = 61
 _CONTEXT = "attention_context"
 _PLAIN_TYPES = (bool, int, float, str, type(None))
@@ -27,8 +30,8 @@ class CallForm:
     """What a module is called with, apart from the tensors themselves.
 
     Attributes:
-        tensors: Keywords whose value is a tensor, or a tuple of so many.
-        constants: All other keywords with their values, but for the attention context.
+        tensors: Keywords whose value is a tensor (None) or a tuple of that many tensors.
+        constants: All other keywords with their values, except for the attention context.
     """
 
     tensors: tuple[tuple[str, int | None], ...]
@@ -66,8 +69,8 @@ class ModuleCall:
 
     Attributes:
         inputs: Tensors of the call; the first is its only positional argument.
-        output: What it returned.
-        layer: Index of the layer that it attends as; None if it does not attend.
+        output: What the module returned.
+        layer: Index of the layer as which the module attends; None if it does not attend.
     """
 
     module: nn.Module
@@ -83,7 +86,7 @@ class ModuleCall:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The tensors of these names, not copies."""
+        """The tensors with the names of `tensor_names`, not copies."""
         return list(_tensors(self.module).values())
 
     @property
@@ -107,15 +110,21 @@ class ModuleCall:
         return functional_call(self.module, named, (inputs[0],), self.form.keywords(inputs))
 
 
-class EchoBackend:
-    """Attends to nothing; its output depends on all that a block decides about attention."""
+class EchoBackend(AttentionBackend):
+    """Attends to nothing; its output depends on all that a layer decides about attention.
+
+    Attributes:
+        layers: Index of each layer that called it, in order.
+    """
 
     def __init__(self) -> None:
         self.layers: list[int] = []
 
-    def prepare(self, batch: object) -> None:
+    @override
+    def prepare(self, batch: AttentionBatch) -> None:
         """Layers share nothing."""
 
+    @override
     def forward(
         self,
         queries_HTC: Tensor,
@@ -130,14 +139,9 @@ class EchoBackend:
         self.layers.append(layer)
         num_groups = queries_HTC.shape[0] // keys_HTC.shape[0]
         kv_HTC = (keys_HTC + values_HTC).repeat_interleave(num_groups, dim=0)
-        # A wrong window must show beside the rest, however wide it is, and not hide it.
+        # The logarithm keeps a wide window from hiding the rest.
         output_HTC = (queries_HTC + kv_HTC) * scaling + math.log1p(sliding_window or 0)
         return output_HTC.transpose(0, 1).contiguous()
-
-
-def echo_context() -> AttentionContext:
-    """The attention that calls are recorded with."""
-    return AttentionContext(EchoBackend(), None)
 
 
 @torch.inference_mode()
@@ -146,7 +150,8 @@ def record_calls(model: PreTrainedModel, modules: Sequence[nn.Module]) -> list[M
 
     Args:
         model: Gets our attention, if it does not have it yet.
-        modules: In the order of their calls. Each attends once or, the last ones, not at all.
+        modules: Parts of the model in the order of their calls. Each attends once, except for the
+            last ones, which need not attend.
 
     Raises:
         CompilationError: If a module is called in a way that does not fit a `CallForm`.

@@ -1,4 +1,4 @@
-"""Builds C++ sources of ours for this CPU when they are first needed, and keeps the libraries.
+"""Builds our own C++ sources for this CPU when they are first needed, and keeps the libraries.
 
 NOTE: A kept library is machine code. The cache directory must be as safe as the installation.
 """
@@ -6,6 +6,7 @@ NOTE: A kept library is machine code. The cache directory must be as safe as the
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import shlex
 import subprocess
@@ -16,31 +17,27 @@ from typing import TypeVar
 import torch
 
 from server.cache import cache_dir, file_version, partial_directory
-from server.cpu.cpu_features import cpu_features
+from server.cpu.cpu_info import cpu_features
 from server.errors import CompilationError
 
 # Contracted sums would round differently in code that is the same but for its sizes.
 _FLAGS = ("-O3", "-std=c++17", "-march=native", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
 _OPENMP = ("libgomp", "libomp", "libiomp")
 _SECONDS = 300.0
+# NOTE: State of the module, as a process cannot load a library twice: its symbols are global.
 _loaded: dict[str, object] = {}
+_log = logging.getLogger("euryale.cpu")
 Kernel = TypeVar("Kernel")
 
 
-def load_native(
-    source: Path,
-    needed: Set[str],
-    make: Callable[[ctypes.CDLL], Kernel],
-    report: Callable[[str], None],
-) -> Kernel:
-    """Load a library of ours, and build it if no earlier start did; once per process.
+def load_library(source: Path, needed: Set[str], make: Callable[[ctypes.CDLL], Kernel]) -> Kernel:
+    """Load a library of our own code, and build it if no earlier start did; once per process.
 
     Args:
-        source: Of the library.
-        needed: Features of the CPU, as Linux names them.
-        make: Puts a value around the loaded library. Raises a `CompilationError` if that computes
-            nonsense.
-        report: Called with a short line if it must be built.
+        source: What is compiled; it may include any headers (`*.h`) in the same directory.
+        needed: Features that the CPU must have, as Linux names them.
+        make: Puts a value around the loaded library. Raises a `CompilationError` if the library
+            computes nonsense.
 
     Raises:
         CompilationError: If this CPU cannot run it, or it cannot be built, or computes nonsense.
@@ -51,26 +48,21 @@ def load_native(
     try:
         digest = _digest(source)
         if digest not in _loaded:
-            path = cache_dir() / "kernels" / f"{source.stem}_{digest}.so"
-            _loaded[digest] = _kept_or_built(source, path, make, report)
+            path = cache_dir("kernels") / f"{source.stem}_{digest}.so"
+            _loaded[digest] = _kept_or_built(source, path, make)
     except (OSError, RuntimeError, ValueError) as error:
         raise CompilationError(f"{source.name} cannot be built or loaded: {error}") from error
-    return _loaded[digest]  # type: ignore[return-value]  # the digest tells what it is
+    return _loaded[digest]  # type: ignore[return-value]  # the digest determines its type
 
 
-def _kept_or_built(
-    source: Path,
-    path: Path,
-    make: Callable[[ctypes.CDLL], Kernel],
-    report: Callable[[str], None],
-) -> Kernel:
+def _kept_or_built(source: Path, path: Path, make: Callable[[ctypes.CDLL], Kernel]) -> Kernel:
     version = file_version(path)
     if version is not None:
         try:
             return _open(path, make)
         except CompilationError as error:
-            report(f"{path} cannot be used, so it is made anew: {error}")
-    report(f"building {source.name} (once; kept in {path})")
+            _log.info("%s cannot be used, so it is built again: %s", path, error)
+    _log.info("building %s (once; kept in %s)", source.name, path)
     with partial_directory(path) as partial:
         if file_version(path) != version:
             # Another process was faster.
@@ -78,7 +70,7 @@ def _kept_or_built(
         built = partial / path.name
         _build(source, built)
         # Only what works gets the final name. It is not opened again by that name, under which a
-        # library that was of no use may still be loaded.
+        # library that could not be used may still be loaded.
         kernel = _open(built, make)
         built.replace(path)
     return kernel
@@ -92,12 +84,13 @@ def _open(path: Path, make: Callable[[ctypes.CDLL], Kernel]) -> Kernel:
         # What was refused once stays in the process, and so is a reason for the next one too.
         if before and others:
             raise CompilationError(
-                f"{path.name} brings an OpenMP runtime beside torch's, whose threads would wait "
-                f"for each other: {', '.join(sorted(others))}; set CXX to another compiler"
+                f"{path.name} brings an OpenMP runtime beside torch's, and the threads of the two "
+                f"would wait for each other: {', '.join(sorted(others))}; set CXX to another "
+                "compiler"
             )
         kernel = make(library)
-        # Compiled blocks find the functions of what has passed among the symbols of the process,
-        # and with them those of the torch library that it is linked to.
+        # Compiled layers find the functions of a library that has passed among the symbols of the
+        # process, and with them those of the torch library that it is linked to.
         ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     except (OSError, AttributeError) as error:
         raise CompilationError(f"{path.name} cannot be loaded: {error}") from error
@@ -111,7 +104,7 @@ def _first_runtimes() -> frozenset[str]:
 
 
 def _openmp_runtimes() -> set[str]:
-    """Paths of the OpenMP runtimes in this process, where Linux tells them."""
+    """Paths of the OpenMP runtimes in this process, where Linux lists them."""
     try:
         lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -149,5 +142,8 @@ def _build(source: Path, built: Path) -> None:
 
 
 def _digest(source: Path) -> str:
-    parts = (source.read_text(encoding="utf-8"), _FLAGS, torch.__version__, cpu_features())
+    """Digest of all that a library depends on; every header in the directory counts."""
+    files = [source, *sorted(source.parent.glob("*.h"))]
+    texts = [file.read_text(encoding="utf-8") for file in files]
+    parts = (*texts, _FLAGS, torch.__version__, cpu_features())
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:32]

@@ -1,4 +1,4 @@
-"""How sources of ours are built and kept, with one that is built in no time."""
+"""How our own sources are built and kept, with one that is built in no time."""
 
 import ctypes
 from pathlib import Path
@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from server.cache import CACHE_VARIABLE
-from server.cpu import native_library
-from server.cpu.native_library import load_native
+from server.cpu import own_library
+from server.cpu.own_library import load_library
 from server.errors import CompilationError
+from tests.support.log_lines import LogLines
 from tests.support.own_code import has_compiler
 
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
@@ -18,7 +19,7 @@ SOURCE = 'extern "C" int answer() { return %d; }'
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.setattr(native_library, "_loaded", {})
+    monkeypatch.setattr(own_library, "_loaded", {})
     return tmp_path / "cache" / "kernels"
 
 
@@ -35,29 +36,26 @@ def answer_of(library: ctypes.CDLL) -> int:
     return found
 
 
-def load(source: Path, lines: list[str] | None = None) -> int:
-    report = (lambda line: None) if lines is None else lines.append
-    return load_native(source, set(), answer_of, report)
+def load(source: Path) -> int:
+    return load_library(source, set(), answer_of)
 
 
 def another_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_library, "_loaded", {})
+    monkeypatch.setattr(own_library, "_loaded", {})
 
 
 def test_a_library_is_built_once_and_kept(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: LogLines
 ) -> None:
-    lines: list[str] = []
-    assert load(saved(tmp_path), lines) == 42
+    assert load(saved(tmp_path)) == 42
     (kept,) = cache.glob("*.so")
-    assert lines == [f"building answer.cpp (once; kept in {kept})"]
+    assert log.take() == [f"building answer.cpp (once; kept in {kept})"]
 
     # Another process finds it, and needs no compiler.
     another_process(monkeypatch)
     monkeypatch.setenv("CXX", "no-such-compiler")
-    lines.clear()
-    assert load(saved(tmp_path), lines) == 42
-    assert lines == []
+    assert load(saved(tmp_path)) == 42
+    assert log.take() == []
 
 
 def test_another_source_is_another_library(tmp_path: Path) -> None:
@@ -65,12 +63,23 @@ def test_another_source_is_another_library(tmp_path: Path) -> None:
     assert load(saved(tmp_path, 43)) == 43
 
 
+def test_a_header_belongs_to_the_source_next_to_it(tmp_path: Path) -> None:
+    source = saved(tmp_path)
+    source.write_text('#include "answer.h"\n' + SOURCE.replace("%d", "ANSWER"))
+    header = tmp_path / "answer.h"
+    for answer in (42, 43):
+        header.write_text(f"constexpr int ANSWER = {answer};")
+        assert load(source) == answer
+
+
 def kept_path(cache: Path, source: Path) -> Path:
-    return cache / f"answer_{native_library._digest(source)}.so"
+    return cache / f"answer_{own_library._digest(source)}.so"
 
 
 @pytest.mark.parametrize("what", ["garbage", "wrong"])
-def test_a_kept_file_that_is_of_no_use_is_made_anew(cache: Path, tmp_path: Path, what: str) -> None:
+def test_a_kept_file_that_cannot_be_used_is_built_again(
+    cache: Path, tmp_path: Path, what: str, log: LogLines
+) -> None:
     source = saved(tmp_path)
     kept = kept_path(cache, source)
     kept.parent.mkdir(parents=True)
@@ -78,11 +87,10 @@ def test_a_kept_file_that_is_of_no_use_is_made_anew(cache: Path, tmp_path: Path,
         kept.write_bytes(b"no library")
     else:
         (tmp_path / "other").mkdir()
-        native_library._build(saved(tmp_path / "other", -1), kept)
+        own_library._build(saved(tmp_path / "other", -1), kept)
     before = kept.read_bytes()
-    lines: list[str] = []
-    assert load(source, lines) == 42
-    assert lines[0].startswith(f"{kept} cannot be used, so it is made anew")
+    assert load(source) == 42
+    assert log.take()[0].startswith(f"{kept} cannot be used, so it is built again")
     assert kept.read_bytes() != before
 
 
@@ -135,21 +143,21 @@ def test_a_cache_that_cannot_be_written_is_a_reason_too(
 def test_a_cpu_without_the_instructions_is_told_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native_library, "cpu_features", lambda: "flags : sse avx2 avx512f")
+    monkeypatch.setattr(own_library, "cpu_features", lambda: "flags : sse avx2 avx512f")
     with pytest.raises(CompilationError, match="this CPU has no avx512_vnni, avx512bw"):
-        load_native(saved(tmp_path), {"avx512f", "avx512bw", "avx512_vnni"}, answer_of, print)
+        load_library(saved(tmp_path), {"avx512f", "avx512bw", "avx512_vnni"}, answer_of)
 
 
 def test_a_second_openmp_runtime_is_refused_and_so_is_what_comes_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own, both = {"/lib/libgomp.so.1"}, {"/lib/libgomp.so.1", "/lib/libomp.so"}
-    monkeypatch.setattr(native_library, "_first_runtimes", lambda: frozenset(own))
-    monkeypatch.setattr(native_library, "_openmp_runtimes", lambda: both)
+    monkeypatch.setattr(own_library, "_first_runtimes", lambda: frozenset(own))
+    monkeypatch.setattr(own_library, "_openmp_runtimes", lambda: both)
     for answer in (42, 43):
         with pytest.raises(CompilationError, match=r"beside torch's.*: /lib/libomp\.so; set CXX"):
             load(saved(tmp_path, answer))
 
 
 def test_this_process_has_one_openmp_runtime() -> None:
-    assert len(native_library._openmp_runtimes()) <= 1
+    assert len(own_library._openmp_runtimes()) <= 1

@@ -1,4 +1,4 @@
-"""Compiled blocks against the same blocks as they are."""
+"""Compiled decoder layers against the same layers as they are."""
 
 import functools
 import shutil
@@ -20,15 +20,18 @@ from server.attention.sdpa import SDPABackend
 from server.cache import CACHE_VARIABLE
 from server.config import EngineConfig
 from server.core.completion import Completion
-from server.cpu.block_calls import NUM_TOKENS, record_calls
-from server.cpu.compiled_blocks import CompiledForward, check_compiled, compile_blocks
+from server.cpu.compiled_layers import CompiledForward, check_compiled, compile_layers
 from server.cpu.int8_kernel import Int8Kernel
-from server.cpu.tree_attention import NativeBackend, TreeAttention
+from server.cpu.int8_linear import quantize_linears
+from server.cpu.layer_calls import NUM_TOKENS, EchoBackend, record_calls
+from server.cpu.packed_linear import pack_linears
+from server.cpu.tree_attention import OwnAttention, OwnEcho, TreeAttention
 from server.engine.engine import Engine
 from server.errors import CompilationError, ConfigError
 from server.kv.kv_cache import KVCache, KVLayout
 from server.model.loading import LoadedModel, load_model
 from tests.support.engine_tools import SlowModel, assert_as_expected, make_request, random_prompt
+from tests.support.log_lines import LogLines
 from tests.support.own_code import own_attention, own_kernel
 from tests.support.tiny_heads import save_tiny_heads
 from tests.support.tiny_models import TinyKind, save_tiny_model
@@ -40,7 +43,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++
 
 @pytest.fixture(scope="module", autouse=True)
 def packages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """An empty cache for all tests of this file: each kind of block is compiled once."""
+    """An empty cache for all tests of this file: each kind of layer is compiled once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
         yield Path(tmp_path_factory.getbasetemp())
@@ -69,7 +72,7 @@ class Runner:
         self.model = loaded.model
         cache = KVCache(layout, NUM_SLOTS // 16)
         self._backend: AttentionBackend = (
-            SDPABackend(cache) if attention is None else NativeBackend(cache, attention)
+            SDPABackend(cache) if attention is None else OwnAttention(cache, attention)
         )
         install_attention(loaded.model)
 
@@ -118,14 +121,21 @@ def is_compiled(model: PreTrainedModel) -> bool:
     return all(isinstance(layer.forward, CompiledForward) for layer in layers_of(model))
 
 
+def loaded_as(
+    directory: Path, quantization: str = "none", kernel: Int8Kernel | None = None
+) -> LoadedModel:
+    loaded = load_model(str(directory), "cpu", "float32")
+    if quantization == "int8":
+        quantize_linears(loaded.model, kernel)
+    else:
+        pack_linears(loaded.model)
+    return loaded
+
+
 def loaded_pair(
     directory: Path, quantization: str, kernel: Int8Kernel | None = None
 ) -> tuple[LoadedModel, LoadedModel]:
-    name = str(directory)
-    return (
-        load_model(name, "cpu", "float32", quantization=quantization, int8_kernel=kernel),
-        load_model(name, "cpu", "float32", quantization=quantization, int8_kernel=kernel),
-    )
+    return loaded_as(directory, quantization, kernel), loaded_as(directory, quantization, kernel)
 
 
 @pytest.mark.parametrize(
@@ -146,15 +156,16 @@ def test_logits_are_those_of_the_plain_model(
     is_own: bool,
     num_packages: int,
     model_dir: Callable[[TinyKind], Path],
+    log: LogLines,
 ) -> None:
     """With the products and the attention of others, or with our own."""
     kernel = own_kernel() if is_own and quantization == "int8" else None
     attention = own_attention() if is_own else None
     plain, compiled = loaded_pair(model_dir(kind), quantization, kernel)
-    lines: list[str] = []
-    compile_blocks(compiled.model, lines.append, attention)
-    # Models of the same size share the unembedding's package, so only those of blocks are counted.
-    made = [line for line in lines if line.startswith("compiling") and "DecoderLayer" in line]
+    echo = None if attention is None else OwnEcho(attention)
+    compile_layers(compiled.model, echo)
+    # Models of the same size share the unembedding's package, so only those of layers are counted.
+    made = [line for line in log.take() if line.startswith("compiling") and "DecoderLayer" in line]
     assert len(made) == num_packages
     assert is_compiled(compiled.model)
     unembedding = compiled.model.get_output_embeddings()
@@ -167,32 +178,30 @@ def test_logits_are_those_of_the_plain_model(
         assert float((ours - theirs).norm() / theirs.norm()) < tolerance
 
     # Another start finds what this one compiled.
-    again, lines = plain, []
-    compile_blocks(again.model, lines.append, attention)
-    assert lines == []
+    again = plain
+    compile_layers(again.model, echo)
+    assert log.take() == []
     found = all_steps(Runner(again, attention))
     for ours, theirs in zip(found, all_steps(Runner(compiled, attention)), strict=True):
         assert torch.equal(ours, theirs)
 
 
-def test_blocks_with_our_own_attention_run_plainly_with_another(
+def test_layers_with_our_own_attention_run_plainly_with_another(
     model_dir: Callable[[TinyKind], Path],
 ) -> None:
     plain, compiled = loaded_pair(model_dir("llama"), "none")
-    compile_blocks(compiled.model, lambda line: None, own_attention())
+    compile_layers(compiled.model, OwnEcho(own_attention()))
     for ours, theirs in zip(all_steps(Runner(compiled)), all_steps(Runner(plain)), strict=True):
         assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_int8_models_of_our_own_code_are_the_same_to_the_bit_in_any_company(
+def test_int8_models_of_our_own_code_are_the_same_to_the_bit_in_any_step(
     kind: TinyKind, model_dir: Callable[[TinyKind], Path]
 ) -> None:
     attention = own_attention()
-    loaded = load_model(
-        str(model_dir(kind)), "cpu", "float32", quantization="int8", int8_kernel=own_kernel()
-    )
-    compile_blocks(loaded.model, lambda line: None, attention)
+    loaded = loaded_as(model_dir(kind), "int8", own_kernel())
+    compile_layers(loaded.model, OwnEcho(attention))
     text = list(random_prompt(1, 50))
     alone = Runner(loaded, attention)
     expected = torch.cat([alone.logits([token], i) for i, token in enumerate(text)])
@@ -208,10 +217,12 @@ def test_int8_models_of_our_own_code_are_the_same_to_the_bit_in_any_company(
     assert torch.equal(nodes[[0, 2, 3]], expected[40:43])
 
 
-def test_blocks_in_bfloat16_are_compiled_too(model_dir: Callable[[TinyKind], Path]) -> None:
+def test_layers_in_bfloat16_are_compiled_too(model_dir: Callable[[TinyKind], Path]) -> None:
     directory = str(model_dir("llama"))
     plain, compiled = (load_model(directory, "cpu", "bfloat16") for _ in range(2))
-    compile_blocks(compiled.model, lambda line: None)
+    for loaded in (plain, compiled):
+        pack_linears(loaded.model)
+    compile_layers(compiled.model)
     assert is_compiled(compiled.model)
     for ours, theirs in zip(all_steps(Runner(compiled)), all_steps(Runner(plain)), strict=True):
         assert ours.dtype == torch.bfloat16
@@ -221,8 +232,8 @@ def test_blocks_in_bfloat16_are_compiled_too(model_dir: Callable[[TinyKind], Pat
 def test_the_compiled_code_runs_in_the_engine_and_not_outside(
     model_dir: Callable[[TinyKind], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded = load_model(str(model_dir("llama")), "cpu", "float32")
-    compile_blocks(loaded.model, lambda line: None)
+    loaded = loaded_as(model_dir("llama"))
+    compile_layers(loaded.model)
     runs: list[int] = []
     run = CompiledForward.run
 
@@ -247,7 +258,7 @@ def test_rows_of_other_sizes_or_types_take_the_plain_way(
     model_dir: Callable[[TinyKind], Path],
 ) -> None:
     plain, compiled = loaded_pair(model_dir("llama"), "int8")
-    compile_blocks(compiled.model, lambda line: None)
+    compile_layers(compiled.model)
     ours, theirs = (pair.model.get_output_embeddings() for pair in (compiled, plain))
     assert isinstance(ours.forward, CompiledForward)
     width = compiled.hidden_size
@@ -288,21 +299,20 @@ class TestFailures:
     def _no_compiler(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
         monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
         monkeypatch.setenv("CXX", "no-g++")
-        monkeypatch.setattr("server.cpu.native_library._loaded", {})
+        monkeypatch.setattr("server.cpu.own_library._loaded", {})
         with torch._inductor.config.patch({"cpp.cxx": (str(tmp_path / "no-g++"),)}):
             yield
 
     def test_without_a_compiler_auto_runs_the_model_as_it_is(
-        self, model_dir: Callable[[TinyKind], Path], tmp_path: Path
+        self, model_dir: Callable[[TinyKind], Path], tmp_path: Path, log: LogLines
     ) -> None:
         directory = model_dir("qwen2")
-        lines: list[str] = []
         config = EngineConfig(
             model=str(directory), heads="none", num_blocks=8, device="cpu", compile="auto"
         )
-        built = Engine.from_config(config, lines.append)
+        built = Engine.from_config(config)
         assert not is_compiled(built.loaded.model)
-        assert any("running uncompiled" in line and "no-g++" in line for line in lines)
+        assert any("running uncompiled" in line and "no-g++" in line for line in log.take())
         (completion,) = built.generate([make_request((3, 4, 5), max_tokens=3)])
         assert completion.finish_reason in ("length", "stop")
 
@@ -321,7 +331,7 @@ def test_activations_of_fewer_bits_are_compiled_too(
 ) -> None:
     monkeypatch.setattr("server.cpu.int8_linear._part_bits", lambda: 7)
     plain, compiled = loaded_pair(model_dir("llama"), "int8")
-    compile_blocks(compiled.model, lambda line: None)
+    compile_layers(compiled.model)
     assert is_compiled(compiled.model)
     for ours, theirs in zip(all_steps(Runner(compiled)), all_steps(Runner(plain)), strict=True):
         assert float((ours - theirs).norm() / theirs.norm()) < 0.1
@@ -329,14 +339,21 @@ def test_activations_of_fewer_bits_are_compiled_too(
 
 def test_another_process_finds_the_same_package(model_dir: Callable[[TinyKind], Path]) -> None:
     directory = model_dir("llama")
-    compile_blocks(load_model(str(directory), "cpu", "float32").model, lambda line: None)
+    compile_layers(loaded_as(directory).model)
     program = f"""
+import logging
+import sys
 import torch
-from server.cpu.compiled_blocks import compile_blocks
+from server.cpu.compiled_layers import compile_layers
+from server.cpu.packed_linear import pack_linears
 from server.model.loading import load_model
 
+logging.getLogger("euryale").addHandler(logging.StreamHandler(sys.stdout))
+logging.getLogger("euryale").setLevel("INFO")
 torch.set_num_threads({torch.get_num_threads()})
-compile_blocks(load_model({str(directory)!r}, "cpu", "float32").model, print)
+model = load_model({str(directory)!r}, "cpu", "float32").model
+pack_linears(model)
+compile_layers(model)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -351,34 +368,34 @@ def own_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_damaged_package_is_compiled_again(
-    model_dir: Callable[[TinyKind], Path], own_packages: Path
+    model_dir: Callable[[TinyKind], Path], own_packages: Path, log: LogLines
 ) -> None:
     loaded, again = loaded_pair(model_dir("llama"), "none")
-    compile_blocks(loaded.model, lambda line: None)
+    compile_layers(loaded.model)
     (package,) = own_packages.glob("*.pt2")
     package.write_bytes(package.read_bytes()[:100])
-    lines: list[str] = []
-    compile_blocks(again.model, lines.append)
-    assert lines[0].startswith(f"{package} cannot be used, so it is made anew: ")
+    log.take()
+    compile_layers(again.model)
+    assert log.take()[0].startswith(f"{package} cannot be used, so it is compiled again: ")
     assert torch.equal(Runner(loaded).logits([3, 4], 0), Runner(again).logits([3, 4], 0))
 
 
 def test_a_kept_package_that_computes_something_else_is_compiled_again(
-    model_dir: Callable[[TinyKind], Path], own_packages: Path
+    model_dir: Callable[[TinyKind], Path], own_packages: Path, log: LogLines
 ) -> None:
     plain, loaded = loaded_pair(model_dir("llama"), "none")
-    other = load_model(str(model_dir("llama")), "cpu", "float32")
+    other = loaded_as(model_dir("llama"))
     for layer in layers_of(other.model):
         layer.get_submodule("mlp").act_fn = nn.Tanh()
-    compile_blocks(other.model, lambda line: None)
+    compile_layers(other.model)
     (wrong,) = own_packages.glob("*.pt2")
-    compile_blocks(plain.model, lambda line: None)
+    compile_layers(plain.model)
     (right,) = set(own_packages.glob("*.pt2")) - {wrong}
     shutil.copy(wrong, right)
 
-    lines: list[str] = []
-    compile_blocks(loaded.model, lines.append)
-    assert "LlamaDecoderLayer computes something else when it is compiled" in lines[0]
+    log.take()
+    compile_layers(loaded.model)
+    assert "LlamaDecoderLayer computes something else when it is compiled" in log.take()[0]
     assert torch.equal(Runner(loaded).logits([3, 4], 0), Runner(plain).logits([3, 4], 0))
 
 
@@ -386,9 +403,9 @@ def test_a_cache_that_cannot_be_written_leaves_the_model_as_it_is(
     model_dir: Callable[[TinyKind], Path], own_packages: Path
 ) -> None:
     own_packages.write_text("in the way")
-    loaded = load_model(str(model_dir("llama")), "cpu", "float32")
+    loaded = loaded_as(model_dir("llama"))
     with pytest.raises(CompilationError, match="LlamaDecoderLayer cannot be compiled: "):
-        compile_blocks(loaded.model, lambda line: None)
+        compile_layers(loaded.model)
     assert not is_compiled(loaded.model)
 
 
@@ -404,15 +421,15 @@ def test_one_wrong_token_among_many_is_seen(
         change[:, -1] *= factor
         return tensors[0] + change
 
-    check_compiled(call, functools.partial(run, factor=1.0))
+    check_compiled(call, functools.partial(run, factor=1.0), EchoBackend())
     with pytest.raises(CompilationError, match=f"token {NUM_TOKENS - 1} of {NUM_TOKENS}"):
-        check_compiled(call, functools.partial(run, factor=1.1))
+        check_compiled(call, functools.partial(run, factor=1.1), EchoBackend())
 
 
 def test_code_that_computes_something_else_is_refused(
     model_dir: Callable[[TinyKind], Path],
 ) -> None:
-    loaded = load_model(str(model_dir("llama")), "cpu", "float32")
+    loaded = loaded_as(model_dir("llama"))
     layers = layers_of(loaded.model)
     forwards = [layer.forward for layer in layers]
 
@@ -429,12 +446,12 @@ def test_code_that_computes_something_else_is_refused(
     for index, layer in enumerate(layers):
         layer.mlp = Odd([torch.tensor(1.0 + index)])
     with pytest.raises(CompilationError, match="computes something else"):
-        compile_blocks(loaded.model, lambda line: None)
+        compile_layers(loaded.model)
     assert [layer.forward for layer in layers] == forwards
 
 
-def test_a_model_without_blocks_is_refused(model_dir: Callable[[TinyKind], Path]) -> None:
-    loaded = load_model(str(model_dir("llama")), "cpu", "float32")
+def test_a_model_without_layers_is_refused(model_dir: Callable[[TinyKind], Path]) -> None:
+    loaded = loaded_as(model_dir("llama"))
     del loaded.model.base_model.layers
-    with pytest.raises(CompilationError, match="no plain list of decoder blocks"):
-        compile_blocks(loaded.model, lambda line: None)
+    with pytest.raises(CompilationError, match="no plain list of decoder layers"):
+        compile_layers(loaded.model)

@@ -1,4 +1,4 @@
-"""Products with oneDNN's packed weights as operators that can stand in a compiled graph.
+"""oneDNN's products with packed weights, as operators that can stand in a compiled graph.
 
 The compiler has lowerings of its own for these products, which want the weight to be a constant of
 the graph. Under these names it calls them as they are, so that one graph serves many layers.
@@ -9,8 +9,10 @@ Shapes: T rows, I input features, O output features.
 import torch
 from torch import Tensor
 
+from heads.packed_product import packed_product
+
 _INT8 = "euryale::int8_product"
-_FLOAT = "euryale::packed_product"
+_FLOAT = "euryale::float_product"
 
 
 def int8_product(codes_TI: Tensor, weight: Tensor, scale_O: Tensor, zero_O: Tensor) -> Tensor:
@@ -31,27 +33,26 @@ def int8_product(codes_TI: Tensor, weight: Tensor, scale_O: Tensor, zero_O: Tens
     return product
 
 
-def packed_product(input_I: Tensor, weight: Tensor, bias_O: Tensor | None, size: int) -> Tensor:
+def float_product(input_I: Tensor, weight: Tensor, bias_O: Tensor | None, size: int) -> Tensor:
     """Product with a packed float weight.
 
     Args:
         input_I: `[..., I]`.
-        weight: From `mkldnn._reorder_linear_weight`.
+        weight: From `heads.packed_product.pack`.
         bias_O: Added if there is one.
-        size: Output features.
+        size: Output features, which the weight's layout does not show in a graph.
 
     Returns:
         `[..., O]` in the input's dtype.
     """
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(input_I, weight, bias_O, "none", [], "")
-    return product
+    return packed_product(input_I, weight, bias_O)
 
 
 def _int8_shape(codes_TI: Tensor, weight: Tensor, scale_O: Tensor, zero_O: Tensor) -> Tensor:
     return codes_TI.new_empty(codes_TI.shape[0], scale_O.shape[0], dtype=torch.float32)
 
 
-def _packed_shape(input_I: Tensor, weight: Tensor, bias_O: Tensor | None, size: int) -> Tensor:
+def _float_shape(input_I: Tensor, weight: Tensor, bias_O: Tensor | None, size: int) -> Tensor:
     return input_I.new_empty(*input_I.shape[:-1], size)
 
 
@@ -59,9 +60,9 @@ torch.library.define(_INT8, "(Tensor codes, Tensor weight, Tensor scale, Tensor 
 torch.library.define(_FLOAT, "(Tensor input, Tensor weight, Tensor? bias, int size) -> Tensor")
 # Packed weights dispatch to a key of their own.
 torch.library.impl(_INT8, ("CPU", "MkldnnCPU"), int8_product)
-torch.library.impl(_FLOAT, ("CPU", "MkldnnCPU"), packed_product)
+torch.library.impl(_FLOAT, ("CPU", "MkldnnCPU"), float_product)
 torch.library.register_fake(_INT8, _int8_shape)
-torch.library.register_fake(_FLOAT, _packed_shape)
+torch.library.register_fake(_FLOAT, _float_shape)
 
 traceable_int8_product = torch.ops.euryale.int8_product
-traceable_packed_product = torch.ops.euryale.packed_product
+traceable_float_product = torch.ops.euryale.float_product

@@ -1,5 +1,5 @@
 // Linear layers with int8 weights on x86 CPUs with AVX-512 VNNI: one call writes rows in codes,
-// multiplies them and scales. `int8_linear.py` says what is computed, `int8_kernel.py` builds this.
+// multiplies them and scales. `int8_linear.py` says what is computed, `int8_kernel.py` calls this.
 //
 // A row's codes have 16 bits; their high and low bytes are two rows of the product, so that each
 // 32-bit lane of a weight register is multiplied by a broadcast of four bytes of a row (vpdpbusd).
@@ -136,14 +136,14 @@ using Multiply = void (*)(const uint8_t*, const Row*, const Layer&, int64_t, flo
 constexpr Multiply MULTIPLY[] = {
     nullptr, multiply<1>, multiply<2>, multiply<3>, multiply<4>, multiply<5>, multiply<6>};
 
-// Tokens of a chunk in blocks of nearly the same size, so that none is much slower for its tokens.
-struct Blocks {
+// Tokens of a chunk in tiles of nearly the same size, so that none takes much longer per token.
+struct Tiles {
   int64_t num_tokens;
   int64_t count;
 
-  explicit Blocks(int64_t tokens)
+  explicit Tiles(int64_t tokens)
       : num_tokens(tokens), count((tokens + MAX_TOKENS - 1) / MAX_TOKENS) {}
-  int64_t begin(int64_t block) const { return num_tokens * block / count; }
+  int64_t begin(int64_t tile) const { return num_tokens * tile / count; }
 };
 
 void compute(const float* input, const Layer& layer, float* output, int64_t num_tokens) {
@@ -159,12 +159,12 @@ void compute(const float* input, const Layer& layer, float* output, int64_t num_
 
 #pragma omp parallel num_threads(num_threads.load())
   for (int64_t first = 0; first < num_tokens; first += CHUNK) {
-    const Blocks blocks(num_tokens - first < CHUNK ? num_tokens - first : CHUNK);
+    const Tiles tiles(num_tokens - first < CHUNK ? num_tokens - first : CHUNK);
 #pragma omp for schedule(static)
-    for (int64_t token = 0; token < blocks.num_tokens; ++token) {
-      int64_t block = token * blocks.count / blocks.num_tokens;
-      while (blocks.begin(block + 1) <= token) ++block;
-      const int64_t begin = blocks.begin(block), size = blocks.begin(block + 1) - begin;
+    for (int64_t token = 0; token < tiles.num_tokens; ++token) {
+      int64_t tile = token * tiles.count / tiles.num_tokens;
+      while (tiles.begin(tile + 1) <= token) ++tile;
+      const int64_t begin = tiles.begin(tile), size = tiles.begin(tile + 1) - begin;
       uint8_t* to = codes + 2 * begin * layer.num_padded + (token - begin) * 2 * GROUP;
       const float* row = input + (first + token) * layer.num_inputs;
       rows[token] = encode(row, layer, to, 2 * size * GROUP);
@@ -172,8 +172,8 @@ void compute(const float* input, const Layer& layer, float* output, int64_t num_
     // All wait here until the codes are there, and below until nobody reads them any more.
 #pragma omp for schedule(static)
     for (int64_t panel = 0; panel < num_panels; ++panel) {
-      for (int64_t block = 0; block < blocks.count; ++block) {
-        const int64_t begin = blocks.begin(block), size = blocks.begin(block + 1) - begin;
+      for (int64_t tile = 0; tile < tiles.count; ++tile) {
+        const int64_t begin = tiles.begin(tile), size = tiles.begin(tile + 1) - begin;
         MULTIPLY[size](
             codes + 2 * begin * layer.num_padded, rows + begin, layer, panel,
             output + (first + begin) * layer.num_outputs);

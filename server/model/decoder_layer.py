@@ -1,4 +1,4 @@
-"""A decoder block of a base model's own class, for modules that are built from one.
+"""A decoder layer of a base model's own class, for modules that are built from one.
 
 Shape suffixes: T flat tokens, D model width.
 """
@@ -15,10 +15,10 @@ from server.attention.hook import ATTENTION_NAME, AttentionContext, register_att
 from server.errors import ModelError
 
 
-class DecoderBlock:
-    """A fresh block of the base model's shape and how to run it with our attention.
+class DecoderLayer:
+    """A fresh layer of the base model's shape and how to run it with our attention.
 
-    Its attention layer has the index behind the base model's last one.
+    Its index among the layers of the KV cache is the one after the base model's last one.
 
     Args:
         model: The base model; left as it is.
@@ -27,7 +27,7 @@ class DecoderBlock:
         module: Float32, randomly initialised as the model's class does it.
 
     Raises:
-        ModelError: If the model's decoder is not a list of blocks with rotary positions.
+        ModelError: If the model's decoder is not a list of layers with rotary positions.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -35,13 +35,13 @@ class DecoderBlock:
         layers, rotary = getattr(decoder, "layers", None), getattr(decoder, "rotary_emb", None)
         if not isinstance(layers, nn.ModuleList) or not isinstance(rotary, nn.Module):
             raise ModelError(
-                f"{type(decoder).__name__} has no plain list of decoder blocks with shared rotary "
+                f"{type(decoder).__name__} has no plain list of decoder layers with shared rotary "
                 "positions; MTP modules need one, Medusa heads do not"
             )
         config: PreTrainedConfig = copy.deepcopy(model.config.get_text_config(decoder=True))
         config._attn_implementation = ATTENTION_NAME
         register_attention()
-        # Some classes look their index up in the config, so the block is built as the last one.
+        # Some classes look their index up in the config, so this one is built as the last one.
         self.module: nn.Module = type(layers[-1])(config, len(layers) - 1)
         for part in self.module.modules():
             if getattr(part, "layer_idx", None) is not None:
@@ -55,7 +55,7 @@ class DecoderBlock:
             self._rotary_keywords["layer_type"] = config.layer_types[-1]
 
     def run(self, u_TD: Tensor, positions_T: Tensor, context: AttentionContext) -> Tensor:
-        """Run the block on flat tokens; `context` brings attention and KV."""
+        """Run the layer on flat tokens; `context` brings attention and KV."""
         u_1TD, positions_1T = u_TD.unsqueeze(0), positions_T.unsqueeze(0)
         output = self.module(
             u_1TD,

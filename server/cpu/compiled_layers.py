@@ -1,30 +1,26 @@
-"""Runs a model's decoder blocks compiled, on CPU.
+"""Runs a model's decoder layers compiled, on CPU.
 
 Small steps spend half of their time on hundreds of small operations between the products of a
-block, one after the other from Python. Compiled, a block is one call of machine code, in which
+layer, one after the other from Python. Compiled, a layer is one call of machine code, in which
 these are a handful of loops; only products and attention are still called.
 
-The model's own code calls its blocks as before; each has a forward of ours in place of its own.
+The model's own code calls its layers as before; each has a forward of ours in place of its own.
+NOTE: Its attribute `forward` is set, as another module in its place would lack attributes that the
+model's code reads.
 """
 
 import functools
-from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from server.attention.hook import (
-    AttentionContext,
-    attending,
-    exporting_native_attention,
-)
-from server.cpu.block_calls import EchoBackend, ModuleCall, echo_context, record_calls
+from server.attention.backend import AttentionBackend
+from server.attention.hook import AttentionContext, attending, exporting_with
 from server.cpu.compiled_package import Runner, compile_call
 from server.cpu.int8_linear import Int8Linear
-from server.cpu.tree_attention import NativeBackend, TreeAttention
+from server.cpu.layer_calls import EchoBackend, ModuleCall, record_calls
 from server.errors import CompilationError
 
 # How far the compiled change of a hidden state may be from the plain one, relative to its norm.
@@ -38,13 +34,14 @@ class CompiledForward:
     """Takes the place of a module's forward; calls of another form go to the module's own.
 
     Args:
-        call: What was recorded of the module.
+        call: A recorded call of the module.
         run: The compiled code.
-        attention: What that calls to attend, with a `NativeBackend` alone; None calls Python.
+        operator: By which the code attends, so that it runs with backends that have this operator
+            alone; None if it attends by way of Python, with any backend.
     """
 
-    def __init__(self, call: ModuleCall, run: Runner, attention: TreeAttention | None) -> None:
-        self._attention = attention
+    def __init__(self, call: ModuleCall, run: Runner, operator: str | None) -> None:
+        self._operator = operator
         self._form = call.form
         self._layer = call.layer
         hidden_1TD = call.inputs[0]
@@ -74,7 +71,7 @@ class CompiledForward:
     def _can_attend(self, context: AttentionContext | None) -> bool:
         if context is None or self._layer is None:
             return context is None and self._layer is None
-        return self._attention is None or isinstance(context.backend, NativeBackend)
+        return self._operator is None or self._operator == context.backend.operator
 
     def _fits(self, hidden: Tensor) -> bool:
         """Compiled code does not look at sizes, so what it was not made for must not reach it."""
@@ -88,51 +85,41 @@ class CompiledForward:
         )
 
     def run(self, inputs: list[Tensor], context: AttentionContext | None) -> Tensor:
-        """Run the compiled code."""
+        """Run the compiled code with tensors of the recorded form."""
         if context is None or self._layer is None:
             return self._run(inputs + self._tensors)
-        if self._attention is not None:
-            backend = context.backend
-            if isinstance(backend, NativeBackend):
-                backend.attend_as(self._layer, context.metadata)
-            elif isinstance(backend, EchoBackend):
-                self._attention.attend_as_echo()
-            else:
-                raise AssertionError(f"compiled for our own attention, not {type(backend)}")
+        if self._operator is not None:
+            context.backend.enter_layer(self._layer, context.metadata)
             return self._run(inputs + self._tensors)
         with attending(context, self._layer):
             return self._run(inputs + self._tensors)
 
 
 @torch.inference_mode()
-def compile_blocks(
-    model: PreTrainedModel,
-    report: Callable[[str], None],
-    attention: TreeAttention | None = None,
-) -> None:
-    """Compile a model's decoder blocks, and its unembedding if that has int8 weights of oneDNN's.
+def compile_layers(model: PreTrainedModel, echo: AttentionBackend | None = None) -> None:
+    """Compile a model's decoder layers, and its unembedding if that has int8 weights of oneDNN's.
 
     Each compiled module is run on what it got in a plain pass and must give the same. It holds the
     module's tensors themselves, so the model must not be moved or cast afterwards.
 
     Args:
         model: On the CPU, its layers packed or quantised; unchanged if an error is raised.
-        report: Called with a short line at each stage.
-        attention: Lets blocks attend without Python wherever the backend is a `NativeBackend`; with
-            others they run as they are. None lets them attend by way of Python.
+        echo: Computes what `EchoBackend` computes, by the operator with which layers shall attend
+            without Python; with backends that have another one they run uncompiled. None lets
+            layers attend by way of Python.
 
     Raises:
-        CompilationError: If the blocks cannot be compiled, or compute something else then.
+        CompilationError: If the layers cannot be compiled, or then compute something else.
     """
     layers = getattr(model.base_model, "layers", None)
     if not isinstance(layers, nn.ModuleList):
-        raise CompilationError(f"{type(model).__name__} has no plain list of decoder blocks")
+        raise CompilationError(f"{type(model).__name__} has no plain list of decoder layers")
     modules = list(layers)
     unembedding = model.get_output_embeddings()
     if isinstance(unembedding, Int8Linear) and not unembedding.is_one_call:
         modules.append(unembedding)
     try:
-        forwards = _compiled(model, modules, len(layers), report, attention)
+        forwards = _compiled(model, modules, len(layers), echo or EchoBackend())
     except CompilationError:
         raise
     except Exception as error:  # What a server can do without must not keep it from starting.
@@ -144,41 +131,42 @@ def compile_blocks(
 
 
 def _compiled(
-    model: PreTrainedModel,
-    modules: list[nn.Module],
-    num_blocks: int,
-    report: Callable[[str], None],
-    attention: TreeAttention | None,
+    model: PreTrainedModel, modules: list[nn.Module], num_layers: int, echo: AttentionBackend
 ) -> list[CompiledForward]:
     found: list[tuple[object, Runner]] = []
     forwards: list[CompiledForward] = []
     calls = record_calls(model, modules)
-    if any(call.layer is None for call in calls[:num_blocks]):
-        raise CompilationError(f"not every block of {type(model).__name__} attends once")
+    if any(call.layer is None for call in calls[:num_layers]):
+        raise CompilationError(f"not every decoder layer of {type(model).__name__} attends once")
     for call in calls:
         signature = call.signature
-        check = functools.partial(check_compiled, call, attention=attention)
+        check = functools.partial(check_compiled, call, echo=echo)
         run = next((run for known, run in found if known == signature), None)
         if run is None:
-            with nullcontext() if attention is None else exporting_native_attention():
-                run = compile_call(call, check, report)
+            with exporting_with(echo.operator):
+                run = compile_call(call, check)
             found.append((signature, run))
         else:
             check(run)
-        forwards.append(CompiledForward(call, run, attention))
+        forwards.append(CompiledForward(call, run, echo.operator))
     return forwards
 
 
-def check_compiled(call: ModuleCall, run: Runner, attention: TreeAttention | None = None) -> None:
+def check_compiled(call: ModuleCall, run: Runner, echo: AttentionBackend) -> None:
     """Compare compiled code with a recorded call, on all its tokens and on the first one alone.
 
-    No token of that pass sees another, so each of them has the same output in any company.
+    No token of that pass sees another, so each of them has the same output alone and with others.
+
+    Args:
+        call: With its output, which is what the code must compute.
+        run: The compiled code.
+        echo: As `compile_layers` takes it.
 
     Raises:
         CompilationError: If any token's output is another than the recorded one.
     """
-    context = None if call.layer is None else echo_context()
-    forward = CompiledForward(call, run, attention)
+    context = None if call.layer is None else AttentionContext(echo, None)
+    forward = CompiledForward(call, run, echo.operator)
     for inputs, output in (call.inputs, call.output), call.first_token():
         found, expected = forward.run(list(inputs), context), output
         if call.layer is not None:

@@ -1,4 +1,4 @@
-"""What a model calls its blocks with, and which blocks compute the same."""
+"""What a model calls its decoder layers with, and which of them compute the same."""
 
 import copy
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from server.cpu.block_calls import NUM_TOKENS, CallForm, ModuleCall, record_calls
+from server.cpu.layer_calls import NUM_TOKENS, CallForm, ModuleCall, record_calls
 from server.errors import CompilationError
 from tests.support.engine_tools import tiny_loaded, tiny_reference
 from tests.support.tiny_models import TinyKind
@@ -32,12 +32,12 @@ def calls_of(kind: TinyKind) -> list[ModuleCall]:
 
 class TestRecordCalls:
     @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3", "mixtral"])
-    def test_each_block_is_noted_with_its_layer(self, kind: TinyKind) -> None:
+    def test_each_layer_is_noted_with_its_index(self, kind: TinyKind) -> None:
         calls = calls_of(kind)
         assert [call.layer for call in calls] == list(range(len(calls)))
         assert all(call.inputs[0].shape[1] == NUM_TOKENS for call in calls)
 
-    def test_the_output_of_a_block_is_the_input_of_the_next(self) -> None:
+    def test_the_output_of_a_layer_is_the_input_of_the_next(self) -> None:
         first, second = calls_of("llama")[:2]
         assert torch.equal(first.output, second.inputs[0])
 
@@ -65,20 +65,20 @@ class TestRecordCalls:
             def forward(self, hidden: Tensor, other: Tensor) -> Tensor:
                 return hidden + other
 
-        class Block(nn.Module):
-            def __init__(self, block: nn.Module) -> None:
+        class Wrapper(nn.Module):
+            def __init__(self, layer: nn.Module) -> None:
                 super().__init__()
-                self.block, self.pair = block, Pair()
+                self.layer, self.pair = layer, Pair()
 
             def forward(self, hidden: Tensor, **keywords: object) -> Any:
-                output = self.block(hidden, **keywords)
+                output = self.layer(hidden, **keywords)
                 return self.pair(output, output)
 
         model = own_model()
-        block = Block(layers_of(model)[0])
-        layers_of(model)[0] = block
+        wrapper = Wrapper(layers_of(model)[0])
+        layers_of(model)[0] = wrapper
         with pytest.raises(CompilationError, match="Pair does not map one tensor to one"):
-            record_calls(model, [block.pair])
+            record_calls(model, [wrapper.pair])
 
 
 class TestSignature:

@@ -1,0 +1,1 @@
+"""CUDA GPUs; models run there as `transformers` and torch compute them."""

@@ -1,0 +1,1 @@
+"""The devices that models run on: what depends on them, and which there are."""
