@@ -1,33 +1,29 @@
 """How likely drafts are right, learned from which of them were accepted.
 
-A draft source gives every candidate a raw probability. Candidates are sorted into *cells* by where
-they come from and how probable they claim to be; in each cell the raw probability is multiplied by
+A draft source gives every candidate a raw probability and sorts it into one of its *cells*, by how
+probable it claims to be and where it stands. In each cell the raw probability is multiplied by
 hits / expected hits. That is learned over all traffic (`Calibrator`) and, by source alone, for
 every request (`RequestCalibration`): a request whose drafts fail gets few.
 
-    cells    heads:  depth x bin of the raw probability
-             lookup: length of the match x whether it is the longest one
-             both:   bin of the combined probability
+    source     cells
+    medusa     depth x bin of the raw probability
+    mtp        depth x bin of the raw probability
+    lookup     length of the match x whether it is the longest one
+    agreed     bin of the combined probability; tokens that several sources propose
 
 Plain Python, since a step asks for a few dozen candidates.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import IntEnum
 from typing import NamedTuple
 
 _BIN_EDGES = (0.01, 0.02, 0.04, 0.07, 0.12, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.96)
 NUM_BINS = len(_BIN_EDGES) + 1
 MAX_DEPTH = 16
-MAX_MATCH = 16
-# Probability that the token after a match of 1, 2, ... tokens comes again, before any traffic: what
-# 75,000 places in the built-in model's answers to prompts of many kinds gave, a little lower.
-_LOOKUP_PRIOR = (0.2, 0.5, 0.6, 0.68, 0.72, 0.76, 0.79, 0.81, 0.83, 0.84, 0.85, 0.86, 0.87, 0.88)
-_LONGEST_PRIOR = 0.95
-# Where a further match goes on differently; there the length hardly matters.
-_FURTHER_PRIOR = 0.12
+# The source of tokens that several sources propose.
+AGREED = "agreed"
 MAX_PROBABILITY = 0.99
 # Expected hits that the prior of a cell, or of a request, counts as.
 CELL_PRIOR = 10.0
@@ -38,83 +34,52 @@ _REQUEST_MEMORY = 12.0
 _REQUEST_RANGE = (0.2, 1.5)
 
 
-class DraftSource(IntEnum):
-    """Where a candidate comes from."""
-
-    HEADS = 0
-    LOOKUP = 1
-    BOTH = 2
-
-
-_LOOKUP_START = MAX_DEPTH * NUM_BINS
-_BOTH_START = _LOOKUP_START + 2 * MAX_MATCH
-NUM_CELLS = _BOTH_START + NUM_BINS
-
-
-def head_bin(probability: float) -> int:
+def probability_bin(probability: float) -> int:
     """Bin of a candidate's raw probability, below `NUM_BINS`."""
     return bisect_right(_BIN_EDGES, probability)
 
 
 def head_cell(depth: int, probability: float) -> int:
     """Cell of a draft head's candidate; depth from 1."""
-    return (min(depth, MAX_DEPTH) - 1) * NUM_BINS + head_bin(probability)
+    return (min(depth, MAX_DEPTH) - 1) * NUM_BINS + probability_bin(probability)
 
 
-def lookup_cell(length: int, is_longest: bool) -> int:
-    """Cell of the token after a match of `length` tokens, from 1."""
-    return _LOOKUP_START + 2 * (min(length, MAX_MATCH) - 1) + is_longest
-
-
-def both_cell(probability: float) -> int:
-    """Cell of a token that heads and lookup agree on."""
-    return _BOTH_START + bisect_right(_BIN_EDGES, probability)
-
-
-def source_of(cell: int) -> DraftSource:
-    """Source of a cell's candidates."""
-    if cell < _LOOKUP_START:
-        return DraftSource.HEADS
-    return DraftSource.LOOKUP if cell < _BOTH_START else DraftSource.BOTH
-
-
-def ratios_from_heads(ratios_KC: Sequence[Sequence[float]]) -> list[float]:
-    """Ratios of all cells where those of head cells are known; the others are neutral.
+def head_ratios(ratios_KC: Sequence[Sequence[float]]) -> dict[int, float]:
+    """Ratios by cell of draft heads that were measured before.
 
     Args:
-        ratios_KC: One row a depth, from 1, of `NUM_BINS` ratios; rows beyond `MAX_DEPTH` are left
+        ratios_KC: One row per depth, from 1, of `NUM_BINS` ratios; rows beyond `MAX_DEPTH` are left
             out.
     """
-    known = [ratio for ratios_C in ratios_KC[:MAX_DEPTH] for ratio in ratios_C]
-    return known + [1.0] * (NUM_CELLS - len(known))
-
-
-def lookup_prior(length: int, is_longest: bool) -> float:
-    """Raw probability of the token after a match."""
-    if not is_longest:
-        return _FURTHER_PRIOR
-    return _LOOKUP_PRIOR[length - 1] if length <= len(_LOOKUP_PRIOR) else _LONGEST_PRIOR
+    return {
+        depth * NUM_BINS + index: ratio
+        for depth, ratios_C in enumerate(ratios_KC[:MAX_DEPTH])
+        for index, ratio in enumerate(ratios_C)
+    }
 
 
 class Estimate(NamedTuple):
-    """What is believed about a draft on a tree's node.
+    """What is believed about the draft on a tree's node.
 
     Attributes:
         value: Probability that the node's whole path is accepted.
-        probability: That it is if its parent is; calibrated.
-        raw: The same as its source claims.
-        cell: Of the calibration.
-        reference_place: Of the token in the reference that it was copied from, as in `Match`.
+        probability: Probability that the node is accepted if its parent is; calibrated.
+        raw: The same probability as its source claims it.
+        source: Name of the source that proposed it, or `AGREED`.
+        cell: Its cell among the source's cells.
+        prediction_place: Index in the request's predicted output of the token that it was copied
+            from; -1 if it comes from elsewhere.
     """
 
     value: float
     probability: float
     raw: float
+    source: str
     cell: int
-    reference_place: int = -1
+    prediction_place: int = -1
 
 
-class Outcome(NamedTuple):
+class DraftOutcome(NamedTuple):
     """What became of a draft whose parent was accepted."""
 
     estimate: Estimate
@@ -124,53 +89,63 @@ class Outcome(NamedTuple):
 class Calibrator:
     """Ratios of all cells, over all traffic.
 
-    Attributes:
-        ratios: For every cell what raw probabilities are multiplied by.
+    Args:
+        ratios: By source and cell, where they are known from before; other cells are neutral.
     """
 
-    def __init__(self, ratios: Sequence[float] | None = None) -> None:
-        self.ratios = [1.0] * NUM_CELLS if ratios is None else list(ratios)
-        if len(self.ratios) != NUM_CELLS:
-            raise ValueError(f"{len(self.ratios)} ratios; give {NUM_CELLS}, one a cell")
-        self._expected = [CELL_PRIOR] * NUM_CELLS
-        self._hits = [CELL_PRIOR * ratio for ratio in self.ratios]
+    def __init__(self, ratios: Mapping[str, Mapping[int, float]] | None = None) -> None:
+        self._ratios: dict[tuple[str, int], float] = {}
+        self._expected: dict[tuple[str, int], float] = {}
+        self._hits: dict[tuple[str, int], float] = {}
+        for source, known in (ratios or {}).items():
+            for cell, ratio in known.items():
+                self._ratios[source, cell] = ratio
+                self._hits[source, cell] = CELL_PRIOR * ratio
 
-    def probability(self, cell: int, raw: float) -> float:
+    def ratio(self, source: str, cell: int) -> float:
+        """What the raw probabilities of a cell are multiplied by."""
+        return self._ratios.get((source, cell), 1.0)
+
+    def probability(self, source: str, cell: int, raw: float) -> float:
         """Correct a raw probability."""
-        return min(MAX_PROBABILITY, raw * self.ratios[cell])
+        return min(MAX_PROBABILITY, raw * self._ratios.get((source, cell), 1.0))
 
-    def learn(self, outcomes: Iterable[Outcome]) -> None:
+    def learn(self, outcomes: Iterable[DraftOutcome]) -> None:
         """Count drafts whose parents were accepted."""
         for estimate, is_accepted in outcomes:
-            cell = estimate.cell
-            expected, hits = self._expected[cell] + estimate.raw, self._hits[cell] + is_accepted
+            key = estimate.source, estimate.cell
+            expected = self._expected.get(key, CELL_PRIOR) + estimate.raw
+            hits = self._hits.get(key, CELL_PRIOR) + is_accepted
             if expected > _CELL_MEMORY:
                 fading = _CELL_MEMORY / expected
                 expected, hits = expected * fading, hits * fading
-            self._expected[cell], self._hits[cell] = expected, hits
-            self.ratios[cell] = hits / expected
+            self._expected[key], self._hits[key] = expected, hits
+            self._ratios[key] = hits / expected
 
 
 @dataclass(slots=True)
 class RequestCalibration:
     """How much better or worse one request's drafts are than those of all traffic, by source."""
 
-    _expected: list[float] = field(default_factory=lambda: [_REQUEST_PRIOR] * len(DraftSource))
-    _hits: list[float] = field(default_factory=lambda: [_REQUEST_PRIOR] * len(DraftSource))
+    _expected: dict[str, float] = field(default_factory=dict)
+    _hits: dict[str, float] = field(default_factory=dict)
 
-    def factor(self, source: DraftSource) -> float:
-        """What a probability is multiplied by."""
+    def factor(self, source: str) -> float:
+        """What a probability of that source is multiplied by."""
+        if source not in self._expected:
+            return 1.0
         low, high = _REQUEST_RANGE
         return min(high, max(low, self._hits[source] / self._expected[source]))
 
-    def learn(self, outcomes: Iterable[Outcome]) -> None:
+    def learn(self, outcomes: Iterable[DraftOutcome]) -> None:
         """Count the drafts of a step whose parents were accepted."""
         for estimate, is_accepted in outcomes:
-            source = source_of(estimate.cell)
-            self._expected[source] += estimate.probability
-            self._hits[source] += is_accepted
-        for source in DraftSource:
-            if self._expected[source] > _REQUEST_MEMORY:
-                fading = _REQUEST_MEMORY / self._expected[source]
-                self._expected[source] *= fading
+            source = estimate.source
+            expected = self._expected.get(source, _REQUEST_PRIOR) + estimate.probability
+            self._expected[source] = expected
+            self._hits[source] = self._hits.get(source, _REQUEST_PRIOR) + is_accepted
+        for source, expected in self._expected.items():
+            if expected > _REQUEST_MEMORY:
+                fading = _REQUEST_MEMORY / expected
+                self._expected[source] = expected * fading
                 self._hits[source] *= fading

@@ -13,7 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from heads.calibration import Estimate, Outcome
+from heads.calibration import DraftOutcome, Estimate
 from heads.tree import NO_PARENT, DraftTree
 
 PAD_TOKEN = -1
@@ -64,62 +64,18 @@ class DraftTokens:
             tuple(self.estimates[n - 1] for n in kept[1:]) if self.estimates else (),
         )
 
-    def outcomes(self, path: Sequence[int]) -> list[Outcome]:
-        """Tell which drafts below accepted nodes were accepted; nothing if none was estimated.
+    def outcomes(self, path: Sequence[int]) -> list[DraftOutcome]:
+        """Which drafts below accepted nodes were accepted; nothing if none was estimated.
 
         Args:
             path: Accepted node ids, root first.
         """
         accepted = set(path)
         return [
-            Outcome(estimate, node in accepted)
+            DraftOutcome(estimate, node in accepted)
             for node, estimate in enumerate(self.estimates, start=1)
             if self.tree.parents[node] in accepted
         ]
-
-
-def draft_tokens(
-    tree: DraftTree, root_token: int, candidate_ids_KR: Sequence[Sequence[int]]
-) -> DraftTokens:
-    """Fill a tree with one sequence's candidates.
-
-    Nodes whose candidate is padding are dropped together with their descendants.
-
-    Args:
-        tree: Shape to fill; shared with the result unless nodes are dropped.
-        root_token: The token that is known already.
-        candidate_ids_KR: Row k holds the candidates at depth k + 1, by rank.
-
-    Raises:
-        ValueError: If the tree is deeper, or has a larger rank, than there are candidates.
-    """
-    token_ids = [root_token]
-    depths, ranks = tree.depths, tree.ranks
-    try:
-        for node in range(1, len(ranks)):
-            token_ids.append(candidate_ids_KR[depths[node] - 1][ranks[node]])
-    except IndexError as error:
-        raise ValueError(
-            f"the tree has depth {tree.max_depth} and rank {max(ranks)}, but the candidates have "
-            f"the shape {len(candidate_ids_KR)} x {min(map(len, candidate_ids_KR), default=0)}; "
-            "propose more ranks or draft a smaller tree"
-        ) from error
-    if PAD_TOKEN in token_ids:
-        return _drop_padding(tree, token_ids)
-    return DraftTokens(tree, tuple(token_ids))
-
-
-def _drop_padding(tree: DraftTree, token_ids: list[int]) -> DraftTokens:
-    kept_as = {NO_PARENT: NO_PARENT}
-    parents: list[int] = []
-    kept: list[int] = []
-    for node, parent in enumerate(tree.parents):
-        if parent in kept_as and token_ids[node] != PAD_TOKEN:
-            kept_as[node] = len(kept)
-            kept.append(node)
-            parents.append(kept_as[parent])
-    ranks = tuple(tree.ranks[node] for node in kept)
-    return DraftTokens(DraftTree(tuple(parents), ranks), tuple(token_ids[node] for node in kept))
 
 
 @dataclass(frozen=True, slots=True)

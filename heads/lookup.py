@@ -11,10 +11,32 @@ Plain Python over token ids; knows no model.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-# Never a token id, so that no match reaches from the reference into the sequence.
+from heads.proposals import Child
+
+# Never a token id, so that no match reaches from the prediction into the sequence.
 _BOUNDARY = -1
 # Earlier occurrences that are looked at, newest first.
 _MAX_OCCURRENCES = 32
+# Longer matches share a cell of the calibration.
+MAX_MATCH = 16
+# Probability that the token after a match of 1, 2, ... tokens comes again, before any traffic: what
+# 75,000 places in the built-in model's answers to prompts of many kinds gave, a little lower.
+_LONGEST_PRIORS = (0.2, 0.5, 0.6, 0.68, 0.72, 0.76, 0.79, 0.81, 0.83, 0.84, 0.85, 0.86, 0.87, 0.88)
+_LAST_PRIOR = 0.95
+# Where a further match goes on differently; there the length hardly matters.
+_FURTHER_PRIOR = 0.12
+
+
+def lookup_cell(length: int, is_longest: bool) -> int:
+    """Cell of the token after a match of `length` tokens, from 1."""
+    return 2 * (min(length, MAX_MATCH) - 1) + is_longest
+
+
+def lookup_prior(length: int, is_longest: bool) -> float:
+    """Raw probability of the token after a match."""
+    if not is_longest:
+        return _FURTHER_PRIOR
+    return _LONGEST_PRIORS[length - 1] if length <= len(_LONGEST_PRIORS) else _LAST_PRIOR
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +46,13 @@ class Match:
     Attributes:
         length: Tokens that agree, the newest included; at least 1.
         continuation: What followed there.
-        reference_place: Where in the reference it begins; -1 if it is not copied from there.
+        prediction_place: Index in the prediction at which the continuation begins; -1 if it is not
+            copied from there.
     """
 
     length: int
     continuation: tuple[int, ...]
-    reference_place: int = -1
+    prediction_place: int = -1
 
 
 class LookupIndex:
@@ -39,13 +62,13 @@ class LookupIndex:
 
     Args:
         token_ids: The sequence so far.
-        reference: Text that the sequence may go on with although it is no part of it. What comes
+        prediction: Text that the sequence may go on with although it is no part of it. What comes
             next is looked for at its beginning, and later wherever the newest tokens stand in it.
         max_length: Longest match that is told from shorter ones.
     """
 
     def __init__(
-        self, token_ids: Sequence[int], reference: Sequence[int] = (), max_length: int = 16
+        self, token_ids: Sequence[int], prediction: Sequence[int] = (), max_length: int = 16
     ) -> None:
         self._max_length = max_length
         self._tokens: list[int] = []
@@ -55,10 +78,10 @@ class LookupIndex:
         self._newest_1: dict[int, int] = {}
         self._newest_2: dict[tuple[int, int], int] = {}
         tail = token_ids[-max_length:]
-        self._reference_start = len(tail)
-        if reference:
+        self._prediction_start = len(tail)
+        if prediction:
             # As if it followed the sequence so far, so that its first tokens are found too.
-            self._extend((*tail, *reference, _BOUNDARY))
+            self._extend((*tail, *prediction, _BOUNDARY))
         self._start = len(self._tokens)
         self._extend(token_ids)
 
@@ -101,14 +124,14 @@ class LookupIndex:
             Match(
                 -length,
                 tuple(self._continuation(-place + 1, num_tokens)),
-                self._reference_place(-place + 1),
+                self._prediction_place(-place + 1),
             )
             for length, place in sorted(found)[:num_matches]
         ]
 
-    def _reference_place(self, start: int) -> int:
-        is_inside = self._reference_start <= start < self._start - 1
-        return start - self._reference_start if is_inside else -1
+    def _prediction_place(self, start: int) -> int:
+        is_inside = self._prediction_start <= start < self._start - 1
+        return start - self._prediction_start if is_inside else -1
 
     def _length(self, place: int) -> int:
         """How many tokens up to `place` agree with the newest ones."""
@@ -125,3 +148,54 @@ class LookupIndex:
     def _continuation(self, start: int, num_tokens: int) -> list[int]:
         copied = self._tokens[start : start + num_tokens]
         return copied[: copied.index(_BOUNDARY)] if _BOUNDARY in copied else copied
+
+
+class LookupProposal:
+    """Continuations of several matches as a trie; a state is a node of it.
+
+    Where continuations part, the longest match's is distinguished from the others'.
+
+    Args:
+        matches: What was found, the longest first.
+    """
+
+    source = "lookup"
+
+    def __init__(self, matches: Sequence[Match]) -> None:
+        self._below: list[dict[int, int]] = [{}]
+        self._length, self._is_longest, self._place = [0], [True], [-1]
+        self._children: dict[int, list[Child]] = {}
+        for match in matches:
+            self._add(match)
+
+    def _add(self, match: Match) -> None:
+        node = 0
+        for depth, token_id in enumerate(match.continuation):
+            below = self._below[node].get(token_id)
+            if below is None:
+                below = len(self._below)
+                self._is_longest.append(self._is_longest[node] and not self._below[node])
+                self._below[node][token_id] = below
+                self._below.append({})
+                self._length.append(match.length + depth)
+                self._place.append(-1)
+            if self._place[below] < 0 <= match.prediction_place:
+                self._place[below] = match.prediction_place + depth
+            node = below
+
+    def children(self, state: int) -> Sequence[Child]:
+        """Tokens that followed there."""
+        known = self._children.get(state)
+        if known is None:
+            known = self._children[state] = [
+                self._child(token_id, node) for token_id, node in self._below[state].items()
+            ]
+        return known
+
+    def _child(self, token_id: int, node: int) -> Child:
+        where = self._length[node], self._is_longest[node]
+        return Child(token_id, lookup_prior(*where), node, lookup_cell(*where), self._place[node])
+
+    def state_after_other(self, state: int) -> int | None:
+        """None: another token was not copied from there."""
+        return None

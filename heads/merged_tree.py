@@ -1,4 +1,4 @@
-"""One tree from draft heads and prompt lookup, its nodes by falling calibrated value.
+"""One tree from the proposals of all draft sources, its nodes by falling calibrated value.
 
 Best-first: a frontier holds, for every node that is in the tree, its best child that is not. A
 node's value never exceeds its parent's, so whatever is taken next is worth no more than what was
@@ -7,46 +7,38 @@ arXiv:2406.16858, 4.2, for dynamic trees by confidence; Sequoia, arXiv:2402.1237
 """
 
 import heapq
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from heads.calibration import (
+    AGREED,
     MAX_PROBABILITY,
     Calibrator,
-    DraftSource,
     Estimate,
     RequestCalibration,
-    both_cell,
-    head_cell,
-    lookup_cell,
-    lookup_prior,
+    probability_bin,
 )
 from heads.candidates import DraftTokens
-from heads.lookup import Match
-from heads.proposals import ROOT_STATE, HeadProposal
+from heads.proposals import ROOT_STATE, Proposal
 from heads.tree import NO_PARENT, DraftTree
 
-
-@dataclass(slots=True, eq=False)
-class _Copied:
-    """A node of the trie of looked-up continuations."""
-
-    length: int
-    is_longest: bool
-    reference_place: int = -1
-    below: "dict[int, _Copied]" = field(default_factory=dict)
+# Says whether a token may follow the draft tokens of a path.
+Allows = Callable[[Sequence[int], int], bool]
+# Each proposal's state at a node; None where it has nothing to say.
+_States = tuple[int | None, ...]
 
 
 class _Draft(NamedTuple):
-    """A token that may follow a node of the tree, and what may follow it."""
+    """A token that may follow a node of the tree, and each proposal's state behind it."""
 
     token_id: int
     probability: float
     raw: float
+    source: str
     cell: int
-    state: int | None
-    copied: _Copied | None
+    states: _States
+    prediction_place: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,169 +46,192 @@ class TreeLimits:
     """Where a tree ends.
 
     Attributes:
-        num_nodes: Root included.
-        max_depth: Edges below the root.
+        num_nodes: Largest number of nodes, root included.
+        max_depth: Largest number of edges below the root.
         min_value: A node that is worth less is left out.
+        allows: Tokens that it denies are left out; None allows all.
     """
 
     num_nodes: int
     max_depth: int
     min_value: float = 0.0
+    allows: Allows | None = None
 
 
-class TreeMerger:
-    """Builds the trees of one server.
+def merge_proposals(
+    root_token: int,
+    proposals: Sequence[Proposal],
+    calibrator: Calibrator,
+    calibration: RequestCalibration,
+    limits: TreeLimits,
+) -> DraftTokens:
+    """Build a sequence's tree.
 
     Args:
-        calibrator: Of all traffic; read only.
+        root_token: The token that is known already.
+        proposals: What each source says; sources that were not asked are left out.
+        calibrator: What all traffic taught; read only.
+        calibration: What the sequence's request taught; read only.
+        limits: Largest number of nodes and depth, and least value.
     """
+    drafts = _Drafts(proposals, calibrator, calibration)
+    tree = _GrowingTree(root_token, limits)
+    states: _States = (ROOT_STATE,) * len(proposals)
+    while True:
+        tree.open(drafts.below(states) if tree.has_depth_left else ())
+        if not tree.has_room:
+            return tree.finished()
+        states = tree.take().states
 
-    def __init__(self, calibrator: Calibrator) -> None:
-        self._calibrator = calibrator
 
-    def merge(
-        self,
-        root_token: int,
-        proposal: HeadProposal | None,
-        matches: Sequence[Match],
-        calibration: RequestCalibration,
-        limits: TreeLimits,
-    ) -> DraftTokens:
-        """Build a sequence's tree.
+class _GrowingTree:
+    """The nodes taken so far, and for each of them the best child that is not taken."""
 
-        Args:
-            root_token: The token that is known already.
-            proposal: What the heads say, if they were asked.
-            matches: What prompt lookup found, the longest first.
-            calibration: Of the sequence's request; read only.
-            limits: Of the tree.
-        """
-        factors = [calibration.factor(source) for source in DraftSource]
-        drafts = _Drafts(proposal, self._calibrator, factors)
-        tokens, parents, ranks, depths = [root_token], [NO_PARENT], [-1], [0]
-        estimates: list[Estimate] = []
-        values = [1.0]
-        children: list[Sequence[_Draft]] = []
-        frontier: list[tuple[float, int, int]] = []
+    def __init__(self, root_token: int, limits: TreeLimits) -> None:
+        self._limits = limits
+        self._token_ids, self._parents, self._ranks = [root_token], [NO_PARENT], [-1]
+        self._depths, self._values = [0], [1.0]
+        self._estimates: list[Estimate] = []
+        self._children: list[Sequence[_Draft]] = []
+        self._frontier: list[tuple[float, int, int]] = []
 
-        def push(node: int, rank: int) -> None:
-            if rank < len(children[node]):
-                value = values[node] * children[node][rank].probability
-                if value > limits.min_value:
-                    heapq.heappush(frontier, (-value, node, rank))
+    @property
+    def has_depth_left(self) -> bool:
+        """Whether the newest node may have children."""
+        return self._depths[-1] < self._limits.max_depth
 
-        def open_node(state: int | None, copied: _Copied | None) -> None:
-            depth = depths[-1]
-            children.append(drafts.below(state, copied, depth) if depth < limits.max_depth else ())
-            push(len(children) - 1, 0)
+    @property
+    def has_room(self) -> bool:
+        """Whether there is a node to take and a place for it."""
+        return bool(self._frontier) and len(self._token_ids) < self._limits.num_nodes
 
-        open_node(ROOT_STATE if proposal else None, _trie(matches))
-        while frontier and len(tokens) < limits.num_nodes:
-            negative_value, parent, rank = heapq.heappop(frontier)
-            draft = children[parent][rank]
-            push(parent, rank + 1)
-            tokens.append(draft.token_id)
-            parents.append(parent)
-            ranks.append(rank)
-            depths.append(depths[parent] + 1)
-            values.append(-negative_value)
-            place = -1 if draft.copied is None else draft.copied.reference_place
-            estimates.append(
-                Estimate(-negative_value, draft.probability, draft.raw, draft.cell, place)
+    def open(self, children: Sequence[_Draft]) -> None:
+        """Let these drafts, by falling probability, follow the newest node."""
+        allows = self._limits.allows
+        if allows is not None and children:
+            path = self._path()
+            children = [draft for draft in children if allows(path, draft.token_id)]
+        self._children.append(children)
+        self._push(len(self._children) - 1, 0)
+
+    def take(self) -> _Draft:
+        """Make the most valuable draft of the frontier a node."""
+        negative_value, parent, rank = heapq.heappop(self._frontier)
+        draft = self._children[parent][rank]
+        self._push(parent, rank + 1)
+        self._token_ids.append(draft.token_id)
+        self._parents.append(parent)
+        self._ranks.append(rank)
+        self._depths.append(self._depths[parent] + 1)
+        self._values.append(-negative_value)
+        self._estimates.append(
+            Estimate(
+                -negative_value,
+                draft.probability,
+                draft.raw,
+                draft.source,
+                draft.cell,
+                draft.prediction_place,
             )
-            open_node(draft.state, draft.copied)
-        return DraftTokens(DraftTree(tuple(parents), tuple(ranks)), tuple(tokens), tuple(estimates))
+        )
+        return draft
+
+    def finished(self) -> DraftTokens:
+        """The tree of all nodes taken."""
+        tree = DraftTree(tuple(self._parents), tuple(self._ranks))
+        return DraftTokens(tree, tuple(self._token_ids), tuple(self._estimates))
+
+    def _push(self, node: int, rank: int) -> None:
+        if rank < len(self._children[node]):
+            value = self._values[node] * self._children[node][rank].probability
+            if value > self._limits.min_value:
+                heapq.heappush(self._frontier, (-value, node, rank))
+
+    def _path(self) -> list[int]:
+        """Draft tokens from below the root to the newest node."""
+        node, path = len(self._token_ids) - 1, []
+        while node:
+            path.append(self._token_ids[node])
+            node = self._parents[node]
+        return path[::-1]
 
 
 class _Drafts:
-    """What may follow the nodes of one tree."""
+    """What may follow the nodes of one tree, by the states of all proposals there."""
 
     def __init__(
-        self, proposal: HeadProposal | None, calibrator: Calibrator, factors: Sequence[float]
+        self,
+        proposals: Sequence[Proposal],
+        calibrator: Calibrator,
+        calibration: RequestCalibration,
     ) -> None:
-        self._proposal = proposal
+        self._proposals = proposals
         self._correct = calibrator.probability
-        self._factors = factors
-        # Of the heads alone, by state and depth; as they come, and as they follow a node behind
-        # which nothing was looked up. Most nodes of a tree share one of a few states.
-        self._from_heads: dict[tuple[int, int], list[_Draft]] = {}
-        self._without_lookup: dict[tuple[int, int], list[_Draft]] = {}
+        self._factors = [calibration.factor(proposal.source) for proposal in proposals]
+        self._agreed_factor = calibration.factor(AGREED)
+        # Most nodes of a tree share one of a few states.
+        self._ranked: dict[_States, Sequence[_Draft]] = {}
+        self._own: dict[tuple[int, int, _States], list[_Draft]] = {}
 
-    def below(self, state: int | None, copied: _Copied | None, depth: int) -> list[_Draft]:
-        """What may follow a node of that depth, by falling probability."""
-        if copied is not None and copied.below:
-            return _ranked(self._with_lookup(state, copied, depth))
-        if state is None:
-            return []
-        known = self._without_lookup.get((state, depth))
+    def below(self, states: _States) -> Sequence[_Draft]:
+        """What may follow a node, by falling probability."""
+        known = self._ranked.get(states)
         if known is None:
-            known = _ranked(self._heads(state, depth))
-            self._without_lookup[state, depth] = known
+            known = self._ranked[states] = _ranked(self._merged(states))
         return known
 
-    def _heads(self, state: int | None, depth: int) -> list[_Draft]:
-        if self._proposal is None or state is None:
-            return []
-        known = self._from_heads.get((state, depth))
+    def _merged(self, states: _States) -> Sequence[_Draft]:
+        """What the proposals say; a token that several of them say comes once."""
+        after = tuple(
+            None if state is None else proposal.state_after_other(state)
+            for proposal, state in zip(self._proposals, states, strict=True)
+        )
+        drafts: dict[int, _Draft] = {}
+        misses: dict[int, float] = {}
+        for index, state in enumerate(states):
+            for draft in () if state is None else self._of(index, state, after):
+                token_id, miss = draft.token_id, 1.0 - min(1.0, draft.probability)
+                twin = drafts.get(token_id)
+                if twin is not None:
+                    miss *= misses[token_id]
+                    draft = self._agreed(twin, draft, index, 1.0 - miss)
+                drafts[token_id], misses[token_id] = draft, miss
+        return list(drafts.values())
+
+    def _of(self, index: int, state: int, after: _States) -> Sequence[_Draft]:
+        """What one proposal says, with the others' states behind tokens that they did not say."""
+        before, behind = after[:index], after[index + 1 :]
+        key = (index, state, before + behind)
+        known = self._own.get(key)
         if known is None:
-            factor = self._factors[DraftSource.HEADS]
-            known = []
-            for token_id, raw, state_below in self._proposal.children(state):
-                cell = head_cell(depth + 1, raw)
-                probability = self._correct(cell, raw) * factor
-                known.append(_Draft(token_id, probability, raw, cell, state_below, None))
-            self._from_heads[state, depth] = known
+            proposal, factor = self._proposals[index], self._factors[index]
+            source, known = proposal.source, []
+            for token_id, raw, state_below, cell, place in proposal.children(state):
+                probability = self._correct(source, cell, raw) * factor
+                states = (*before, state_below, *behind)
+                known.append(_Draft(token_id, probability, raw, source, cell, states, place))
+            self._own[key] = known
         return known
 
-    def _with_lookup(self, state: int | None, copied: _Copied, depth: int) -> list[_Draft]:
-        beside = None
-        if self._proposal is not None and state is not None:
-            beside = self._proposal.state_beside(state)
-        looked_up: dict[int, _Draft] = {}
-        for token_id, below in copied.below.items():
-            raw = lookup_prior(below.length, below.is_longest)
-            cell = lookup_cell(below.length, below.is_longest)
-            probability = self._correct(cell, raw) * self._factors[DraftSource.LOOKUP]
-            looked_up[token_id] = _Draft(token_id, probability, raw, cell, beside, below)
-        drafts = [
-            self._agreed(draft, looked_up.pop(draft.token_id))
-            if draft.token_id in looked_up
-            else draft
-            for draft in self._heads(state, depth)
-        ]
-        return [*drafts, *looked_up.values()]
-
-    def _agreed(self, draft: _Draft, twin: _Draft) -> _Draft:
-        """A token that heads and lookup draft: as if they erred independently, then corrected."""
-        raw = 1.0 - (1.0 - min(1.0, draft.probability)) * (1.0 - min(1.0, twin.probability))
-        cell = both_cell(raw)
-        corrected = self._correct(cell, raw) * self._factors[DraftSource.BOTH]
-        probability = min(MAX_PROBABILITY, corrected)
-        return _Draft(draft.token_id, probability, raw, cell, draft.state, twin.copied)
+    def _agreed(self, twin: _Draft, draft: _Draft, index: int, raw: float) -> _Draft:
+        """A token that several sources say: as if they erred independently, then corrected."""
+        cell = probability_bin(raw)
+        corrected = self._correct(AGREED, cell, raw) * self._agreed_factor
+        return _Draft(
+            draft.token_id,
+            min(MAX_PROBABILITY, corrected),
+            raw,
+            AGREED,
+            cell,
+            (*twin.states[:index], draft.states[index], *twin.states[index + 1 :]),
+            max(twin.prediction_place, draft.prediction_place),
+        )
 
 
-def _ranked(drafts: Sequence[_Draft]) -> list[_Draft]:
+def _ranked(drafts: Sequence[_Draft]) -> Sequence[_Draft]:
     """By falling probability; siblings together are no likelier than one token can be."""
     ranked = sorted(drafts, key=lambda draft: -draft.probability)
     total = sum(draft.probability for draft in ranked)
     if total <= 1.0:
         return ranked
     return [draft._replace(probability=draft.probability / total) for draft in ranked]
-
-
-def _trie(matches: Sequence[Match]) -> _Copied | None:
-    """Merge continuations; where they part, the longest match's is told from the others'."""
-    if not matches:
-        return None
-    root = _Copied(0, is_longest=True)
-    for match in matches:
-        node = root
-        for depth, token_id in enumerate(match.continuation):
-            below = node.below.get(token_id)
-            if below is None:
-                is_longest = node.is_longest and not node.below
-                below = node.below[token_id] = _Copied(match.length + depth, is_longest)
-            if below.reference_place < 0 <= match.reference_place:
-                below.reference_place = match.reference_place + depth
-            node = below
-    return root

@@ -1,14 +1,14 @@
-"""What the draft heads say about one sequence, in a form that trees can be built from.
+"""What a draft source says about one sequence, in a form that trees can be built from.
 
-Both kinds answer the same question, what may follow a node: Medusa heads by depth alone, an MTP
-module by the node itself.
+All sources answer the same question, what may follow a node: Medusa heads by the node's depth, an
+MTP module by the node itself, prompt lookup by the place in the text that is copied.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from heads.candidates import PAD_TOKEN, DraftTokens, draft_tokens
-from heads.tree import DraftTree
+from heads.calibration import head_cell
+from heads.candidates import PAD_TOKEN, DraftTokens
 
 ROOT_STATE = 0
 
@@ -17,51 +17,54 @@ class Child(NamedTuple):
     """A token that may follow a node.
 
     Attributes:
-        probability: By its head, given that the node is accepted.
-        state: Where to ask for what follows the token; None if the heads do not know.
+        probability: Probability that its source gives it, if the node is accepted.
+        state: Where to ask for what follows the token; None if the source does not know.
+        cell: Its cell among those that the source is calibrated by.
+        prediction_place: As in `Estimate`.
     """
 
     token_id: int
     probability: float
     state: int | None
+    cell: int
+    prediction_place: int = -1
 
 
-class HeadProposal(Protocol):
-    """One sequence's candidates."""
+class Proposal(Protocol):
+    """One source's candidates for one sequence.
+
+    Attributes:
+        source: The source's name.
+    """
+
+    source: str
 
     def children(self, state: int) -> Sequence[Child]:
         """What may follow a node, by falling probability; `ROOT_STATE` is the root's state."""
 
-    def state_beside(self, state: int) -> int | None:
-        """State behind a token that the heads did not propose there; None if unknown."""
-
-    def own_tree(self) -> DraftTokens:
-        """The tree that the heads would draft by themselves, nodes by falling value."""
+    def state_after_other(self, state: int) -> int | None:
+        """State behind a token that this source did not propose there; None if it has none."""
 
 
 class MedusaProposal:
     """Candidates by depth; a state is a depth.
 
     Args:
-        tree: Shape of `own_tree`.
-        root_token: The token that is known already.
         token_ids_KR: Row k holds the candidates at depth k + 1, by rank; -1 is padding.
-        probabilities_KR: Of each under its head.
+        probabilities_KR: Probability of each under its head.
+        source: Name of the source.
     """
 
     def __init__(
         self,
-        tree: DraftTree,
-        root_token: int,
         token_ids_KR: Sequence[Sequence[int]],
         probabilities_KR: Sequence[Sequence[float]],
+        source: str = "medusa",
     ) -> None:
-        self._tree = tree
-        self._root_token = root_token
-        self._token_ids_KR = token_ids_KR
+        self.source = source
         self._children: list[list[Child]] = [
             [
-                Child(token_id, probability, depth)
+                Child(token_id, probability, depth, head_cell(depth, probability))
                 for token_id, probability in zip(ids_R, probabilities_R, strict=True)
                 if token_id != PAD_TOKEN
             ]
@@ -71,16 +74,12 @@ class MedusaProposal:
         ]
 
     def children(self, state: int) -> Sequence[Child]:
-        """See `HeadProposal.children`."""
+        """Candidates of the head at that depth."""
         return self._children[state] if state < len(self._children) else ()
 
-    def state_beside(self, state: int) -> int | None:
-        """See `HeadProposal.state_beside`; the heads look at the depth alone."""
+    def state_after_other(self, state: int) -> int | None:
+        """The next depth: the heads look at the depth alone."""
         return state + 1
-
-    def own_tree(self) -> DraftTokens:
-        """See `HeadProposal.own_tree`."""
-        return draft_tokens(self._tree, self._root_token, self._token_ids_KR)
 
 
 class GrownProposal:
@@ -88,24 +87,26 @@ class GrownProposal:
 
     Args:
         drafts: Nodes by falling value.
-        probabilities: Of each node below the root, given its parent.
+        probabilities: Probability of each node below the root, given its parent.
+        source: Name of the source.
     """
 
-    def __init__(self, drafts: DraftTokens, probabilities: Sequence[float]) -> None:
-        self._drafts = drafts
+    def __init__(
+        self, drafts: DraftTokens, probabilities: Sequence[float], source: str = "mtp"
+    ) -> None:
+        self.source = source
+        self.drafts = drafts
         self._children: list[list[Child]] = [[] for _ in drafts.token_ids]
+        tree = drafts.tree
         for node, probability in enumerate(probabilities, start=1):
-            child = Child(drafts.token_ids[node], probability, node)
-            self._children[drafts.tree.parents[node]].append(child)
+            cell = head_cell(tree.depths[node], probability)
+            child = Child(drafts.token_ids[node], probability, node, cell)
+            self._children[tree.parents[node]].append(child)
 
     def children(self, state: int) -> Sequence[Child]:
-        """See `HeadProposal.children`."""
+        """The node's children."""
         return self._children[state]
 
-    def state_beside(self, state: int) -> int | None:
-        """See `HeadProposal.state_beside`."""
+    def state_after_other(self, state: int) -> int | None:
+        """None: the module did not run behind such a token."""
         return None
-
-    def own_tree(self) -> DraftTokens:
-        """See `HeadProposal.own_tree`."""
-        return self._drafts

@@ -7,7 +7,6 @@ its rank says which. Parents precede their children, so every prefix of a tree i
 Shape suffixes: N nodes.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Self
@@ -70,36 +69,6 @@ class DraftTree:
         """Return the tree of plain decoding."""
         return cls((NO_PARENT,), (-1,))
 
-    @classmethod
-    def chain(cls, depth: int) -> Self:
-        """Return the tree that follows the best candidate of the first `depth` heads."""
-        if depth < 0:
-            raise ValueError(f"depth is {depth}; give 0 or more")
-        return cls(tuple(range(-1, depth)), (-1,) + (0,) * depth)
-
-    @classmethod
-    def from_rank_paths(cls, paths: Iterable[tuple[int, ...]]) -> Self:
-        """Build the tree that holds one node per path of ranks from the root.
-
-        Args:
-            paths: For each node below the root, the ranks along its path, such as `(0,)`,
-                `(0, 0)` and `(1,)`. Nodes are numbered by depth, then in the order given.
-
-        Raises:
-            ValueError: If a path is empty or repeated, or a prefix of it is missing.
-        """
-        node_of: dict[tuple[int, ...], int] = {(): 0}
-        parents, ranks = [NO_PARENT], [-1]
-        for path in sorted(paths, key=len):
-            if path in node_of:
-                raise ValueError(f"path {path} is repeated or empty; give each node once")
-            if path[:-1] not in node_of:
-                raise ValueError(f"path {path} lacks its parent; add the path {path[:-1]}")
-            node_of[path] = len(parents)
-            parents.append(node_of[path[:-1]])
-            ranks.append(path[-1])
-        return cls(tuple(parents), tuple(ranks))
-
     @property
     def num_nodes(self) -> int:
         """Nodes of the tree, root included."""
@@ -116,13 +85,6 @@ class DraftTree:
         for node in range(1, self.num_nodes):
             children[self.parents[node]].append(node)
         return tuple(map(tuple, children))
-
-    def paths(self) -> tuple[tuple[int, ...], ...]:
-        """Return the ranks along each node's path from the root; the root's is empty."""
-        paths: list[tuple[int, ...]] = [()]
-        for node in range(1, self.num_nodes):
-            paths.append((*paths[self.parents[node]], self.ranks[node]))
-        return tuple(paths)
 
     def ancestor_mask(self) -> Tensor:
         """Return a bool CPU tensor [N, N]: entry (i, j) says that j is i or an ancestor of i.

@@ -23,8 +23,8 @@ class AcceptanceProfile:
     Attributes:
         accept_rates_KR: Entry (k, r) is the probability that the candidate of rank r at depth
             k + 1 is accepted, given that its parent on the path was.
-        calibration_KC: By depth and `heads.calibration.head_bin` the factor that turns a draft
-            probability into an accept rate, given that its parent was accepted; empty if not
+        calibration_KC: By depth and `heads.calibration.probability_bin` the factor that turns a
+            draft probability into an accept rate, given that its parent was accepted; empty if not
             measured.
 
     Raises:

@@ -1,10 +1,14 @@
 """What a request may ask of this server; checked before it is queued, from any thread."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from server.core.request import Request
 from server.errors import InvalidRequestError
+
+
+def _allow(name: str, options: Mapping[str, float]) -> None:
+    """Check nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,11 +19,14 @@ class RequestLimits:
         max_model_len: Longest prompt plus output; the KV cache holds at least that many tokens.
         vocab_size: Token ids are below it.
         methods: Names of the draft sources that this server has, and `auto` and `none`.
+        check_acceptance: Checks an acceptance rule's name and options; raises
+            `InvalidRequestError`.
     """
 
     max_model_len: int
     vocab_size: int
     methods: frozenset[str]
+    check_acceptance: Callable[[str, Mapping[str, float]], None] = _allow
 
     def check(self, request: Request) -> None:
         """Refuse a request that can never run.
@@ -32,7 +39,9 @@ class RequestLimits:
         self._check_prediction(request)
         self._check_ids("prompt", request.prompt_token_ids)
         self._check_ids("logit_bias", request.sampling.logit_bias)
-        method = request.speculation.method
+        speculation = request.speculation
+        self.check_acceptance(speculation.acceptance, speculation.acceptance_options)
+        method = speculation.method
         if method not in self.methods:
             raise InvalidRequestError(
                 f"speculation.method is {method!r}, but this server has "

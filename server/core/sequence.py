@@ -8,20 +8,15 @@ Index ranges of a decoding sequence (invariant: KV slot i holds token i for i < 
 
 import secrets
 from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any
 
 from heads.calibration import RequestCalibration
 from heads.candidates import DraftTokens
-from heads.lookup import LookupIndex
-from heads.proposals import HeadProposal
-from heads.seen_rows import SeenRows
-from server.config import AcceptanceName, DraftMethod
-from server.core.request import Request, RequestStats
+from server.core.processor import LogitProcessor
+from server.core.request import FinishReason, Request, RequestStats
 from server.core.text import TextStream
-from server.sampling.logits import LogitAdjuster
-
-AcceptanceRule = Literal["exact", "typical"]
 
 
 @dataclass(slots=True)
@@ -53,76 +48,63 @@ class SpecDecodeCounters:
 
     def count_prediction(self, drafts: DraftTokens, accepted: Iterable[int]) -> None:
         """Count what a step's tree copied from the prediction, and of it the emitted nodes."""
-        places = [estimate.reference_place for estimate in drafts.estimates]
+        places = [estimate.prediction_place for estimate in drafts.estimates]
         self.drafted_places.update(place for place in places if place >= 0)
         emitted = (places[node - 1] for node in accepted)
         self.accepted_places.update(place for place in emitted if place >= 0)
-
-
-@dataclass(frozen=True, slots=True)
-class DraftSources:
-    """Who drafts for a sequence.
-
-    Attributes:
-        heads: Kind of the draft heads, if they do.
-        lookup: Whether prompt lookup does.
-    """
-
-    heads: DraftMethod | None = None
-    lookup: bool = False
-
-    @property
-    def any(self) -> bool:
-        """Whether anybody does; otherwise the sequence is decoded plainly."""
-        return self.heads is not None or self.lookup
-
-    @property
-    def name(self) -> str:
-        """For usage: `none`, `medusa`, `mtp`, `lookup`, `medusa+lookup` or `mtp+lookup`."""
-        names = [*([self.heads] if self.heads else []), *(["lookup"] if self.lookup else [])]
-        return "+".join(names) or "none"
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
     """A request's tokens, KV blocks, drafts and counters.
 
+    Written by three modules: the scheduler (blocks, and what of them is computed), the engine's
+    commit (tokens, text, counters) and the draft sources (each its own entry of `drafting`).
+
     Attributes:
+        text: Turns tokens into text, and looks for stop strings.
         seed: Key of the request's uniform numbers; random if the request gave none.
-        acceptance: Rule that verifies this sequence's drafts.
+        acceptance: Name of the rule that verifies this sequence's drafts.
         drafts_allowed: Largest tree that the request and the server allow; 1 is plain decoding.
-        sources: Who drafts for it.
-        is_prepared: Whether `adjuster`, `seen_rows` and `lookup` are set; they wait for the first
-            step.
-        adjuster: Penalties and bias, if the request has any.
-        seen_rows: Unembedding rows of prompt tokens that the draft vocabulary lacks.
+        end_ids: Tokens that end the text; empty if the request ignores them.
+        max_len: Largest number of tokens, prompt included.
+        sources: Names of the draft sources that draft for it.
+        is_prepared: Whether `processors` and `drafting` are set; they wait for the first step.
+        is_ended: Whether it has left the engine; a step that is still under way is not its any
+            more.
+        processors: What changes its logits.
+        token_ids: Prompt and generated tokens.
+        num_computed_tokens: Tokens whose KV is computed.
+        num_cached_tokens: Prompt tokens whose KV came from the prefix cache.
+        block_table: KV blocks, in the order of the tokens.
         block_digests: Digests of the full computed blocks at the head of `block_table`.
-        num_drafter_tokens: Tokens whose KV a draft module of its own cache has computed.
-        lookup: Its tokens, indexed.
-        calibration: How this request's drafts fare.
-        head_proposal: What the heads said for the next step; None if they were not asked.
+        drafting: State of each draft source, by the source's name; nobody else looks at it.
+        calibration: How well this request's drafts fare.
         proposal: Tree for the next step, nodes by falling value; None if nothing was drafted.
+        has_device_drafts: Whether a draft source of the device took part in it.
+        counters: Counts for usage.
     """
 
     request: Request
     text: TextStream
     seed: int
-    acceptance: AcceptanceRule
+    acceptance: str
     drafts_allowed: int
-    sources: DraftSources = DraftSources()
+    end_ids: frozenset[int] = frozenset()
+    max_len: int = 1 << 62
+    sources: tuple[str, ...] = ()
     is_prepared: bool = False
-    adjuster: LogitAdjuster | None = None
-    seen_rows: SeenRows | None = None
+    is_ended: bool = False
+    processors: Seq[LogitProcessor] = ()
     token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
     block_digests: list[bytes] = field(default_factory=list)
-    num_drafter_tokens: int = 0
-    lookup: LookupIndex | None = None
+    drafting: dict[str, Any] = field(default_factory=dict)
     calibration: RequestCalibration = field(default_factory=RequestCalibration)
-    head_proposal: HeadProposal | None = None
     proposal: DraftTokens | None = None
+    has_device_drafts: bool = False
     counters: SpecDecodeCounters = field(default_factory=SpecDecodeCounters)
 
     @property
@@ -150,6 +132,24 @@ class Sequence:
         """Whether only the root lacks KV, and it is a generated token."""
         return self.num_uncomputed_tokens == 1 and self.num_output_tokens > 0
 
+    def end_among(self, new_ids: Seq[int]) -> tuple[int, FinishReason | None]:
+        """Where the text ends if these tokens are added; stop strings are not looked for.
+
+        Returns:
+            How many of the tokens belong to the text, at least one, and why it ends after them;
+            None if it goes on.
+        """
+        room = min(
+            self.request.sampling.max_tokens - self.num_output_tokens,
+            self.max_len - len(self.token_ids),
+        )
+        for count, token_id in enumerate(new_ids, start=1):
+            if token_id in self.end_ids:
+                return count, "stop"
+            if count >= room:
+                return count, "length"
+        return len(new_ids), None
+
     def stats(self) -> RequestStats:
         """A snapshot of the counts so far."""
         counters = self.counters
@@ -157,9 +157,9 @@ class Sequence:
             num_prompt_tokens=self.num_prompt_tokens,
             num_cached_tokens=self.num_cached_tokens,
             num_output_tokens=self.num_output_tokens,
-            method=self.sources.name,
+            method="+".join(self.sources) or "none",
             # Without drafts every token is the target's own, whatever the rule.
-            acceptance="exact" if not self.sources.any else self.acceptance,
+            acceptance=self.acceptance if self.sources else "exact",
             num_steps=counters.num_steps,
             num_draft_tokens=counters.num_draft_tokens,
             num_accepted_tokens=sum(counters.accepted_per_depth),
@@ -170,23 +170,6 @@ class Sequence:
                 len(counters.drafted_places) - len(counters.accepted_places)
             ),
         )
-
-
-def acceptance_rule(request: Request, server_default: AcceptanceName) -> AcceptanceRule:
-    """Decide how a request's drafts are verified.
-
-    Greedy is always exact. A rule that the request names comes next. Otherwise a seed or
-    log-probabilities, which both speak of the target's own distribution, make it exact, and what
-    is left follows the server, whose `auto` is typical.
-    """
-    sampling, asked = request.sampling, request.speculation.acceptance
-    if sampling.is_greedy:
-        return "exact"
-    if asked != "auto":
-        return asked
-    if sampling.seed is not None or sampling.logprobs is not None:
-        return "exact"
-    return "exact" if server_default == "exact" else "typical"
 
 
 def request_seed(request: Request) -> int:

@@ -6,16 +6,15 @@ from pathlib import Path
 
 import torch
 
-from heads.calibration import Calibrator, ratios_from_heads
-from heads.medusa import MedusaHeads
-from heads.tree_search import AcceptanceProfile, best_tree
 from server.attention.create import create_attention
 from server.cache import cache_dir
 from server.config import NATIVE_HEADS, EngineConfig
 from server.core.limits import RequestLimits
-from server.device.base import Accelerated, AccelerateOptions, Device, DraftProducts
+from server.device.base import Accelerated, AccelerateOptions, Device
 from server.device.create import create_device
 from server.errors import ConfigError
+from server.executor.executor import Executor
+from server.executor.host import HostExecutor
 from server.executor.model_runner import ModelRunner
 from server.kv.block_manager import BlockManager
 from server.kv.kv_cache import KVCache, KVLayout
@@ -26,18 +25,15 @@ from server.model.draft_heads import (
     native_draft_heads,
 )
 from server.model.loading import LoadedModel, load_model
+from server.sampling.acceptance import check_acceptance, check_default
 from server.speculation.cost_cache import CostCache, cached_costs, cost_key
 from server.speculation.cost_model import CostModel, Probes, StepCosts
-from server.speculation.drafter import Drafter, MedusaDrafter
-from server.speculation.mtp_drafter import Growth, MTPDrafter
+from server.speculation.source import SourceContext
+from server.speculation.sources import make_sources
 from server.speculation.speculator import Speculator
 from server.speculation.step_probes import step_probes
-from server.speculation.tree_builders import MergedTrees
-from server.speculation.tree_sizes import FixedSizes, PlannedSizes
+from server.speculation.tree_sizes import FixedSizes, PlannedSizes, TreeSizes
 
-# For heads that were saved without a measured profile; the rates are of weak heads, so that trees
-# stay small rather than wasteful.
-_CAUTIOUS_PROFILE = AcceptanceProfile(((0.35, 0.12, 0.06, 0.04), (0.2, 0.08, 0.04, 0.03)))
 _log = logging.getLogger("euryale.build")
 
 
@@ -51,7 +47,7 @@ class EngineParts:
 
     config: EngineConfig
     loaded: LoadedModel
-    runner: ModelRunner
+    executor: Executor
     blocks: BlockManager
     speculator: Speculator
     limits: RequestLimits
@@ -71,6 +67,7 @@ def build_parts(config: EngineConfig, keeps_hidden: bool = False) -> EngineParts
         ModelError: If the model cannot be loaded or is not supported.
         HeadsMismatchError: If the heads belong to another base model.
     """
+    check_default(config.acceptance)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     device = create_device(config.device)
@@ -87,22 +84,33 @@ def build_parts(config: EngineConfig, keeps_hidden: bool = False) -> EngineParts
     max_len = _max_len(config, loaded, num_blocks)
     cache = KVCache(layout, num_blocks)
     blocks = BlockManager(num_blocks, config.block_size, config.prefix_caching)
+    products = accelerated.draft_products
+    sources = make_sources(SourceContext(config, draft, cache, blocks, products))
+    drafters = {source.name: source.drafter for source in sources if source.drafter is not None}
     runner = ModelRunner(loaded, cache, create_attention(accelerated.attention, cache))
-    speculator = make_speculator(config, draft, cache, blocks, accelerated.draft_products)
-    if len(speculator.methods) > 2 and config.tree_size == "auto":
-        probes = step_probes(runner, loaded, speculator.drafter, layout, num_blocks)
+    executor = HostExecutor(runner, layout, drafters)
+    sizes: TreeSizes = FixedSizes(_tree_size(config))
+    if sources and config.tree_size == "auto":
+        num_slots = num_blocks * config.block_size
+        probes = step_probes(executor, bool(drafters), num_slots, loaded.max_model_len)
         costs = _costs(config, loaded, draft, probes, accelerated)
-        speculator.sizes = PlannedSizes(StepCosts(costs))
+        sizes = PlannedSizes(StepCosts(costs), drafters.keys())
+    speculator = Speculator(sources, sizes, config.max_nodes)
     return EngineParts(
         config=config,
         loaded=loaded,
-        runner=runner,
+        executor=executor,
         blocks=blocks,
         speculator=speculator,
-        limits=RequestLimits(max_len, loaded.vocab_size, speculator.methods),
+        limits=RequestLimits(max_len, loaded.vocab_size, speculator.methods, check_acceptance),
         heads_name=_heads_name(config, directory),
         is_compiled=accelerated.is_compiled,
     )
+
+
+def _tree_size(config: EngineConfig) -> int:
+    """Nodes of each tree where no cost says how many pay."""
+    return config.max_nodes if config.tree_size == "auto" else config.tree_size
 
 
 def _heads_name(config: EngineConfig, directory: Path | None) -> str | None:
@@ -152,63 +160,6 @@ def kv_layout(
         dtype=loaded.dtype,
         device=loaded.device,
         hidden_size=loaded.hidden_size if is_mtp or keeps_hidden else 0,
-    )
-
-
-def make_speculator(
-    config: EngineConfig,
-    draft: DraftHeads | None,
-    cache: KVCache,
-    blocks: BlockManager,
-    products: DraftProducts,
-) -> Speculator:
-    """Put a drafter around loaded heads; trees are as large as allowed until costs are known.
-
-    Args:
-        config: The engine's options.
-        draft: The heads; None if there are none.
-        cache: KV cache with room for an MTP module's layer if the heads are one.
-        blocks: Blocks of that cache.
-        products: What the heads are to multiply with.
-    """
-    drafter = None if draft is None else _drafter(config, draft, cache, blocks, products)
-    tree_size = config.max_nodes if config.tree_size == "auto" else config.tree_size
-    measured = None if draft is None or draft.profile is None else draft.profile.calibration_KC
-    calibrator = Calibrator(ratios_from_heads(measured or ()))
-    trees = MergedTrees(config.max_nodes, config.lookup, calibrator)
-    return Speculator(drafter, trees, FixedSizes(tree_size))
-
-
-def _drafter(
-    config: EngineConfig,
-    draft: DraftHeads,
-    cache: KVCache,
-    blocks: BlockManager,
-    products: DraftProducts,
-) -> Drafter:
-    rates_KR = (draft.profile or _CAUTIOUS_PROFILE).accept_rates_KR
-    if isinstance(draft.heads, MedusaHeads):
-        rates_KR = rates_KR[: draft.heads.config.num_heads]
-    profile = AcceptanceProfile(rates_KR)
-    # Of heads that were measured to be useless it is the root alone.
-    tree = best_tree(profile, config.max_nodes)
-    if isinstance(draft.heads, MedusaHeads):
-        if products.is_own:
-            draft.heads.freeze(products.make)
-        return MedusaDrafter(draft.heads, tree)
-    if draft.layer is None:
-        raise AssertionError("an MTP module came without its decoder layer")
-    return MTPDrafter(
-        draft.heads,
-        draft.layer,
-        cache,
-        # NOTE: Its levels are few tokens with masks of their own; our own attention is not
-        # measured for them.
-        create_attention("sdpa", cache),
-        products,
-        blocks,
-        Growth(num_nodes=config.max_nodes, num_depths=profile.max_depth),
-        config.max_tokens_per_step,
     )
 
 

@@ -1,63 +1,62 @@
 """The engine: each step verifies a draft tree of every running sequence in one forward pass.
 
 Plain decoding is the one-node tree, and the last chunk of a prompt ends in one, so no step asks
-whether it speculates. Single-threaded; `AsyncEngine` runs it off the event loop.
+whether it speculates. A step has four parts, the same on every device:
+
+    land     wait for the step under way: accepted paths, drawn tokens, proposals
+    commit   tokens, ends by token and by length, what was learned, trees for the next step
+    launch   schedule the next step and send it off
+    finish   text, stop strings and outputs, while the device works
+
+A stop string is thus found when its sequence takes part in the next step already; what that brings
+is dropped. Single-threaded; `AsyncEngine` runs it off the event loop.
 """
 
-import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass
-from itertools import accumulate
 
-import torch
 from torch import Tensor
 
 from server.config import EngineConfig
 from server.core.completion import Completion, join_outputs
-from server.core.request import (
-    Request,
-    RequestOutput,
-)
-from server.core.sequence import DraftSources, Sequence, acceptance_rule, request_seed
-from server.core.step import StepEntry
+from server.core.request import Request, RequestOutput
+from server.core.sequence import Sequence, request_seed
+from server.core.step import Outcome, Step, verified
 from server.core.text import TextStream
 from server.engine.build import EngineParts, build_parts
-from server.engine.output import Emission, emit, request_output, token_logprobs
+from server.engine.commit import commit
+from server.engine.counters import EngineCounters
+from server.engine.output import Emission, emit, request_output
 from server.engine.scheduler import Scheduler
-from server.executor.batch import build_batch
-from server.executor.model_runner import TargetOutput
-from server.sampling.logits import make_adjuster
-from server.sampling.verify import Verdict, verify
-from server.speculation.cost_model import StepLoad
+from server.engine.step_trace import StepTrace
+from server.executor.executor import Flight, Landing
+from server.sampling.acceptance import choose_rule
+from server.sampling.processors import make_processors
 
 # Gets a request's tokens, and the base model's hidden states of all of them but the last.
 OnHidden = Callable[[Seq[int], Tensor], None]
 
 
-@dataclass(slots=True)
-class EngineCounters:
-    """Totals since the engine was built."""
+@dataclass(frozen=True, slots=True)
+class _Airborne:
+    """A step under way."""
 
-    num_steps: int = 0
-    num_verify_steps: int = 0
-    num_prompt_tokens: int = 0
-    num_cached_tokens: int = 0
-    num_generated_tokens: int = 0
-    num_draft_tokens: int = 0
-    num_accepted_tokens: int = 0
-    num_preemptions: int = 0
+    step: Step
+    flight: Flight
 
 
 class Engine:
     """Continuous batching over draft trees.
 
     Args:
-        parts: With a cache that has room for hidden states if `on_hidden` is given.
+        parts: What the engine is assembled from; its cache has room for hidden states if
+            `on_hidden` is given.
         on_hidden: Called at the end of each request all of whose hidden states are computed.
 
     Attributes:
         counters: Totals for metrics and benches.
+        trace: Where the time goes.
     """
 
     def __init__(self, parts: EngineParts, on_hidden: OnHidden | None = None) -> None:
@@ -68,12 +67,14 @@ class Engine:
         self.heads_name = parts.heads_name
         self.is_compiled = parts.is_compiled
         self.speculator = parts.speculator
+        self.executor = parts.executor
         self.blocks = parts.blocks
         self.counters = EngineCounters()
-        self._runner = parts.runner
+        self.trace = StepTrace()
         self._on_hidden = on_hidden
-        self._scheduler = Scheduler(parts.config, parts.blocks, parts.speculator)
+        self._scheduler = Scheduler(parts.config, parts.blocks, parts.speculator, self._admit)
         self._sequences: dict[str, Sequence] = {}
+        self._airborne: _Airborne | None = None
 
     @classmethod
     def from_config(cls, config: EngineConfig, on_hidden: OnHidden | None = None) -> "Engine":
@@ -136,19 +137,18 @@ class Engine:
         self.limits.check(request)
         if request.request_id in self._sequences:
             raise ValueError(f"request id {request.request_id!r} is already in flight")
-        speculation = request.speculation
-        sources = self.speculator.sources(speculation.method)
+        sampling, speculation = request.sampling, request.speculation
         max_nodes = min(speculation.max_nodes or self.config.max_nodes, self.config.max_nodes)
-        if max_nodes == 1:
-            sources = DraftSources()
+        sources = self.speculator.sources_of(speculation.method) if max_nodes > 1 else ()
+        detokenizer = self.tokenizer.detokenizer(request.prompt_token_ids)
         sequence = Sequence(
             request=request,
-            text=TextStream(
-                self.tokenizer.detokenizer(request.prompt_token_ids), request.sampling.stop
-            ),
+            text=TextStream(detokenizer, sampling.stop),
             seed=request_seed(request),
-            acceptance=acceptance_rule(request, self.config.acceptance),
-            drafts_allowed=max_nodes if sources.any else 1,
+            acceptance=choose_rule(sampling, speculation, self.config.acceptance),
+            drafts_allowed=max_nodes if sources else 1,
+            end_ids=frozenset() if sampling.ignore_eos else self.loaded.eos_token_ids,
+            max_len=self.limits.max_model_len,
             sources=sources,
             token_ids=list(request.prompt_token_ids),
         )
@@ -161,36 +161,22 @@ class Engine:
         if sequence is not None:
             self._end(sequence)
 
-    def _end(self, sequence: Sequence) -> None:
-        count = len(sequence.token_ids) - 1
-        if self._on_hidden is not None and sequence.num_computed_tokens == count:
-            hidden_XD = self._runner.hidden_states(sequence.block_table, count)
-            self._on_hidden(sequence.token_ids, hidden_XD)
-        self._scheduler.finish(sequence)
-        del self._sequences[sequence.request.request_id]
+    def step(self, admit: Callable[[], None] | None = None) -> list[RequestOutput]:
+        """Land a step, commit it, launch the next one and finish the first.
 
-    @torch.inference_mode()
-    def step(self) -> list[RequestOutput]:
-        """Run one forward pass; one output for each request that got tokens."""
-        plan = self._scheduler.schedule()
-        if not plan:
-            return []
-        self._prepare(plan)
-        started_s = time.perf_counter()
-        batch = build_batch(plan, self.config.block_size, self.loaded.device)
-        target = self._runner.run(batch)
-        verified = [item for item in plan if item.is_verified]
-        verdicts = verify(target.logits_SV, verified) if verified else []
-        self._compact(verified, verdicts)
-        emissions = [
-            emit(item, verdict, self.loaded.eos_token_ids, self.limits.max_model_len)
-            for item, verdict in zip(verified, verdicts, strict=True)
-        ]
-        self._advance(plan, verdicts)
-        self._learn(plan, verdicts, emissions, time.perf_counter() - started_s)
-        self._propose(plan, verdicts, emissions, target)
-        self._count(plan, emissions)
-        return self._outputs(verified, verdicts, emissions, target)
+        Args:
+            admit: Called before the launch: requests that are added there take part in it, and
+                those that are aborted do not.
+
+        Returns:
+            One output for each request that got tokens.
+        """
+        landing = self._land()
+        outcomes, emissions = self._commit(landing)
+        if admit is not None:
+            admit()
+        self._launch()
+        return self._finish(outcomes, emissions)
 
     def generate(self, requests: Seq[Request]) -> list[Completion]:
         """Run requests to their end, together; in the order given."""
@@ -204,137 +190,100 @@ class Engine:
                 pieces[output.request_id].append(output)
         return [join_outputs(pieces[request.request_id]) for request in requests]
 
-    def _prepare(self, plan: Seq[StepEntry]) -> None:
-        """Build the tensors of sequences that run for the first time; queued ones need none."""
-        for item in plan:
-            sequence = item.sequence
-            if sequence.is_prepared:
-                continue
-            request = sequence.request
+    def _admit(self, sequence: Sequence) -> None:
+        """Build what a sequence needs once it runs; queued ones need nothing."""
+        if not sequence.is_prepared:
             sequence.is_prepared = True
-            sequence.adjuster = make_adjuster(
-                request.sampling,
-                request.prompt_token_ids,
-                self.loaded.vocab_size,
-                self.loaded.device,
+            sequence.processors = make_processors(
+                sequence.request, self.loaded.vocab_size, self.loaded.device
             )
             self.speculator.prepare(sequence)
+        self.speculator.admit(sequence)
 
-    def _compact(self, items: Seq[StepEntry], verdicts: Seq[Verdict]) -> None:
-        """Move the KV of accepted nodes that do not already lie at their positions."""
-        size = self.config.block_size
-        sources: list[int] = []
-        targets: list[int] = []
-        for item, verdict in zip(items, verdicts, strict=True):
-            table = item.sequence.block_table
-            root = item.sequence.num_computed_tokens + item.num_committed - 1
-            for index, node in enumerate(verdict.path):
-                if node != index:
-                    source, target = root + node, root + index
-                    sources.append(table[source // size] * size + source % size)
-                    targets.append(table[target // size] * size + target % size)
-        self._runner.compact(sources, targets)
+    def _end(self, sequence: Sequence) -> None:
+        sequence.is_ended = True
+        count = len(sequence.token_ids) - 1
+        if self._on_hidden is not None and sequence.num_computed_tokens == count:
+            hidden_XD = self.executor.hidden_states(sequence.block_table, count)
+            self._on_hidden(sequence.token_ids, hidden_XD)
+        self._scheduler.finish(sequence)
+        del self._sequences[sequence.request.request_id]
 
-    def _advance(self, plan: Seq[StepEntry], verdicts: Seq[Verdict]) -> None:
-        """Count what is computed now; all committed tokens but the bonus token have KV."""
-        accepted = iter(verdicts)
-        for item in plan:
-            sequence = item.sequence
-            sequence.num_computed_tokens += item.num_committed
-            if item.is_verified:
-                sequence.num_computed_tokens += len(next(accepted).path) - 1
-            # A stop may have cut accepted tokens off.
-            limit = len(sequence.token_ids) - item.is_verified
-            sequence.num_computed_tokens = min(sequence.num_computed_tokens, limit)
-            self._scheduler.note_computed(sequence)
+    def _launch(self) -> None:
+        """Send the next step off, unless there is nothing to do."""
+        self._airborne = None
+        self.trace.start()
+        entries = self._scheduler.schedule()
+        self.trace.stop("schedule")
+        if entries:
+            step = Step(tuple(entries), self.speculator.asks(entries))
+            self._airborne = _Airborne(step, self.executor.launch(step))
+        self.trace.stop("launch")
 
-    def _learn(
-        self,
-        plan: Seq[StepEntry],
-        verdicts: Seq[Verdict],
-        emissions: Seq[Emission],
-        step_s: float,
-    ) -> None:
-        """Tell the speculator what the step cost and which drafts were accepted."""
-        num_tokens = sum(item.num_tokens for item in plan)
-        num_kv_tokens = sum(item.sequence.num_computed_tokens for item in plan)
-        verified = [item for item in plan if item.is_verified]
-        num_emitted = sum(
-            len(emission.token_ids)
-            for item, emission in zip(verified, emissions, strict=True)
-            if item.is_decoding
-        )
-        # As the planner counts them: prompts are known to it by their tokens alone.
-        num_decoding = sum(item.is_decoding for item in plan)
-        load = StepLoad(max(1, num_decoding), num_kv_tokens)
-        self.speculator.sizes.learn_step(num_tokens, load, num_emitted, step_s)
-        for item, verdict in zip(verified, verdicts, strict=True):
-            self.speculator.trees.learn(item.sequence, item.drafts, verdict.path)
+    def _land(self) -> tuple[Step, Landing] | None:
+        """Wait for the step under way; None if there is nothing to do.
 
-    def _propose(
-        self,
-        plan: Seq[StepEntry],
-        verdicts: Seq[Verdict],
-        emissions: Seq[Emission],
-        target: TargetOutput,
-    ) -> None:
-        """Draft for the sequences that go on and may be drafted for."""
-        rows: list[int] = []
-        rooted: list[Sequence] = []
-        prefilling: list[Sequence] = []
-        first_row = num_decoding = 0
-        results = zip(verdicts, emissions, strict=True)
-        for item in plan:
-            sequence = item.sequence
-            may_draft = sequence.drafts_allowed > 1
-            if not item.is_verified:
-                prefilling += [sequence] * may_draft
-                continue
-            verdict, emission = next(results)
-            sequence.proposal = sequence.head_proposal = None
-            if emission.finish_reason is None:
-                num_decoding += 1
-                if may_draft:
-                    rows.append(first_row + verdict.path[-1])
-                    rooted.append(sequence)
-            first_row += item.drafts.tree.num_nodes
-        if rooted or prefilling:
-            self.speculator.propose(rooted, target.hidden_SD[rows], prefilling, num_decoding)
+        A step that nobody waits for any more is left where it is.
+        """
+        airborne = self._airborne
+        if airborne is None or all(entry.sequence.is_ended for entry in airborne.step.entries):
+            self._launch()
+            airborne = self._airborne
+        if airborne is None:
+            return None
+        self._airborne = None
+        landing = airborne.flight.land()
+        self.trace.note_landing(airborne.step, landing)
+        return airborne.step, landing
 
-    def _count(self, plan: Seq[StepEntry], emissions: Seq[Emission]) -> None:
-        counters = self.counters
-        counters.num_steps += 1
-        counters.num_preemptions = self._scheduler.num_preemptions
-        for item in plan:
-            if item.is_decoding:
-                counters.num_verify_steps += 1
-                counters.num_draft_tokens += item.drafts.tree.num_nodes - 1
-        for emission in emissions:
-            counters.num_generated_tokens += len(emission.token_ids)
-            counters.num_accepted_tokens += sum(depth > 0 for depth in emission.depths)
+    def _commit(
+        self, landed: tuple[Step, Landing] | None
+    ) -> tuple[list[Outcome], dict[str, Emission]]:
+        """Commit what landed; sequences that end by it leave at once.
 
-    def _outputs(
-        self,
-        items: Seq[StepEntry],
-        verdicts: Seq[Verdict],
-        emissions: Seq[Emission],
-        target: TargetOutput,
-    ) -> list[RequestOutput]:
-        outputs = []
-        sizes = [item.drafts.tree.num_nodes for item in items]
-        for item, verdict, emission, end in zip(
-            items, verdicts, emissions, accumulate(sizes), strict=True
-        ):
-            sequence = item.sequence
-            logprobs = None
-            num_top = sequence.request.sampling.logprobs
-            if num_top is not None:
-                logits_NV = target.logits_SV[end - item.drafts.tree.num_nodes : end]
-                logprobs = token_logprobs(logits_NV, verdict, emission, num_top)
-            if sequence.num_output_tokens == len(emission.token_ids):
-                self.counters.num_prompt_tokens += sequence.num_prompt_tokens
-                self.counters.num_cached_tokens += sequence.num_cached_tokens
-            outputs.append(request_output(item, emission, logprobs))
-            if emission.finish_reason is not None:
+        Returns:
+            What became of the sequences that are still there, and the emissions of those that end.
+        """
+        if landed is None:
+            return [], {}
+        step, landing = landed
+        outcomes = [
+            commit(entry, one)
+            for entry, one in zip(step.entries, landing.entries, strict=True)
+            if not entry.sequence.is_ended
+        ]
+        for outcome in outcomes:
+            self._scheduler.note_computed(outcome.entry.sequence)
+        self.speculator.learn(outcomes, landing)
+        self.trace.stop("commit")
+        self.speculator.propose(outcomes)
+        self.trace.stop("propose")
+        emissions = {}
+        for outcome in outcomes:
+            if outcome.finish_reason is not None:
+                sequence = outcome.entry.sequence
+                emissions[sequence.request.request_id] = emit(outcome)
                 self._end(sequence)
+        self.counters.count_step(outcomes)
+        self.counters.num_preemptions = self._scheduler.num_preemptions
+        self.trace.stop("commit")
+        return outcomes, emissions
+
+    def _finish(
+        self, outcomes: Seq[Outcome], emissions: dict[str, Emission]
+    ) -> list[RequestOutput]:
+        """Make the outputs of a step; sequences that a stop string ends leave."""
+        outputs = []
+        for outcome in verified(outcomes):
+            sequence = outcome.entry.sequence
+            emission = emissions.get(sequence.request.request_id)
+            if emission is None:
+                if sequence.is_ended:
+                    continue  # aborted since the step landed
+                emission = emit(outcome)
+                if emission.finish_reason is not None:
+                    self._end(sequence)
+            self.counters.count_emission(sequence, emission)
+            outputs.append(request_output(outcome, emission))
+        self.trace.stop("finish")
         return outputs

@@ -7,28 +7,53 @@ refused before they are queued, so every request ends.
 """
 
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from typing import Protocol
 
 from heads.candidates import DraftTokens
-from heads.tree import DraftTree
 from server.config import EngineConfig
 from server.core.sequence import Sequence
-from server.core.step import StepEntry
+from server.core.step import StepEntry, root_only
 from server.kv.block_manager import BlockManager, block_digest
 from server.speculation.planner import StepRequest
-from server.speculation.speculator import Speculator
+
+
+class TreePlanner(Protocol):
+    """Says how large trees are; the speculator is one."""
+
+    def plan(self, decoding: Seq[Sequence], request: StepRequest) -> list[int]:
+        """Nodes of each decoding sequence's tree, root included."""
+
+
+def _ignore(sequence: Sequence) -> None:
+    """Take no note."""
 
 
 class Scheduler:
-    """Owns the queue of waiting and the list of running sequences, both oldest first."""
+    """Owns the queue of waiting and the list of running sequences, both oldest first.
 
-    def __init__(self, config: EngineConfig, blocks: BlockManager, speculator: Speculator) -> None:
+    Args:
+        config: Sizes of steps and blocks.
+        blocks: Where sequences' KV lies.
+        planner: Sizes the trees.
+        on_admit: Called for each sequence that got the blocks of its beginning, before its step.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        blocks: BlockManager,
+        planner: TreePlanner,
+        on_admit: Callable[[Sequence], None] = _ignore,
+    ) -> None:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
         self._config = config
         self._blocks = blocks
-        self._speculator = speculator
+        self._planner = planner
+        self._on_admit = on_admit
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
@@ -85,7 +110,7 @@ class Scheduler:
             sum(sequence.num_uncomputed_tokens for sequence in prompts),
             self._prefill_budget(len(decoding)),
         )
-        sizes = self._speculator.sizes.choose(decoding, StepRequest(num_prompt_tokens, room))
+        sizes = self._planner.plan(decoding, StepRequest(num_prompt_tokens, room))
         return {id(sequence): size for sequence, size in zip(decoding, sizes, strict=True)}
 
     def _prefill_budget(self, num_tree_tokens: int) -> int:
@@ -133,10 +158,9 @@ class Scheduler:
             self.running.append(sequence)
             sequence.block_table, sequence.block_digests = table, digests
             sequence.num_computed_tokens = len(table) * self._config.block_size
-            num_drafted = self._blocks.num_drafted(table)
-            sequence.num_drafter_tokens = num_drafted * self._config.block_size
             if sequence.num_output_tokens == 0:
                 sequence.num_cached_tokens = sequence.num_computed_tokens
+            self._on_admit(sequence)
             num_tokens = min(sequence.num_uncomputed_tokens, prefill_budget)
             if not self._try_reserve(sequence, num_tokens):
                 raise AssertionError("an admitted sequence has no room for its first chunk")
@@ -172,15 +196,8 @@ class Scheduler:
         self._blocks.free(sequence.block_table)
         sequence.block_table = []
         sequence.block_digests = []
-        sequence.proposal = None
-        sequence.head_proposal = None
+        sequence.proposal, sequence.has_device_drafts = None, False
         sequence.num_computed_tokens = 0
-        sequence.num_drafter_tokens = 0
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self._config.block_size)
-
-
-def root_only(sequence: Sequence) -> DraftTokens:
-    """The one-node tree of a sequence: plain decoding."""
-    return DraftTokens(DraftTree.root_only(), (sequence.token_ids[-1],))

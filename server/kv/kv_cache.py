@@ -9,6 +9,7 @@ Shapes: T flat tokens, H attention heads, C channels per head, D model width.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +39,16 @@ class KVLayout:
         """Bytes of one block over all layers: keys, values and hidden states."""
         per_token = 2 * self.num_layers * self.num_kv_heads * self.head_dim + self.hidden_size
         return per_token * self.block_size * self.dtype.itemsize
+
+    def slot(self, block_table: Sequence[int], position: int) -> int:
+        """The slot of a token at a position of a sequence with these blocks."""
+        size = self.block_size
+        return block_table[position // size] * size + position % size
+
+    def slots(self, block_table: Sequence[int], first: int, end: int) -> list[int]:
+        """The slots of the tokens from one position to before another."""
+        size = self.block_size
+        return [block_table[i // size] * size + i % size for i in range(first, end)]
 
 
 class KVCache:

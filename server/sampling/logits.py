@@ -1,7 +1,7 @@
-"""From the model's logits to the target distribution a request asked for.
+"""From processed logits to the target distribution a request asked for, and to drawn tokens.
 
-Order: repetition penalty, frequency and presence penalty, logit bias, temperature, top-k, top-p,
-min-p. Every row is computed on its own, so a row's distribution does not depend on its neighbours.
+Order: logit processors (`server.sampling.processors`), temperature, top-k, top-p, min-p. Every row
+is computed on its own, so a row's distribution does not depend on its neighbours.
 
 Shapes: X rows, V vocabulary.
 """
@@ -17,67 +17,6 @@ from server.config import SamplingParams
 _NUCLEUS_GUESS = 256
 # Division by less could overflow float32; long before, only the most probable token is left.
 _MIN_TEMPERATURE = 1e-30
-
-
-class LogitAdjuster:
-    """Penalties and bias of one sequence, which depend on the tokens before the position."""
-
-    def __init__(
-        self,
-        params: SamplingParams,
-        prompt_token_ids: Sequence[int],
-        vocab_size: int,
-        device: torch.device,
-    ) -> None:
-        self._params = params
-        self._counts_V = torch.zeros(vocab_size, dtype=torch.float32, device=device)
-        self._prompt_seen_V = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-        self._prompt_seen_V[torch.tensor(prompt_token_ids, device=device)] = True
-        self._bias_ids = torch.tensor(list(params.logit_bias), dtype=torch.int64, device=device)
-        self._bias = torch.tensor(
-            list(params.logit_bias.values()), dtype=torch.float32, device=device
-        )
-
-    def append(self, token_ids: Sequence[int]) -> None:
-        """Count generated tokens."""
-        self._add(self._counts_V, token_ids)
-
-    def apply(self, logits_V: Tensor, path_token_ids: Sequence[int]) -> Tensor:
-        """Adjust one row.
-
-        Args:
-            logits_V: Float32; not modified.
-            path_token_ids: Draft tokens on the way to the position, beyond those counted.
-        """
-        params = self._params
-        if params.has_penalties:
-            counts_V = self._counts_V.clone() if path_token_ids else self._counts_V
-            self._add(counts_V, path_token_ids)
-            seen_V = counts_V > 0
-            if params.repetition_penalty != 1.0:
-                penalty = params.repetition_penalty
-                penalised_V = torch.where(logits_V > 0, logits_V / penalty, logits_V * penalty)
-                logits_V = torch.where(seen_V | self._prompt_seen_V, penalised_V, logits_V)
-            logits_V = logits_V - params.frequency_penalty * counts_V
-            logits_V = logits_V - params.presence_penalty * seen_V.float()
-        if params.logit_bias:
-            logits_V = logits_V.index_add(0, self._bias_ids, self._bias)
-        return logits_V
-
-    @staticmethod
-    def _add(counts_V: Tensor, token_ids: Sequence[int]) -> None:
-        if token_ids:
-            ids = torch.tensor(token_ids, device=counts_V.device)
-            counts_V.index_add_(0, ids, torch.ones(len(ids), device=counts_V.device))
-
-
-def make_adjuster(
-    params: SamplingParams, prompt_token_ids: Sequence[int], vocab_size: int, device: torch.device
-) -> LogitAdjuster | None:
-    """The adjuster of a sequence, or None where the request asks for no adjustment."""
-    if params.has_penalties or params.logit_bias:
-        return LogitAdjuster(params, prompt_token_ids, vocab_size, device)
-    return None
 
 
 def filter_logits(logits_XV: Tensor, params: Sequence[SamplingParams]) -> Tensor:

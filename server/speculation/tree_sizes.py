@@ -1,6 +1,7 @@
 """How large the trees of a step are: fixed, or planned by what steps cost here and now."""
 
 from collections.abc import Sequence as Seq
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,7 +16,7 @@ _MAX_LEAST_VALUE = 0.1
 
 @dataclass(slots=True)
 class Foresight:
-    """How well steps were foretold, in all.
+    """How well steps were predicted, in all.
 
     Attributes:
         num_tokens: Tokens that verify steps were expected to emit.
@@ -30,16 +31,28 @@ class Foresight:
     measured_seconds: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """What became of a step, as far as its costs go.
+
+    Attributes:
+        num_tokens: Tokens that were computed.
+        load: Decoding sequences, and the computed tokens of all sequences.
+        num_emitted: Tokens that its verify steps emitted.
+        step_s: Seconds without drafting.
+        drafts: For each run of device draft sources that only drafted: number of sequences, and
+            seconds.
+    """
+
+    num_tokens: int
+    load: StepLoad
+    num_emitted: int
+    step_s: float
+    drafts: tuple[tuple[int, float], ...] = ()
+
+
 class TreeSizes(Protocol):
     """Chooses the sizes of the trees that were drafted."""
-
-    @property
-    def costs(self) -> StepCosts | None:
-        """Of steps, if sizes hang on them."""
-
-    @property
-    def foresight(self) -> Foresight | None:
-        """How well steps were foretold, if they are."""
 
     def choose(self, decoding: Seq[Sequence], request: StepRequest) -> list[int]:
         """Nodes of each sequence's tree, root included."""
@@ -50,47 +63,51 @@ class TreeSizes(Protocol):
     def least_value(self) -> float:
         """Nodes that are worth less will hardly be verified, so need not be drafted."""
 
-    def learn_step(self, num_tokens: int, load: StepLoad, num_emitted: int, step_s: float) -> None:
-        """Take note of a step's seconds, and of the tokens that its verify steps emitted."""
+    def learn(self, record: StepRecord) -> None:
+        """Take note of a step."""
 
-    def learn_draft(self, num_sequences: int, draft_s: float) -> None:
-        """Take note of the seconds that the heads took."""
+    def stats(self) -> "SizeStats":
+        """What is believed, and how well it held."""
 
 
-class FixedSizes:
+@dataclass(frozen=True, slots=True)
+class SizeStats:
+    """What sizes are chosen by.
+
+    Attributes:
+        costs: What steps are believed to cost; None if sizes do not depend on it.
+        foresight: How well steps were predicted; None if they are not.
+    """
+
+    costs: StepCosts | None = None
+    foresight: Foresight | None = None
+
+
+class FixedSizes(TreeSizes):
     """The same size for all, whatever it costs."""
 
     def __init__(self, num_nodes: int) -> None:
         self._num_nodes = num_nodes
 
-    @property
-    def costs(self) -> StepCosts | None:
-        """See `TreeSizes.costs`."""
-        return None
-
-    @property
-    def foresight(self) -> Foresight | None:
-        """See `TreeSizes.foresight`."""
-        return None
-
     def choose(self, decoding: Seq[Sequence], request: StepRequest) -> list[int]:
-        """See `TreeSizes.choose`; all shrink alike where there is no room."""
+        """The fixed size; all shrink alike where there is no room."""
         room = 1 + request.max_draft_tokens // max(1, len(decoding))
         return [min(self._num_nodes, room, sequence.drafts_allowed) for sequence in decoding]
 
     def wants_heads(self, num_decoding: int) -> bool:
-        """See `TreeSizes.wants_heads`."""
+        """Always, unless trees have no room for drafts."""
         return self._num_nodes > 1
 
     def least_value(self) -> float:
-        """See `TreeSizes.least_value`."""
+        """No node is worth too little."""
         return 0.0
 
-    def learn_step(self, num_tokens: int, load: StepLoad, num_emitted: int, step_s: float) -> None:
-        """See `TreeSizes.learn_step`; nothing hangs on it."""
+    def learn(self, record: StepRecord) -> None:
+        """Nothing depends on what steps cost."""
 
-    def learn_draft(self, num_sequences: int, draft_s: float) -> None:
-        """See `TreeSizes.learn_draft`; nothing hangs on it."""
+    def stats(self) -> SizeStats:
+        """Nothing is believed."""
+        return SizeStats()
 
 
 @dataclass(slots=True)
@@ -102,34 +119,26 @@ class _Load:
     prompt_share: float = 0.0
 
 
-class PlannedSizes:
+class PlannedSizes(TreeSizes):
     """One budget for all sequences, by what steps cost here and now.
 
     Args:
         costs: Learns from every step.
+        device_sources: Names of the draft sources whose runs cost time.
     """
 
-    def __init__(self, costs: StepCosts) -> None:
+    def __init__(self, costs: StepCosts, device_sources: AbstractSet[str]) -> None:
         self._costs = costs
+        self._device_sources = device_sources
         self._foresight = Foresight()
         self._loads: dict[int, _Load] = {}
         self._node_price = 0.0
 
-    @property
-    def costs(self) -> StepCosts | None:
-        """See `TreeSizes.costs`."""
-        return self._costs
-
-    @property
-    def foresight(self) -> Foresight:
-        """See `TreeSizes.foresight`."""
-        return self._foresight
-
     def choose(self, decoding: Seq[Sequence], request: StepRequest) -> list[int]:
-        """See `TreeSizes.choose`."""
+        """The sizes that `plan_trees` finds best."""
         num_roots = len(decoding)
         values = [_values(sequence) for sequence in decoding]
-        num_headed = sum(sequence.head_proposal is not None for sequence in decoding)
+        num_headed = sum(sequence.has_device_drafts for sequence in decoding)
         learned = self._load(num_roots)
         plan = plan_trees(
             values,
@@ -140,43 +149,45 @@ class PlannedSizes:
             Worth(learned.pace.speed, learned.prompt_share),
         )
         # Requests that want no drafts would make time look cheap to the next one that does.
-        if any(sequence.sources.any for sequence in decoding):
+        if any(sequence.sources for sequence in decoding):
             learned.pace.note(plan)
             has_prompts = request.num_prompt_tokens > 0
             learned.prompt_share += _SHARE_FADING * (has_prompts - learned.prompt_share)
-        if any(sequence.sources.heads is not None for sequence in decoding):
+        if any(not self._device_sources.isdisjoint(one.sources) for one in decoding):
             learned.gate.note(num_headed > 0, plan.gain)
         self._node_price += _PRICE_FADING * (plan.node_price - self._node_price)
-        self._foretell(values, plan)
+        self._predict(values, plan)
         return list(plan.sizes)
 
     def wants_heads(self, num_decoding: int) -> bool:
-        """See `TreeSizes.wants_heads`."""
+        """What the gate of such a load says."""
         return self._load(num_decoding).gate.is_open()
 
     def least_value(self) -> float:
-        """See `TreeSizes.least_value`; loads change, so half of the present price."""
+        """Half of the present price, since loads change."""
         return min(_MAX_LEAST_VALUE, 0.5 * self._node_price)
 
-    def learn_step(self, num_tokens: int, load: StepLoad, num_emitted: int, step_s: float) -> None:
-        """See `TreeSizes.learn_step`."""
-        self._foresight.seconds += self._costs.seconds(num_tokens, load)
-        self._foresight.measured_tokens += num_emitted
-        self._foresight.measured_seconds += step_s
-        self._costs.learn(num_tokens, load, step_s)
+    def learn(self, record: StepRecord) -> None:
+        """Correct the costs, and compare with what was predicted."""
+        self._foresight.seconds += self._costs.seconds(record.num_tokens, record.load)
+        self._foresight.measured_tokens += record.num_emitted
+        self._foresight.measured_seconds += record.step_s
+        self._costs.learn(record.num_tokens, record.load, record.step_s)
+        for num_sequences, draft_s in record.drafts:
+            self._foresight.seconds += self._costs.draft_seconds(num_sequences)
+            self._foresight.measured_seconds += draft_s
+            self._costs.learn_draft(num_sequences, draft_s)
 
-    def learn_draft(self, num_sequences: int, draft_s: float) -> None:
-        """See `TreeSizes.learn_draft`."""
-        self._foresight.seconds += self._costs.draft_seconds(num_sequences)
-        self._foresight.measured_seconds += draft_s
-        self._costs.learn_draft(num_sequences, draft_s)
+    def stats(self) -> SizeStats:
+        """The costs as they are now, and all predictions so far."""
+        return SizeStats(self._costs, self._foresight)
 
     def _load(self, num_decoding: int) -> _Load:
         # Numbers that are alike go together, so that each learns from many steps.
         rounded = num_decoding if num_decoding <= 8 else -(-num_decoding // 8) * 8
         return self._loads.setdefault(rounded, _Load())
 
-    def _foretell(self, values: Seq[Seq[float]], plan: Plan) -> None:
+    def _predict(self, values: Seq[Seq[float]], plan: Plan) -> None:
         chosen = zip(values, plan.sizes, strict=True)
         self._foresight.num_tokens += sum(1.0 + sum(own[: size - 1]) for own, size in chosen)
 

@@ -23,6 +23,7 @@ from heads.acceptance import (
 from heads.candidates import DraftTokens, TreeBatch
 from heads.tree import DraftTree
 from tests.heads.trees import random_drafts
+from tests.support.trees import chain, tree_of_paths
 
 CPU = torch.device("cpu")
 VOCAB_SIZE = 5
@@ -93,7 +94,7 @@ class TestExact:
         assert accepted.bonus_B.tolist() == [NEVER] * len(sizes)
 
     def test_a_chain_that_is_always_right_is_accepted_to_its_end(self) -> None:
-        drafts = [DraftTokens(DraftTree.chain(4), (9, 10, 11, 12, 13))]
+        drafts = [DraftTokens(chain(4), (9, 10, 11, 12, 13))]
         accepted = accept_exact(TreeBatch.from_drafts(drafts, CPU), lambda node_B: node_B + 10)
         assert accepted.node_ids_BD.tolist() == [[0, 1, 2, 3, 4]]
         assert accepted.num_nodes_B.tolist() == [5]
@@ -120,7 +121,7 @@ class TestExact:
             calls += 1
             return torch.where(node_B == 0, 1, NEVER)
 
-        drafts = [DraftTokens(DraftTree.chain(6), (0, 1, 1, 1, 1, 1, 1))]
+        drafts = [DraftTokens(chain(6), (0, 1, 1, 1, 1, 1, 1))]
         accepted = accept_exact(TreeBatch.from_drafts(drafts, CPU), draw_next)
         assert path_of(accepted, 0) == [0, 1]
         assert calls == 2
@@ -128,8 +129,7 @@ class TestExact:
     def test_a_sequence_that_has_stopped_keeps_its_first_draw(self) -> None:
         # The first sequence would match its child with the second draw at the same node.
         draws = iter([[8, 1], [1, 2], [1, 3]])
-        chain = DraftTree.chain(2)
-        drafts = [DraftTokens(chain, (0, 1, 2)), DraftTokens(chain, (0, 1, 2))]
+        drafts = [DraftTokens(chain(2), (0, 1, 2)), DraftTokens(chain(2), (0, 1, 2))]
         accepted = accept_exact(
             TreeBatch.from_drafts(drafts, CPU), lambda _: torch.tensor(next(draws))
         )
@@ -139,7 +139,7 @@ class TestExact:
     def test_padding_is_never_accepted(self) -> None:
         drafts = [
             DraftTokens(DraftTree.root_only(), (0,)),
-            DraftTokens(DraftTree.from_rank_paths([(0,), (1,), (2,)]), (0, 1, 2, 3)),
+            DraftTokens(tree_of_paths([(0,), (1,), (2,)]), (0, 1, 2, 3)),
         ]
         trees = TreeBatch.from_drafts(drafts, CPU)
         for next_BN in ([[-1], [-1]], [[0], [0]]):
@@ -148,7 +148,7 @@ class TestExact:
 
     def test_tokens_are_only_matched_below_the_accepted_node(self) -> None:
         # Token 7 sits below node 2, but the target goes through node 1.
-        tree = DraftTree.from_rank_paths([(0,), (1,), (1, 0)])
+        tree = tree_of_paths([(0,), (1,), (1, 0)])
         drafts = [DraftTokens(tree, (0, 5, 6, 7))]
         accepted = accept_exact(TreeBatch.from_drafts(drafts, CPU), draw_from([[5, 7, 0, 0]]))
         assert path_of(accepted, 0) == [0, 1]
@@ -205,7 +205,7 @@ class TestTypical:
                 assert log_probs_BN[row, node] > threshold_BN[row, node]
 
     def test_tokens_that_always_pass_are_accepted_to_the_deepest_leaf(self) -> None:
-        tree = DraftTree.from_rank_paths([(0,), (1,), (1, 0), (1, 0, 0)])
+        tree = tree_of_paths([(0,), (1,), (1, 0), (1, 0, 0)])
         trees = TreeBatch.from_drafts([DraftTokens(tree, (0, 1, 2, 3, 4))], CPU)
         log_probs_BN = torch.tensor([[0.0, -0.1, -5.0, -5.0, -5.0]])
         accepted = accept_typical(trees, log_probs_BN, torch.full((1, 5), -math.inf), bonus_of)
@@ -213,14 +213,14 @@ class TestTypical:
         assert accepted.bonus_B.tolist() == [104]
 
     def test_tokens_that_never_pass_leave_the_root(self) -> None:
-        trees = TreeBatch.from_drafts([DraftTokens(DraftTree.chain(2), (0, 1, 2))] * 2, CPU)
+        trees = TreeBatch.from_drafts([DraftTokens(chain(2), (0, 1, 2))] * 2, CPU)
         zeros_BN = torch.zeros(2, 3)
         accepted = accept_typical(trees, zeros_BN, zeros_BN, bonus_of)
         assert accepted.node_ids_BD.tolist() == [[0, -1, -1]] * 2
         assert accepted.bonus_B.tolist() == [100, 100]
 
     def test_of_two_equally_deep_paths_the_more_probable_is_kept(self) -> None:
-        tree = DraftTree.from_rank_paths([(0,), (1,), (0, 0), (1, 0)])
+        tree = tree_of_paths([(0,), (1,), (0, 0), (1, 0)])
         trees = TreeBatch.from_drafts([DraftTokens(tree, (0, 1, 2, 3, 4))], CPU)
         # The second path loses at depth 1 and wins in all.
         log_probs_BN = torch.tensor([[0.0, -1.0, -1.5, -2.0, -0.5]])
@@ -228,7 +228,7 @@ class TestTypical:
         assert accepted.node_ids_BD.tolist() == [[0, 2, 4]]
 
     def test_a_typical_token_below_a_refused_one_is_refused(self) -> None:
-        trees = TreeBatch.from_drafts([DraftTokens(DraftTree.chain(3), (0, 1, 2, 3))], CPU)
+        trees = TreeBatch.from_drafts([DraftTokens(chain(3), (0, 1, 2, 3))], CPU)
         log_probs_BN = torch.tensor([[0.0, -0.1, -9.0, -0.1]])
         accepted = accept_typical(trees, log_probs_BN, torch.full((1, 4), -2.0), bonus_of)
         assert accepted.node_ids_BD.tolist() == [[0, 1, -1, -1]]
@@ -243,7 +243,7 @@ class TestTypical:
     def test_padding_and_roots_may_hold_anything(self) -> None:
         drafts = [
             DraftTokens(DraftTree.root_only(), (0,)),
-            DraftTokens(DraftTree.chain(2), (0, 1, 2)),
+            DraftTokens(chain(2), (0, 1, 2)),
         ]
         trees = TreeBatch.from_drafts(drafts, CPU)
         for junk in (0.0, -math.inf, math.nan):
@@ -252,7 +252,7 @@ class TestTypical:
             assert accepted.node_ids_BD.tolist() == [[0, -1, -1], [0, 1, 2]]
 
     def test_its_inputs_are_left_as_they_are(self) -> None:
-        trees = TreeBatch.from_drafts([DraftTokens(DraftTree.chain(1), (0, 1))], CPU)
+        trees = TreeBatch.from_drafts([DraftTokens(chain(1), (0, 1))], CPU)
         log_probs_BN, threshold_BN = torch.full((1, 2), -0.5), torch.full((1, 2), -1.0)
         accept_typical(trees, log_probs_BN, threshold_BN, bonus_of)
         assert log_probs_BN.tolist() == [[-0.5, -0.5]]

@@ -5,41 +5,36 @@ from random import Random
 import pytest
 
 from heads.calibration import (
+    AGREED,
     MAX_DEPTH,
-    MAX_MATCH,
     NUM_BINS,
-    NUM_CELLS,
     Calibrator,
-    DraftSource,
+    DraftOutcome,
     Estimate,
-    Outcome,
     RequestCalibration,
-    both_cell,
     head_cell,
-    lookup_cell,
-    lookup_prior,
-    ratios_from_heads,
-    source_of,
+    head_ratios,
+    probability_bin,
 )
+from heads.lookup import MAX_MATCH, lookup_cell, lookup_prior
 
 PROBABILITIES = (0.0, 0.005, 0.015, 0.05, 0.3, 0.55, 0.999, 1.0)
 
 
-def outcome(cell: int, raw: float, is_accepted: bool) -> Outcome:
-    return Outcome(Estimate(raw, raw, raw, cell), is_accepted)
+HEADS, LOOKUP = "medusa", "lookup"
+
+
+def outcome(source: str, cell: int, raw: float, is_accepted: bool) -> DraftOutcome:
+    return DraftOutcome(Estimate(raw, raw, raw, source, cell), is_accepted)
 
 
 class TestCells:
-    def test_every_source_has_cells_of_its_own(self) -> None:
+    def test_candidates_that_differ_have_cells_of_their_own(self) -> None:
+        bins = len({probability_bin(p) for p in PROBABILITIES})
         heads = {head_cell(d, p) for d in range(1, MAX_DEPTH + 1) for p in PROBABILITIES}
+        assert len(heads) == MAX_DEPTH * bins
         lookup = {lookup_cell(n, first) for n in range(1, MAX_MATCH + 1) for first in (True, False)}
-        both = {both_cell(p) for p in PROBABILITIES}
-        assert len(heads | lookup | both) == len(heads) + len(lookup) + len(both)
-        assert {source_of(cell) for cell in heads} == {DraftSource.HEADS}
-        assert {source_of(cell) for cell in lookup} == {DraftSource.LOOKUP}
-        assert {source_of(cell) for cell in both} == {DraftSource.BOTH}
-        assert min(heads | lookup | both) >= 0
-        assert max(heads | lookup | both) < NUM_CELLS
+        assert len(lookup) == 2 * MAX_MATCH
 
     def test_deeper_and_longer_than_known_share_the_last(self) -> None:
         assert head_cell(MAX_DEPTH + 5, 0.5) == head_cell(MAX_DEPTH, 0.5)
@@ -53,62 +48,63 @@ class TestCells:
 
 class TestCalibrator:
     def test_believes_the_source_at_first(self) -> None:
-        assert Calibrator().probability(head_cell(1, 0.4), 0.4) == 0.4
+        assert Calibrator().probability(HEADS, head_cell(1, 0.4), 0.4) == 0.4
 
     def test_learns_the_rate_of_a_cell_and_of_no_other(self) -> None:
         rng, made = Random(0), Calibrator()
         cell, other = head_cell(1, 0.5), head_cell(2, 0.5)
-        made.learn(outcome(cell, 0.5, rng.random() < 0.25) for _ in range(4000))
+        made.learn(outcome(HEADS, cell, 0.5, rng.random() < 0.25) for _ in range(4000))
         # 400 expected hits are remembered: the standard error of the rate is about 0.015.
-        assert made.probability(cell, 0.5) == pytest.approx(0.25, abs=0.06)
-        assert made.probability(other, 0.5) == 0.5
+        assert made.probability(HEADS, cell, 0.5) == pytest.approx(0.25, abs=0.06)
+        assert made.probability(HEADS, other, 0.5) == 0.5
+        assert made.probability("mtp", cell, 0.5) == 0.5, "another source's cell"
 
     def test_forgets_what_no_longer_holds(self) -> None:
         rng, made, cell = Random(1), Calibrator(), lookup_cell(4, True)
         for rate in (0.9, 0.2):
-            made.learn(outcome(cell, 0.5, rng.random() < rate) for _ in range(6000))
-            assert made.probability(cell, 0.5) == pytest.approx(rate, abs=0.06)
+            made.learn(outcome(LOOKUP, cell, 0.5, rng.random() < rate) for _ in range(6000))
+            assert made.probability(LOOKUP, cell, 0.5) == pytest.approx(rate, abs=0.06)
 
     def test_never_is_quite_sure(self) -> None:
-        made, cell = Calibrator(), both_cell(0.9)
-        made.learn(outcome(cell, 0.9, is_accepted=True) for _ in range(1000))
-        assert made.probability(cell, 0.95) == 0.99
+        made, cell = Calibrator(), probability_bin(0.9)
+        made.learn(outcome(AGREED, cell, 0.9, is_accepted=True) for _ in range(1000))
+        assert made.probability(AGREED, cell, 0.95) == 0.99
 
     def test_begins_with_given_ratios(self) -> None:
-        made = Calibrator([0.5] * NUM_CELLS)
-        assert made.probability(0, 0.4) == 0.2
-        with pytest.raises(ValueError, match=f"3 ratios; give {NUM_CELLS}"):
-            Calibrator([1.0] * 3)
+        made = Calibrator({HEADS: {0: 0.5}})
+        assert made.probability(HEADS, 0, 0.4) == 0.2
+        assert made.ratio(HEADS, 0) == 0.5
+        assert made.ratio(LOOKUP, 0) == 1.0
+        made.learn([outcome(HEADS, 0, 10.0, is_accepted=True)] * 5)
+        assert made.ratio(HEADS, 0) == pytest.approx((10.0 * 0.5 + 5) / (10.0 + 50.0))
 
 
 class TestRequestCalibration:
     def test_is_neutral_at_first(self) -> None:
-        assert {RequestCalibration().factor(source) for source in DraftSource} == {1.0}
+        assert {RequestCalibration().factor(source) for source in (HEADS, LOOKUP)} == {1.0}
 
     def test_a_request_whose_drafts_fail_gets_fewer(self) -> None:
         made = RequestCalibration()
-        made.learn([outcome(head_cell(1, 0.6), 0.6, is_accepted=False)] * 20)
-        assert made.factor(DraftSource.HEADS) < 0.4
-        assert made.factor(DraftSource.LOOKUP) == 1.0
+        made.learn([outcome(HEADS, head_cell(1, 0.6), 0.6, is_accepted=False)] * 20)
+        assert made.factor(HEADS) < 0.4
+        assert made.factor(LOOKUP) == 1.0
 
     def test_a_request_whose_drafts_hold_gets_more_within_bounds(self) -> None:
         made = RequestCalibration()
-        made.learn([outcome(lookup_cell(1, True), 0.1, is_accepted=True)] * 200)
-        assert made.factor(DraftSource.LOOKUP) == 1.5
+        made.learn([outcome(LOOKUP, lookup_cell(1, True), 0.1, is_accepted=True)] * 200)
+        assert made.factor(LOOKUP) == 1.5
 
     def test_recovers_when_its_text_becomes_easy(self) -> None:
         made, cell = RequestCalibration(), head_cell(1, 0.6)
-        made.learn([outcome(cell, 0.6, is_accepted=False)] * 100)
+        made.learn([outcome(HEADS, cell, 0.6, is_accepted=False)] * 100)
         for _ in range(60):
-            made.learn([outcome(cell, 0.6, is_accepted=True)])
-        assert made.factor(DraftSource.HEADS) > 1.0
+            made.learn([outcome(HEADS, cell, 0.6, is_accepted=True)])
+        assert made.factor(HEADS) > 1.0
 
 
-def test_ratios_of_heads_leave_the_other_cells_as_they_are() -> None:
-    rows = [[2.0] * NUM_BINS, [3.0] * NUM_BINS]
-    ratios = Calibrator(ratios_from_heads(rows)).ratios
-    assert ratios[head_cell(1, 0.5)] == 2.0
-    assert ratios[head_cell(2, 0.99)] == 3.0
-    assert ratios[head_cell(3, 0.005)] == 1.0
-    assert ratios[lookup_cell(1, False)] == 1.0
-    assert set(Calibrator(ratios_from_heads([[2.0] * NUM_BINS] * 40)).ratios) == {1.0, 2.0}
+def test_measured_ratios_of_heads_have_the_cells_of_their_candidates() -> None:
+    ratios = Calibrator({HEADS: head_ratios([[2.0] * NUM_BINS, [3.0] * NUM_BINS])})
+    assert ratios.ratio(HEADS, head_cell(1, 0.5)) == 2.0
+    assert ratios.ratio(HEADS, head_cell(2, 0.99)) == 3.0
+    assert ratios.ratio(HEADS, head_cell(3, 0.005)) == 1.0
+    assert len(head_ratios([[2.0] * NUM_BINS] * 40)) == MAX_DEPTH * NUM_BINS

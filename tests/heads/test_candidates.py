@@ -5,83 +5,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from heads.calibration import Estimate, Outcome
-from heads.candidates import DraftTokens, TreeBatch, draft_tokens
+from heads.calibration import DraftOutcome, Estimate
+from heads.candidates import DraftTokens, TreeBatch
 from heads.tree import DraftTree
-from tests.heads.trees import random_drafts, random_tree
+from tests.heads.trees import random_drafts
+from tests.support.trees import chain, tree_of_paths
 
 # The root has the children 1 and 3; node 2 is below 1.
 TREE = DraftTree((-1, 0, 1, 0), (-1, 0, 0, 1))
-ESTIMATES = [Estimate(0.5, 0.5, 0.5, cell) for cell in range(4)]
+ESTIMATES = [Estimate(0.5, 0.5, 0.5, "medusa", cell) for cell in range(4)]
 CPU = torch.device("cpu")
-ROOT = 1000
-
-
-def token_by_path_slowly(
-    tree: DraftTree, candidates: list[list[int]]
-) -> dict[tuple[int, ...], int]:
-    """Path to token, for the nodes on whose path no candidate is padding."""
-    tokens = {}
-    for path in tree.paths():
-        along = [candidates[depth][rank] for depth, rank in enumerate(path)]
-        if -1 not in along:
-            tokens[path] = along[-1] if along else ROOT
-    return tokens
-
-
-class TestDraftTokens:
-    def test_each_node_takes_the_candidate_of_its_depth_and_rank(self) -> None:
-        tree = DraftTree.from_rank_paths([(0,), (1,), (0, 1), (1, 0)])
-        drafts = draft_tokens(tree, ROOT, [[10, 11], [20, 21]])
-        assert drafts == DraftTokens(tree, (ROOT, 10, 11, 21, 20))
-
-    def test_the_tree_is_kept_when_nothing_is_padding(self) -> None:
-        tree = DraftTree.chain(2)
-        assert draft_tokens(tree, ROOT, [[1, 2], [3, 4]]).tree is tree
-
-    def test_plain_decoding_needs_no_candidates(self) -> None:
-        drafts = draft_tokens(DraftTree.root_only(), ROOT, [])
-        assert drafts == DraftTokens(DraftTree.root_only(), (ROOT,))
-
-    def test_token_0_is_a_token(self) -> None:
-        assert draft_tokens(DraftTree.chain(1), 0, [[0]]).token_ids == (0, 0)
-
-    def test_padding_is_dropped_with_all_that_is_below_it(self) -> None:
-        tree = DraftTree.from_rank_paths([(0,), (1,), (0, 0), (1, 0), (1, 0, 0)])
-        drafts = draft_tokens(tree, ROOT, [[10, -1], [20], [30]])
-        assert drafts.token_ids == (ROOT, 10, 20)
-        assert drafts.tree.paths() == ((), (0,), (0, 0))
-
-    def test_without_any_candidate_only_the_root_is_left(self) -> None:
-        drafts = draft_tokens(DraftTree.chain(3), ROOT, [[-1], [-1], [-1]])
-        assert drafts == DraftTokens(DraftTree.root_only(), (ROOT,))
-
-    @given(st.randoms(use_true_random=False), st.integers(1, 16), st.floats(0.0, 1.0))
-    def test_any_padding_leaves_the_paths_without_it(
-        self, rng: Random, num_nodes: int, share: float
-    ) -> None:
-        tree = random_tree(rng, num_nodes, num_ranks=3)
-        candidates = [
-            [-1 if rng.random() < share else 10 * depth + rank for rank in range(3)]
-            for depth in range(max(1, tree.max_depth))
-        ]
-        drafts = draft_tokens(tree, ROOT, candidates)
-        drafted = dict(zip(drafts.tree.paths(), drafts.token_ids, strict=True))
-        assert drafted == token_by_path_slowly(tree, candidates)
-        assert -1 not in drafts.token_ids
-
-    @pytest.mark.parametrize(
-        ("tree", "shape"), [(DraftTree.chain(3), "2 x 2"), (DraftTree((-1, 0), (-1, 2)), "2 x 2")]
-    )
-    def test_a_tree_larger_than_the_candidates_is_refused(
-        self, tree: DraftTree, shape: str
-    ) -> None:
-        with pytest.raises(ValueError, match=f"the candidates have the shape {shape}"):
-            draft_tokens(tree, ROOT, [[1, 2], [3, 4]])
-
-    def test_a_tree_without_any_candidates_is_refused(self) -> None:
-        with pytest.raises(ValueError, match="the candidates have the shape 0 x 0"):
-            draft_tokens(DraftTree.chain(1), ROOT, [])
 
 
 class TestLimited:
@@ -110,11 +43,14 @@ class TestLimited:
 class TestOutcomes:
     def test_tell_of_the_nodes_below_accepted_ones(self) -> None:
         drafts = DraftTokens(TREE, (5, 6, 7, 8), tuple(ESTIMATES[node] for node in (1, 2, 3)))
-        assert drafts.outcomes([0]) == [Outcome(ESTIMATES[1], False), Outcome(ESTIMATES[3], False)]
+        assert drafts.outcomes([0]) == [
+            DraftOutcome(ESTIMATES[1], False),
+            DraftOutcome(ESTIMATES[3], False),
+        ]
         assert drafts.outcomes([0, 1]) == [
-            Outcome(ESTIMATES[1], True),
-            Outcome(ESTIMATES[2], False),
-            Outcome(ESTIMATES[3], False),
+            DraftOutcome(ESTIMATES[1], True),
+            DraftOutcome(ESTIMATES[2], False),
+            DraftOutcome(ESTIMATES[3], False),
         ]
 
     def test_are_none_where_nothing_was_estimated(self) -> None:
@@ -123,7 +59,7 @@ class TestOutcomes:
 
 class TestTreeBatch:
     def test_a_single_tree_needs_no_padding(self) -> None:
-        tree = DraftTree.from_rank_paths([(0,), (1,), (1, 0)])
+        tree = tree_of_paths([(0,), (1,), (1, 0)])
         batch = TreeBatch.from_drafts([DraftTokens(tree, (5, 6, 7, 8))], CPU)
         assert batch.token_ids_BN.tolist() == [[5, 6, 7, 8]]
         assert batch.parents_BN.tolist() == [[-1, 0, 0, 2]]
@@ -144,7 +80,7 @@ class TestTreeBatch:
         assert batch.max_depth == max(draft.tree.max_depth for draft in drafts)
 
     def test_every_field_is_int64_and_contiguous(self) -> None:
-        batch = TreeBatch.from_drafts([DraftTokens(DraftTree.chain(2), (1, 2, 3))] * 3, CPU)
+        batch = TreeBatch.from_drafts([DraftTokens(chain(2), (1, 2, 3))] * 3, CPU)
         for tensor in (batch.token_ids_BN, batch.parents_BN, batch.depths_BN):
             assert tensor.dtype == torch.int64
             assert tensor.is_contiguous()

@@ -78,20 +78,20 @@ def test_finds_what_a_search_through_prompt_reference_and_text_finds(seed: int) 
 
 
 def test_the_reference_is_what_may_follow_the_text_at_hand() -> None:
-    index = LookupIndex([1, 20, 21], reference=[30, 31, 32])
+    index = LookupIndex([1, 20, 21], prediction=[30, 31, 32])
     assert index.matches(1, 8) == [Match(3, (30, 31, 32), 0)]
     index.catch_up([1, 20, 21, 30])
     assert index.matches(1, 8) == [Match(4, (31, 32), 1)]
 
 
 def test_a_reference_is_found_again_behind_what_differs_from_it() -> None:
-    index = LookupIndex([1], reference=[30, 31, 32, 33, 34])
+    index = LookupIndex([1], prediction=[30, 31, 32, 33, 34])
     index.catch_up([1, 30, 99, 32])
     assert index.matches(1, 8) == [Match(1, (33, 34), 3)]
 
 
 def test_no_match_and_no_continuation_crosses_from_the_reference_into_the_text() -> None:
-    index = LookupIndex([3, 9], reference=[1, 2])
+    index = LookupIndex([3, 9], prediction=[1, 2])
     index.catch_up([3, 9, 2, 3])
     assert index.matches(1, 8) == [Match(1, (9, 2, 3))]
     index.catch_up([3, 9, 2, 3, 1, 2])

@@ -7,21 +7,25 @@ from random import Random
 import pytest
 
 from heads.calibration import (
-    NUM_CELLS,
+    AGREED,
+    MAX_DEPTH,
+    NUM_BINS,
     Calibrator,
-    DraftSource,
-    Outcome,
+    DraftOutcome,
     RequestCalibration,
-    both_cell,
     head_cell,
-    lookup_cell,
-    lookup_prior,
-    source_of,
+    probability_bin,
 )
 from heads.candidates import DraftTokens
-from heads.lookup import Match
-from heads.merged_tree import TreeLimits, TreeMerger
-from heads.proposals import GrownProposal, HeadProposal, MedusaProposal
+from heads.lookup import (
+    MAX_MATCH,
+    LookupProposal,
+    Match,
+    lookup_cell,
+    lookup_prior,
+)
+from heads.merged_tree import TreeLimits, merge_proposals
+from heads.proposals import GrownProposal, MedusaProposal, Proposal
 from heads.tree import DraftTree
 
 Path = tuple[int, ...]
@@ -31,7 +35,15 @@ WIDE = TreeLimits(num_nodes=64, max_depth=8)
 
 
 def medusa(ids_KR: Sequence[Sequence[int]] = IDS_KR) -> MedusaProposal:
-    return MedusaProposal(DraftTree.chain(2), 1, ids_KR, PROBABILITIES_KR)
+    return MedusaProposal(ids_KR, PROBABILITIES_KR)
+
+
+def random_ratios(rng: Random) -> dict[str, dict[int, float]]:
+    cells = {"medusa": MAX_DEPTH * NUM_BINS, "lookup": 2 * MAX_MATCH, AGREED: NUM_BINS}
+    return {
+        source: {cell: rng.uniform(0.3, 1.2) for cell in range(number)}
+        for source, number in cells.items()
+    }
 
 
 def grown() -> GrownProposal:
@@ -41,14 +53,17 @@ def grown() -> GrownProposal:
 
 
 def merged(
-    proposal: HeadProposal | None = None,
+    proposal: Proposal | None = None,
     matches: Sequence[Match] = (),
     limits: TreeLimits = WIDE,
     calibrator: Calibrator | None = None,
     calibration: RequestCalibration | None = None,
 ) -> DraftTokens:
-    merger = TreeMerger(calibrator or Calibrator())
-    return merger.merge(1, proposal, matches, calibration or RequestCalibration(), limits)
+    copied = LookupProposal(matches) if matches else None
+    proposals = [one for one in (proposal, copied) if one is not None]
+    return merge_proposals(
+        1, proposals, calibrator or Calibrator(), calibration or RequestCalibration(), limits
+    )
 
 
 def values_by_path(drafts: DraftTokens) -> dict[Path, float]:
@@ -89,7 +104,7 @@ class SlowPaths:
             for token, length in self.lengths(path).items()
         }
         return {
-            token: self.calibrator.probability(lookup_cell(*where), lookup_prior(*where))
+            token: self.calibrator.probability("lookup", lookup_cell(*where), lookup_prior(*where))
             for token, where in after.items()
         }
 
@@ -98,10 +113,10 @@ class SlowPaths:
         probabilities, correct = self.looked_up(path), self.calibrator.probability
         if len(path) < len(IDS_KR):
             for token, raw in zip(IDS_KR[len(path)], PROBABILITIES_KR[len(path)], strict=True):
-                own = correct(head_cell(len(path) + 1, raw), raw)
+                own = correct("medusa", head_cell(len(path) + 1, raw), raw)
                 if token in probabilities:
                     both = 1.0 - (1.0 - own) * (1.0 - probabilities[token])
-                    own = min(0.99, correct(both_cell(both), both))
+                    own = min(0.99, correct(AGREED, probability_bin(both), both))
                 if token != -1:
                     probabilities[token] = own
         return probabilities
@@ -123,7 +138,7 @@ def test_holds_the_most_valuable_of_all_paths(seed: int) -> None:
     matches = [
         Match(length, tuple(rng.choices((5, 6, 8, 9), k=rng.randint(0, 4)))) for length in lengths
     ]
-    calibrator = Calibrator([rng.uniform(0.3, 1.2) for _ in range(NUM_CELLS)])
+    calibrator = Calibrator(random_ratios(rng))
     expected = SlowPaths(matches, calibrator, max_depth=5).values
     ranked = sorted(expected.values(), reverse=True)
     for num_nodes in (1, 2, 5, 12):
@@ -148,8 +163,8 @@ class TestHeadsAlone:
 
     def test_a_request_whose_heads_fail_has_lower_values(self) -> None:
         failing = RequestCalibration()
-        failing.learn([Outcome(merged(medusa()).estimates[0], is_accepted=False)] * 50)
-        factor = failing.factor(DraftSource.HEADS)
+        failing.learn([DraftOutcome(merged(medusa()).estimates[0], is_accepted=False)] * 50)
+        factor = failing.factor("medusa")
         assert factor < 0.5
         assert values_by_path(merged(medusa(), calibration=failing))[5,] == pytest.approx(
             0.5 * factor
@@ -157,15 +172,15 @@ class TestHeadsAlone:
 
 
 class TestLookupAlone:
-    def test_nodes_know_where_in_the_reference_they_stand(self) -> None:
+    def test_nodes_know_where_in_the_prediction_they_stand(self) -> None:
         drafts = merged(matches=[Match(5, (4, 5)), Match(4, (4, 7), 30), Match(3, (4, 7, 8), 20)])
         places = dict(zip(drafts.token_ids[1:], drafts.estimates, strict=True))
-        found = {token: estimate.reference_place for token, estimate in places.items()}
+        found = {token: estimate.prediction_place for token, estimate in places.items()}
         assert found == {4: 30, 5: -1, 7: 31, 8: 22}
 
     def test_a_continuation_becomes_a_chain_that_grows_surer(self) -> None:
         drafts = merged(matches=[Match(3, (4, 5, 6))])
-        assert {estimate.reference_place for estimate in drafts.estimates} == {-1}
+        assert {estimate.prediction_place for estimate in drafts.estimates} == {-1}
         assert drafts.token_ids == (1, 4, 5, 6)
         assert drafts.tree.parents == (-1, 0, 1, 2)
         expected = [lookup_prior(length, True) for length in (3, 4, 5)]
@@ -184,7 +199,7 @@ class TestLookupAlone:
 class TestBoth:
     def test_a_token_that_both_draft_is_surer_than_by_either(self) -> None:
         drafts = merged(medusa(), [Match(4, (5,))])
-        (estimate,) = (e for e in drafts.estimates if source_of(e.cell) is DraftSource.BOTH)
+        (estimate,) = (e for e in drafts.estimates if e.source == AGREED)
         assert estimate.raw == pytest.approx(1 - (1 - 0.5) * (1 - lookup_prior(4, True)))
 
     def test_medusa_heads_go_on_behind_a_looked_up_token(self) -> None:
@@ -197,7 +212,7 @@ class TestBoth:
         assert (4, 8) not in values
 
     def test_siblings_are_never_likelier_than_one_token_can_be(self) -> None:
-        sure = Calibrator([3.0] * NUM_CELLS)
+        sure = Calibrator({"medusa": dict.fromkeys(range(99), 3.0), "lookup": {17: 3.0, 15: 3.0}})
         drafts = merged(medusa(), [Match(9, (4,)), Match(8, (3,))], calibrator=sure)
         siblings = [
             estimate.probability
@@ -227,3 +242,46 @@ class TestLimits:
     def test_worthless_nodes_are_left_out(self) -> None:
         values = values_by_path(merged(medusa(), limits=TreeLimits(64, 8, min_value=0.25)))
         assert set(values) == {(5,), (5, 8), (6,)}
+
+    def test_a_forbidden_draft_and_all_behind_it_stay_out(self) -> None:
+        asked: list[tuple[Path, int]] = []
+
+        def allows(path: Sequence[int], token_id: int) -> bool:
+            asked.append((tuple(path), token_id))
+            return (tuple(path), token_id) not in (((), 5), ((6,), 8))
+
+        values = values_by_path(merged(medusa(), limits=TreeLimits(64, 8, allows=allows)))
+        assert set(values) == {(6,), (7,), (6, 5), (7, 8), (7, 5)}
+        assert ((6,), 8) in asked
+
+
+class TestThreeSources:
+    def test_a_token_that_all_say_is_surer_than_by_any_two(self) -> None:
+        copied, other = (
+            LookupProposal([Match(4, (5,))]),
+            GrownProposal(DraftTokens(DraftTree((-1, 0), (-1, 0)), (1, 5)), (0.5,)),
+        )
+
+        def raw(*proposals: Proposal) -> float:
+            drafts = merge_proposals(
+                1, proposals, Calibrator(), RequestCalibration(), TreeLimits(2, 1)
+            )
+            return drafts.estimates[0].raw
+
+        prior = lookup_prior(4, True)
+        assert raw(medusa(), copied) == pytest.approx(1 - 0.5 * (1 - prior))
+        assert raw(medusa(), other, copied) == pytest.approx(1 - 0.5 * 0.5 * (1 - prior))
+
+    def test_each_source_goes_on_where_it_stands(self) -> None:
+        copied = LookupProposal([Match(9, (4, 2))])
+        drafts = merge_proposals(
+            1, (medusa(), grown(), copied), Calibrator(), RequestCalibration(), WIDE
+        )
+        values = values_by_path(drafts)
+        assert {(4, 2), (4, 8), (5, 8), (6, 8)} <= set(values)
+        sources = {
+            path: estimate.source for path, estimate in zip(values, drafts.estimates, strict=True)
+        }
+        assert sources[5, 8] == AGREED
+        assert sources[6, 8] == "medusa"
+        assert sources[4, 2] == "lookup"

@@ -80,7 +80,7 @@ def test_a_batch_grows_as_each_tree_alone(
         rows = [[tree.below(p) for p in paths] for tree, paths in zip(slow, newest, strict=True)]
         trees.add(packed(rows))
     for tree, proposal in zip(slow, trees.best([7, 8, 9], num_nodes), strict=True):
-        drafts = proposal.own_tree()
+        drafts = proposal.drafts
         tree.grow(num_depths, width)
         expected = tree.best(num_nodes)
         paths = [()]
@@ -97,7 +97,7 @@ def test_a_batch_grows_as_each_tree_alone(
             assert child.probability == pytest.approx(math.exp(log_prob), rel=1e-4)
         values = [tree.found[path] for path in expected]
         assert all(a >= b for a, b in pairwise(values))
-    roots = [found.own_tree().token_ids[0] for found in trees.best([7, 8, 9], num_nodes)]
+    roots = [found.drafts.token_ids[0] for found in trees.best([7, 8, 9], num_nodes)]
     assert roots == [7, 8, 9]
 
 
@@ -107,7 +107,7 @@ def test_a_child_as_sure_as_its_parent_comes_behind_it() -> None:
     for _ in range(3):
         trees.frontier(1)
         trees.add(sure)
-    assert trees.best([1], 5)[0].own_tree().tree.parents == (-1, 0, 1, 2, 3)
+    assert trees.best([1], 5)[0].drafts.tree.parents == (-1, 0, 1, 2, 3)
 
 
 def test_adding_without_a_frontier_is_a_bug() -> None:

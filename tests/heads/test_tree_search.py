@@ -12,6 +12,7 @@ from heads.calibration import NUM_BINS
 from heads.tree import DraftTree
 from heads.tree_search import AcceptanceProfile, best_tree, expected_tokens_per_step, node_values
 from tests.heads.trees import random_tree
+from tests.support.trees import chain, rank_paths, tree_of_paths
 
 PROFILE = AcceptanceProfile(((0.5, 0.2, 0.1), (0.4, 0.1), (0.3,)))
 
@@ -93,7 +94,7 @@ class TestBestTree:
     def test_the_most_valuable_nodes_come_first(self) -> None:
         # Values: (0,) 0.5, then 0.2 for both (1,) and (0, 0), 0.1 for (2,), 0.08 for (1, 0).
         tree = best_tree(PROFILE, 6)
-        assert tree.paths() == ((), (0,), (1,), (0, 0), (2,), (1, 0))
+        assert rank_paths(tree) == ((), (0,), (1,), (0, 0), (2,), (1, 0))
 
     @settings(max_examples=40)
     @given(
@@ -124,7 +125,7 @@ class TestBestTree:
 
     def test_candidates_that_are_never_accepted_are_left_out(self) -> None:
         profile = AcceptanceProfile(((0.5, 0.0), (0.0, 0.25)))
-        assert best_tree(profile, 99).paths() == ((), (0,), (0, 1))
+        assert rank_paths(best_tree(profile, 99)) == ((), (0,), (0, 1))
 
     def test_a_profile_without_hope_gives_the_root(self) -> None:
         assert best_tree(AcceptanceProfile(((0.0, 0.0),)), 8) == DraftTree.root_only()
@@ -141,14 +142,14 @@ class TestBestTree:
 
 class TestNodeValues:
     def test_a_node_is_worth_the_product_along_its_path(self) -> None:
-        tree = DraftTree.from_rank_paths([(0,), (2,), (0, 1), (0, 1, 0)])
+        tree = tree_of_paths([(0,), (2,), (0, 1), (0, 1, 0)])
         assert node_values(PROFILE, tree) == pytest.approx((1.0, 0.5, 0.1, 0.05, 0.015))
 
     @given(st.randoms(use_true_random=False), st.integers(1, 12))
     def test_any_tree_is_valued_by_its_paths(self, rng: Random, num_nodes: int) -> None:
         profile = random_profile(rng, num_heads=12, num_ranks=2)
         tree = random_tree(rng, num_nodes, num_ranks=2)
-        slowly = [value_slowly(profile, path) for path in tree.paths()]
+        slowly = [value_slowly(profile, path) for path in rank_paths(tree)]
         assert node_values(profile, tree) == pytest.approx(slowly)
         assert expected_tokens_per_step(profile, tree) == pytest.approx(sum(slowly))
 
@@ -157,13 +158,13 @@ class TestNodeValues:
 
     def test_perfect_heads_emit_one_token_more_than_they_draft(self) -> None:
         profile = AcceptanceProfile(((1.0,),) * 5)
-        assert expected_tokens_per_step(profile, DraftTree.chain(5)) == 6.0
+        assert expected_tokens_per_step(profile, chain(5)) == 6.0
 
     @pytest.mark.parametrize("paths", [[(3,)], [(0,), (0, 2)], [(0,), (0, 0), (0, 0, 0)]])
     def test_a_tree_outside_the_profile_is_refused(self, paths: list[tuple[int, ...]]) -> None:
         profile = AcceptanceProfile(PROFILE.accept_rates_KR[:2])
         with pytest.raises(ValueError, match="outside the acceptance profile"):
-            node_values(profile, DraftTree.from_rank_paths(paths))
+            node_values(profile, tree_of_paths(paths))
 
     def test_simulated_acceptance_agrees_with_the_expectation(self) -> None:
         # 4,000 steps of at most 4 tokens: six standard deviations are below 0.14.
@@ -175,7 +176,7 @@ class TestNodeValues:
 
 def simulated_step(rng: Random, profile: AcceptanceProfile, tree: DraftTree) -> int:
     """Tokens of a step whose target token has rank r with the profile's rate."""
-    paths = set(tree.paths())
+    paths = set(rank_paths(tree))
     path: tuple[int, ...] = ()
     while len(path) < profile.max_depth:
         rates_R = profile.accept_rates_KR[len(path)]

@@ -10,7 +10,6 @@ from prometheus_client import generate_latest
 from torch import Tensor
 
 from server.core.request import Request, RequestOutput
-from server.core.sequence import Sequence
 from server.engine.async_engine import AsyncEngine
 from server.engine.engine import Engine
 from tests.support.engine_tools import (
@@ -39,16 +38,16 @@ async def running(engine: Engine | None = None, max_queue: int = 64) -> AsyncIte
         await async_engine.stop()
 
 
-def without_drafts(sequence: Sequence, hidden_D: Tensor) -> list[list[int]]:
+def without_drafts(request_id: str, so_far: tuple[int, ...], hidden_D: Tensor) -> list[list[int]]:
     return [[-1] * NUM_RANKS] * NUM_HEADS
 
 
 def slow_engine(**options: Any) -> Engine:
     """An engine that takes at least 10 ms for each token of each sequence."""
 
-    def wait(sequence: Sequence, hidden_D: Tensor) -> list[list[int]]:
+    def wait(request_id: str, so_far: tuple[int, ...], hidden_D: Tensor) -> list[list[int]]:
         time.sleep(0.01)
-        return without_drafts(sequence, hidden_D)
+        return without_drafts(request_id, so_far, hidden_D)
 
     return make_engine(script=wait, num_blocks=256, **options)
 

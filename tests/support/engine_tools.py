@@ -19,44 +19,51 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from heads.medusa import MedusaConfig, MedusaHeads
-from heads.proposals import MedusaProposal
-from heads.tree import DraftTree
-from heads.tree_search import AcceptanceProfile, best_tree
+from heads.proposals import MedusaProposal, Proposal
+from heads.tree_search import AcceptanceProfile
 from server.attention.create import create_attention
 from server.config import EngineConfig, SamplingParams, SpeculationParams
 from server.core.completion import Completion
 from server.core.limits import RequestLimits
 from server.core.request import Request
-from server.core.sequence import Sequence, acceptance_rule, request_seed
+from server.core.sequence import Sequence, request_seed
 from server.core.text import TextStream
 from server.cpu.accelerate import draft_products
 from server.device.base import DraftProducts
 from server.device.create import create_device
-from server.engine.build import EngineParts, kv_layout, make_speculator
+from server.engine.build import EngineParts, kv_layout
 from server.engine.engine import Engine, OnHidden
+from server.executor.executor import Drafting
+from server.executor.host import HostExecutor
 from server.executor.model_runner import ModelRunner
 from server.kv.block_manager import BlockManager
 from server.kv.kv_cache import KVCache, KVLayout
 from server.model.draft_heads import DraftHeads
 from server.model.loading import LoadedModel, load_model
-from server.sampling.logits import make_adjuster
+from server.sampling.acceptance import check_acceptance, choose_rule
+from server.sampling.processors import make_processors
 from server.sampling.uniform import uniform
 from server.speculation.cost_model import CostModel, StepCosts
-from server.speculation.drafter import MedusaDrafter
-from server.speculation.tree_sizes import PlannedSizes
+from server.speculation.source import SourceContext
+from server.speculation.sources import make_sources
+from server.speculation.sources.medusa import MedusaDrafter, MedusaSource
+from server.speculation.speculator import Speculator
+from server.speculation.tree_sizes import FixedSizes, PlannedSizes
 from server.tokenizer import Tokenizer
 from tests.support.slow_sampling import adjust_slowly, draw_slowly, filter_slowly, greedy_slowly
 from tests.support.tiny_models import VOCAB_SIZE, TinyKind, save_tiny_model, tiny_tokenizer
 
 NUM_HEADS = 3
 NUM_RANKS = 3
+# Names of the device draft sources.
+HEADS = frozenset(("medusa", "mtp"))
 # Differences below these are floating-point ties between two ways to compute the same number.
 TIE_MARGIN = 1e-4
 _CACHE_SLOTS = 2048
 _request_ids = count()
 
-# What follows a root, by depth and rank.
-DraftScript = Callable[[Sequence, Tensor], list[list[int]]]
+# What follows a request's text, root last, by depth and rank; gets the root's hidden state too.
+DraftScript = Callable[[str, tuple[int, ...], Tensor], list[list[int]]]
 
 
 @cache
@@ -121,23 +128,32 @@ def wide_profile(num_heads: int = NUM_HEADS, num_ranks: int = NUM_RANKS) -> Acce
 class ScriptedDrafter(MedusaDrafter):
     """Drafts what a script says instead of what heads propose."""
 
-    def __init__(self, heads: MedusaHeads, tree: DraftTree, script: DraftScript) -> None:
-        super().__init__(heads, tree)
-        self._tree = tree
+    def __init__(self, heads: MedusaHeads, script: DraftScript) -> None:
+        super().__init__(heads, NUM_RANKS)
         self._script = script
 
-    def propose(
+    def draft(
         self,
-        rooted: Seq[Sequence],
+        rooted: Seq[Drafting],
         hidden_BD: Tensor,
-        prefilling: Seq[Sequence],
-        min_value: float = 0.0,
-    ) -> None:
-        for sequence, hidden_D in zip(rooted, hidden_BD, strict=True):
-            candidates = self._script(sequence, hidden_D)
-            root, share = sequence.token_ids[-1], 1.0 / NUM_RANKS
-            probabilities = [[share] * len(row) for row in candidates]
-            sequence.head_proposal = MedusaProposal(self._tree, root, candidates, probabilities)
+        following: Seq[Drafting],
+        min_value: float,
+    ) -> list[Proposal | None]:
+        proposals: list[Proposal | None] = []
+        for drafting, hidden_D in zip(rooted, hidden_BD, strict=True):
+            text = tuple(drafting.tokens(0, drafting.num_tokens))
+            candidates = self._script(drafting.sequence.request.request_id, text, hidden_D)
+            rates_KR = [list(wide_profile().accept_rates_KR[0])] * len(candidates)
+            proposals.append(MedusaProposal(candidates, rates_KR))
+        return proposals
+
+
+class ScriptedSource(MedusaSource):
+    """Medusa heads as a source, whose drafter follows a script."""
+
+    def __init__(self, heads: MedusaHeads, script: DraftScript) -> None:
+        super().__init__(heads, wide_profile(), max_nodes=8)
+        self.drafter = ScriptedDrafter(heads, script)
 
 
 def make_engine(
@@ -153,8 +169,7 @@ def make_engine(
 
     Args:
         script: Where drafts come from; None takes untrained heads, which are mostly wrong.
-        costs: Chooses the tree sizes, unless the options fix them; without it trees are the heads'
-            own and as large as the options allow.
+        costs: Chooses the tree sizes; without it trees are as large as the options allow.
         draft: Heads instead of untrained Medusa heads.
         on_hidden: As `Engine` takes it.
         products: What the heads multiply with; None takes those of an uncompiled server.
@@ -168,7 +183,7 @@ def make_engine(
         "max_num_seqs": 4,
         "max_tokens_per_step": 32,
         "max_nodes": 8,
-        "tree_size": "auto" if costs else options.get("max_nodes", 8),
+        "lookup": False,
     }
     config = EngineConfig(**(sizes | options))
     if config.num_blocks is None:
@@ -179,21 +194,28 @@ def make_engine(
     layout = kv_layout(loaded, config.block_size, draft, on_hidden is not None)
     runner, cache = _tiny_runner(kind, layout)
     blocks = BlockManager(config.num_blocks, config.block_size, config.prefix_caching)
-    speculator = make_speculator(config, draft, cache, blocks, products or draft_products(None))
-    if script is not None and draft is not None:
-        tree = best_tree(wide_profile(), config.max_nodes)
-        speculator.drafter = ScriptedDrafter(heads_for(loaded), tree, script)
-    if costs is not None:
-        speculator.sizes = PlannedSizes(StepCosts(costs))
+    made = products or draft_products(None)
+    sources = make_sources(SourceContext(config, draft, cache, blocks, made))
+    if script is not None:
+        sources = [
+            ScriptedSource(heads_for(loaded), script) if source.name == "medusa" else source
+            for source in sources
+        ]
+    tree_size = config.max_nodes if config.tree_size == "auto" else config.tree_size
+    speculator = Speculator(
+        sources,
+        FixedSizes(tree_size) if costs is None else PlannedSizes(StepCosts(costs), HEADS),
+        config.max_nodes,
+    )
     max_len = min(config.num_blocks * config.block_size, loaded.max_model_len)
     return Engine(
         EngineParts(
             config=config,
             loaded=loaded,
-            runner=runner,
+            executor=HostExecutor(runner, layout, speculator.drafters),
             blocks=blocks,
             speculator=speculator,
-            limits=RequestLimits(max_len, loaded.vocab_size, speculator.methods),
+            limits=RequestLimits(max_len, loaded.vocab_size, speculator.methods, check_acceptance),
             heads_name=None if draft is None else "random",
             is_compiled=False,
         ),
@@ -227,16 +249,17 @@ def make_sequence(
 ) -> Sequence:
     """A sequence as the engine holds it after some tokens, without an engine."""
     request = Request("r", tuple(prompt), sampling, speculation or SpeculationParams())
-    adjuster = make_adjuster(sampling, prompt, vocab_size, torch.device("cpu"))
-    if adjuster is not None:
-        adjuster.append(generated)
+    processors = make_processors(request, vocab_size, torch.device("cpu"))
+    for processor in processors:
+        processor.commit(generated)
     return Sequence(
         request=request,
         text=TextStream(byte_tokenizer().detokenizer(), sampling.stop),
         seed=request_seed(request),
-        acceptance=acceptance_rule(request, "auto"),
+        acceptance=choose_rule(sampling, request.speculation, "auto"),
         drafts_allowed=1,
-        adjuster=adjuster,
+        end_ids=frozenset() if sampling.ignore_eos else byte_tokenizer().eos_token_ids,
+        processors=processors,
         token_ids=[*prompt, *generated],
     )
 
@@ -329,11 +352,11 @@ def known_continuation(
     """
     rng = Random(seed)
 
-    def script(sequence: Sequence, hidden_D: Tensor) -> list[list[int]]:
-        text = texts.get(sequence.request.request_id, ())
+    def script(request_id: str, so_far: tuple[int, ...], hidden_D: Tensor) -> list[list[int]]:
+        text = texts.get(request_id, ())
         candidates = []
         for depth in range(1, NUM_HEADS + 1):
-            position = len(sequence.token_ids) - 1 + depth
+            position = len(so_far) - 1 + depth
             right = text[position] if position < len(text) else -1
             wrong = rng.sample([t for t in range(VOCAB_SIZE) if t != right], NUM_RANKS)
             if right >= 0 and rng.random() < right_share:

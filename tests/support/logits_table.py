@@ -6,6 +6,7 @@ Shapes: N nodes, S rows of logits of the step, V vocabulary.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from random import Random
 
 import torch
@@ -14,8 +15,10 @@ from torch import Tensor
 from heads.candidates import DraftTokens
 from heads.tree import DraftTree
 from server.config import SamplingParams, SpeculationParams
-from server.core.step import StepEntry
+from server.core.step import StepEntry, Verdict
+from server.sampling.verify import verify
 from tests.support.engine_tools import make_sequence
+from tests.support.trees import tree_of_paths
 
 
 def random_table(seed: int, vocab_size: int, scale: float = 1.0) -> Tensor:
@@ -53,12 +56,18 @@ def make_item(
     return StepEntry(sequence, 1, drafts, is_verified=True, is_decoding=True)
 
 
+def verify_all(logits_SV: Tensor, items: Sequence[StepEntry]) -> list[Verdict]:
+    """Verify entries whose rows lie one after the other."""
+    sizes = [item.drafts.tree.num_nodes for item in items]
+    return verify(logits_SV, items, list(accumulate(sizes, initial=0))[:-1])
+
+
 def node_logits(table: Tensor, items: Sequence[StepEntry]) -> Tensor:
     """The table's rows at all nodes of all trees."""
     return table[[token for item in items for token in item.drafts.token_ids]]
 
 
-TREE = DraftTree.from_rank_paths([(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)])
+TREE = tree_of_paths([(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)])
 
 
 def likely_drafts(table: Tensor, root: int) -> DraftTokens:

@@ -4,24 +4,34 @@ The simulated cache holds under each slot the whole text up to its token, so a s
 read a stale, foreign or overwritten slot is caught on the step that does it.
 """
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from random import Random
 
-from heads.candidates import draft_tokens
 from heads.tree_search import best_tree
 from server.config import EngineConfig, SamplingParams
 from server.core.sequence import Sequence
 from server.core.step import StepEntry
 from server.engine.scheduler import Scheduler
 from server.kv.block_manager import BlockManager
-from server.speculation.speculator import Speculator
-from server.speculation.tree_builders import OwnTrees
+from server.speculation.planner import StepRequest
 from server.speculation.tree_sizes import FixedSizes
 from tests.support.engine_tools import make_sequence, wide_profile
+from tests.support.trees import draft_tokens
 
 VOCAB = 16
 NUM_HEADS = 3
 NUM_RANKS = 2
+
+
+@dataclass(frozen=True)
+class FixedPlanner:
+    """A planner that knows no draft source."""
+
+    sizes: FixedSizes
+
+    def plan(self, decoding: Seq[Sequence], request: StepRequest) -> list[int]:
+        return self.sizes.choose(decoding, request)
 
 
 @dataclass
@@ -52,8 +62,7 @@ class Simulation:
         self.rng = Random(self.seed)
         self.blocks = BlockManager(self.num_blocks, self.block_size, self.prefix_caching)
         self.tree = best_tree(wide_profile(NUM_HEADS, NUM_RANKS), self.max_nodes)
-        speculator = Speculator(None, OwnTrees(), FixedSizes(self.max_nodes))
-        self.scheduler = Scheduler(config, self.blocks, speculator)
+        self.scheduler = Scheduler(config, self.blocks, FixedPlanner(FixedSizes(self.max_nodes)))
 
     def add(
         self, prompt: tuple[int, ...], max_tokens: int = 8, drafts_allowed: int | None = None

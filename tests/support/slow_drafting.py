@@ -16,7 +16,7 @@ from server.attention.backend import AttentionBackend, AttentionBatch
 from server.attention.hook import AttentionContext
 from server.model.decoder_layer import DecoderLayer
 from server.model.loading import LoadedModel
-from server.speculation.mtp_drafter import Growth
+from server.speculation.sources.mtp_drafter import Growth
 from tests.support.engine_tools import tiny_loaded, tiny_reference
 from tests.support.tiny_models import TinyKind
 

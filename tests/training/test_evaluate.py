@@ -9,6 +9,7 @@ from heads.medusa import MedusaConfig, MedusaHeads
 from heads.tree import DraftTree
 from heads.tree_search import AcceptanceProfile, best_tree, expected_tokens_per_step
 from server.model.loading import LoadedModel
+from tests.support.trees import chain, tree_of_paths
 from tests.training.corpora import corpus
 from training.calibration import CalibrationCounter
 from training.drafts import MedusaDrafts
@@ -132,9 +133,9 @@ def test_a_walk_without_steps_has_no_mean() -> None:
 
 def test_a_rank_that_no_node_has_is_not_accepted() -> None:
     answer = RankedAnswer("x", [[0, 1, 0], [3, 0, 0], [UNRANKED, 0, 0]], 4)
-    tree = DraftTree.from_rank_paths([(0,), (1,), (0, 1)])
+    tree = tree_of_paths([(0,), (1,), (0, 1)])
     assert walk([answer], tree) == Walk(1, 3)
-    assert walk([answer], DraftTree.from_rank_paths([(0,), (1,)])) == Walk(2, 3)
+    assert walk([answer], tree_of_paths([(0,), (1,)])) == Walk(2, 3)
 
 
 def test_the_profile_of_independent_ranks_is_their_distribution() -> None:
@@ -183,8 +184,7 @@ def test_candidates_below_a_refused_parent_do_not_count() -> None:
     # The second head is right exactly when the first one is; steps begin at every position.
     ranks = [[0, 0] if i % 3 == 0 else [UNRANKED, UNRANKED] for i in range(6000)]
     answer = with_confidences(RankedAnswer("x", ranks, 6001), [0.5])
-    chain = DraftTree.chain(2)
-    first, second = measure_calibration([answer], chain)
+    first, second = measure_calibration([answer], chain(2))
     assert first[head_bin(0.5)] == pytest.approx(2.0, rel=0.02), "after a whole step comes a hit"
     assert second[head_bin(0.5)] == pytest.approx(2.0, rel=0.02)
 

@@ -5,12 +5,13 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from server.api.schemas.base import RequestBody, UnicodeText, invalid_value
 from server.api.schemas.text_parts import TextPart, joined_text
-from server.config import AcceptanceName, Method, SamplingParams, SpeculationParams
+from server.config import SamplingParams, SpeculationParams
 from server.errors import InvalidRequestError
+from server.sampling.acceptance import acceptance_options
 from server.tokenizer import Tokenizer
 
 MAX_CHOICES = 128
@@ -62,11 +63,21 @@ class StreamOptions(RequestBody):
 class SpeculationOptions(RequestBody):
     """Euryale's extension: how this request is speculated on."""
 
-    method: Method = "auto"
-    acceptance: AcceptanceName = "auto"
-    epsilon: float = 0.09
-    delta: float = 0.3
+    method: str = "auto"
+    acceptance: str = "auto"
     max_nodes: int | None = None
+    # The rules' own parameters, each a field of the body.
+    acceptance_options: dict[str, float] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_acceptance_options(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        names = acceptance_options()
+        kept = {name: value for name, value in data.items() if name not in names}
+        given = {name: data[name] for name in names if data.get(name) is not None}
+        return kept | ({"acceptance_options": given} if given else {})
 
     def params(self) -> SpeculationParams:
         """Check the ranges.

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from server.config import Method, SamplingParams, SpeculationParams
+from server.config import SamplingParams, SpeculationParams
 from server.core.limits import RequestLimits
 from server.core.request import Request
 from server.errors import InvalidRequestError
@@ -87,7 +87,7 @@ class TestRequestLimits:
         assert caught.value.code == code
 
     @pytest.mark.parametrize("method", ["auto", "lookup"])
-    def test_a_prediction_may_be_as_long_as_the_context(self, method: Method) -> None:
+    def test_a_prediction_may_be_as_long_as_the_context(self, method: str) -> None:
         limits = replace(LIMITS, methods=PLAIN | {"lookup"})
         speculation = SpeculationParams(method=method)
         limits.check(request((1,), speculation=speculation, prediction=(7,) * 10))

@@ -1,45 +1,12 @@
-"""A sequence's derived state: which rule verifies it, its seed, and where it stands."""
+"""A sequence's derived state: its seed, where its text ends, and where it stands."""
 
-import pytest
-
-from server.config import AcceptanceName, SamplingParams, SpeculationParams
+from server.config import SamplingParams
 from server.core.request import Request, RequestStats
-from server.core.sequence import DraftSources, acceptance_rule, request_seed
+from server.core.sequence import request_seed
 from tests.support.engine_tools import make_sequence
 
 GREEDY = SamplingParams(temperature=0.0)
 SAMPLED = SamplingParams(temperature=0.7)
-SEEDED = SamplingParams(temperature=0.7, seed=1)
-LOGPROBS = SamplingParams(temperature=0.7, logprobs=0)
-
-
-class TestAcceptanceRule:
-    @pytest.mark.parametrize(
-        ("sampling", "asked", "server", "rule"),
-        [
-            (SAMPLED, "auto", "auto", "typical"),
-            (GREEDY, "auto", "auto", "exact"),
-            (SEEDED, "auto", "auto", "exact"),
-            (LOGPROBS, "auto", "auto", "exact"),
-            (SAMPLED, "exact", "auto", "exact"),
-            (SAMPLED, "auto", "exact", "exact"),
-            (SAMPLED, "exact", "typical", "exact"),
-            (SEEDED, "typical", "auto", "typical"),
-            (SEEDED, "typical", "exact", "typical"),
-            (LOGPROBS, "typical", "auto", "typical"),
-            (GREEDY, "typical", "typical", "exact"),
-            (GREEDY, "auto", "typical", "exact"),
-            (SAMPLED, "auto", "typical", "typical"),
-            (SEEDED, "auto", "typical", "exact"),
-            (LOGPROBS, "auto", "typical", "exact"),
-            (SEEDED, "typical", "typical", "typical"),
-        ],
-    )
-    def test_the_request_is_asked_first_then_the_sampling_then_the_server(
-        self, sampling: SamplingParams, asked: AcceptanceName, server: AcceptanceName, rule: str
-    ) -> None:
-        request = Request("r", (1,), sampling, SpeculationParams(acceptance=asked))
-        assert acceptance_rule(request, server) == rule
 
 
 class TestSeed:
@@ -73,7 +40,7 @@ class TestSequence:
 
     def test_stats_name_the_method_and_the_rule(self) -> None:
         sequence = make_sequence((1,), (), SAMPLED)
-        sequence.drafts_allowed, sequence.sources = 8, DraftSources("medusa")
+        sequence.drafts_allowed, sequence.sources = 8, ("medusa",)
         assert sequence.stats() == RequestStats(
             num_prompt_tokens=1, method="medusa", acceptance="typical"
         )
@@ -84,3 +51,27 @@ class TestSequence:
         assert sequence.stats() == RequestStats(
             num_prompt_tokens=1, method="none", acceptance="exact"
         )
+
+    def test_stats_name_all_sources_in_their_order(self) -> None:
+        sequence = make_sequence((1,), (), GREEDY)
+        sequence.sources = ("mtp", "lookup")
+        assert sequence.stats().method == "mtp+lookup"
+
+
+class TestEndAmong:
+    def test_an_end_token_is_the_last_of_the_text(self) -> None:
+        sequence = make_sequence((9,), (), GREEDY)
+        assert sequence.end_ids == {2}
+        assert sequence.end_among([5, 2, 6]) == (2, "stop")
+        assert sequence.end_among([5, 6]) == (2, None)
+
+    def test_a_text_is_no_longer_than_asked_for(self) -> None:
+        sequence = make_sequence((9,), (4, 4), SamplingParams(max_tokens=4))
+        assert sequence.end_among([5, 6, 7]) == (2, "length")
+        assert sequence.end_among([5]) == (1, None)
+        assert sequence.end_among([5, 2, 7]) == (2, "stop"), "a stop comes before the length"
+
+    def test_a_text_is_no_longer_than_the_model_allows(self) -> None:
+        sequence = make_sequence((9, 9), (4,), SamplingParams(max_tokens=40))
+        sequence.max_len = 4
+        assert sequence.end_among([5, 6]) == (1, "length")

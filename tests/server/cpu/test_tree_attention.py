@@ -19,6 +19,7 @@ from server.cpu import own_library
 from server.cpu.tree_attention import OwnAttention, TreeAttention, can_attend
 from server.engine.build import build_parts
 from server.errors import CompilationError
+from server.executor.host import HostExecutor
 from server.kv.kv_cache import KVCache, KVLayout
 from tests.support.log_lines import LogLines
 from tests.support.own_code import own_attention
@@ -255,7 +256,8 @@ def test_an_engine_attends_by_it_where_it_may_compile(
         model=str(save_tiny_model("llama", tmp_path)), device="cpu", num_blocks=16, **options
     )
     parts = build_parts(config)
-    assert isinstance(parts.runner._backend, OwnAttention) == is_own
+    assert isinstance(parts.executor, HostExecutor)
+    assert isinstance(parts.executor.runner._backend, OwnAttention) == is_own
 
 
 def test_an_engine_without_it_says_why(

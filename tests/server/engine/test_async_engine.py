@@ -7,7 +7,6 @@ from contextlib import aclosing
 import pytest
 from torch import Tensor
 
-from server.core.sequence import Sequence
 from server.errors import InvalidRequestError, QueueFullError
 from tests.support.async_tools import (
     collect,
@@ -68,9 +67,11 @@ class TestStreams:
     def test_the_engine_runs_outside_the_event_loops_thread(self) -> None:
         names: set[str] = set()
 
-        def note_thread(sequence: Sequence, hidden_D: Tensor) -> list[list[int]]:
+        def note_thread(
+            request_id: str, text: tuple[int, ...], hidden_D: Tensor
+        ) -> list[list[int]]:
             names.add(threading.current_thread().name)
-            return without_drafts(sequence, hidden_D)
+            return without_drafts(request_id, text, hidden_D)
 
         async def test() -> None:
             async with running(make_engine(script=note_thread)) as async_engine:

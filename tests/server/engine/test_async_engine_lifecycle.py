@@ -7,7 +7,6 @@ import pytest
 from torch import Tensor
 
 from server.core.completion import join_outputs
-from server.core.sequence import Sequence
 from server.engine.async_engine import AsyncEngine
 from server.errors import EngineStoppedError
 from tests.support.async_tools import (
@@ -103,11 +102,11 @@ class TestFailure:
     ) -> None:
         calls: list[int] = []
 
-        def fail_later(sequence: Sequence, hidden_D: Tensor) -> list[list[int]]:
+        def fail_later(request_id: str, text: tuple[int, ...], hidden_D: Tensor) -> list[list[int]]:
             calls.append(1)
             if len(calls) > 20:
                 raise RuntimeError("a planted failure")
-            return without_drafts(sequence, hidden_D)
+            return without_drafts(request_id, text, hidden_D)
 
         async def test() -> None:
             async with running(make_engine(script=fail_later, num_blocks=512)) as async_engine:

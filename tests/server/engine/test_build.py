@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from heads.calibration import NUM_BINS, ratios_from_heads
+from heads.calibration import NUM_BINS, head_cell
 from server.cache import CACHE_VARIABLE
 from server.config import EngineConfig
 from server.engine.engine import Engine
 from server.errors import ConfigError, HeadsCheckpointError, HeadsMismatchError, ModelError
 from server.model.draft_heads import DraftHeads
-from server.speculation.tree_builders import MergedTrees
 from tests.support.engine_tools import (
     SlowModel,
     assert_as_expected,
@@ -97,7 +96,7 @@ class TestModel:
         )
         engine = Engine.from_config(config)
         assert [line.split()[0] for line in log.take()] == ["loading"] * 2 + ["measuring"] * 3
-        costs = engine.speculator.sizes.costs
+        costs = engine.speculator.stats().costs
         assert costs is not None
         [kept] = (own_cache / "costs").iterdir()
         assert json.loads(kept.read_text())["costs"]["draft_s"] == costs.measured.draft_s
@@ -114,7 +113,7 @@ class TestHeads:
     ) -> None:
         engine = build(model_dir, heads=str(heads_dir), tree_size=8)
         assert engine.heads_name == "tiny-medusa"
-        assert engine.speculator.sizes.costs is None, "a fixed tree needs no measurement"
+        assert engine.speculator.stats().costs is None, "a fixed tree needs no measurement"
         assert_generates_as_the_oracle(engine)
         assert engine.counters.num_draft_tokens > 0
 
@@ -122,7 +121,7 @@ class TestHeads:
         self, model_dir: Path, heads_dir: Path
     ) -> None:
         engine = build(model_dir, heads=str(heads_dir))
-        costs = engine.speculator.sizes.costs
+        costs = engine.speculator.stats().costs
         assert costs is not None
         assert costs.measured.draft_s > 0.0
         assert all(seconds > 0.0 for seconds in costs.measured.step_s)
@@ -133,9 +132,9 @@ class TestHeads:
         ratios_KC = ((0.5,) * NUM_BINS, (2.0,) * NUM_BINS)
         profile = replace(wide_profile(), calibration_KC=ratios_KC)
         draft = DraftHeads(heads_for(loaded), None, profile, "tiny")
-        trees = make_engine(draft=draft, tree_size=8).speculator.trees
-        assert isinstance(trees, MergedTrees)
-        assert trees.calibrator.ratios == ratios_from_heads(ratios_KC)
+        source = make_engine(draft=draft, tree_size=8).speculator.sources["medusa"]
+        assert source.ratios[head_cell(1, 0.4)] == 0.5
+        assert source.ratios[head_cell(2, 0.4)] == 2.0
 
     def test_heads_of_another_base_model_are_refused(self, heads_dir: Path, tmp_path: Path) -> None:
         other = save_tiny_model("llama", tmp_path, seed=1)
@@ -190,7 +189,7 @@ class TestNativeHeads:
 
     def test_its_step_cost_can_be_measured(self, tmp_path: Path) -> None:
         save_native("qwen3", tmp_path)
-        costs = build(tmp_path, heads="native").speculator.sizes.costs
+        costs = build(tmp_path, heads="native").speculator.stats().costs
         assert costs is not None
         assert costs.measured.draft_s > 0.0
 
@@ -243,7 +242,7 @@ class TestCacheSize:
         engine = build(
             model_dir, heads=str(heads_dir), num_blocks=num_blocks, block_size=block_size
         )
-        assert engine.speculator.sizes.costs is not None
+        assert engine.speculator.stats().costs is not None
 
     def test_the_step_cost_is_measured_for_a_model_of_few_positions(
         self, model_dir: Path, heads_dir: Path, tmp_path: Path

@@ -10,7 +10,6 @@ from transformers import PreTrainedTokenizerFast
 from server.config import SpeculationParams
 from server.core.completion import Completion, join_outputs
 from server.core.request import Request, RequestOutput
-from server.core.sequence import Sequence, SpecDecodeCounters
 from server.engine.engine import Engine
 from server.errors import InvalidRequestError
 from server.speculation.cost_model import CostModel
@@ -116,9 +115,9 @@ class TestDrafts:
         texts = {r.request_id: r.prompt_token_ids + ORACLE.complete(r).token_ids for r in requests}
         sometimes_right = known_continuation(texts, 0.7)
 
-        def record(sequence: Sequence, hidden_D: Tensor) -> list[list[int]]:
-            seen.append((tuple(sequence.token_ids), hidden_D.clone()))
-            return sometimes_right(sequence, hidden_D)
+        def record(request_id: str, text: tuple[int, ...], hidden_D: Tensor) -> list[list[int]]:
+            seen.append((text, hidden_D.clone()))
+            return sometimes_right(request_id, text, hidden_D)
 
         make_engine(script=record, max_tokens_per_step=16).generate(requests)
         assert len(seen) > 15
@@ -134,24 +133,24 @@ class TestDrafts:
         # Alone a sequence gets a tree; for two together trees cost too much and no head runs.
         costs = CostModel((1, 2, 3, 4), (1.0, 1.0, 50.0, 100.0), draft_s=0.0)
         proposed_at: set[int] = set()
-        counters: dict[str, SpecDecodeCounters] = {}
 
-        def propose(sequence: Sequence, hidden_D: Tensor) -> list[list[int]]:
-            proposed_at.add(len(sequence.token_ids))
-            counters[sequence.request.request_id] = sequence.counters
+        def propose(request_id: str, text: tuple[int, ...], hidden_D: Tensor) -> list[list[int]]:
+            proposed_at.add(len(text))
             return [[5, 6, 7]] * NUM_HEADS
 
         engine = make_engine(script=propose, costs=costs)
         long = make_request(PROMPT, max_tokens=30, ignore_eos=True)
         engine.add_request(long)
-        length, num_drafted, loads = len(PROMPT), 0, []
+        (sequence,) = engine._scheduler.waiting
+        counters, length, num_drafted = sequence.counters, len(PROMPT), 0
+        loads: list[int] = []
         while engine.has_unfinished:
             if length == len(PROMPT) + 8:
                 engine.add_request(make_request(random_prompt(8, 5), max_tokens=9, ignore_eos=True))
             outputs = {output.request_id: output for output in engine.step()}
             loads.append(engine.num_running)
             if long.request_id in outputs:
-                drafted = counters[long.request_id].num_draft_tokens
+                drafted = counters.num_draft_tokens
                 if drafted > num_drafted:
                     assert length in proposed_at
                 num_drafted = drafted
@@ -164,7 +163,7 @@ class TestDrafts:
         engine = make_engine(costs=costs)
         prompts = [random_prompt(seed, length) for seed, length in ((1, 3), (2, 40), (3, 9))]
         completions = engine.generate([make_request(prompt, max_tokens=12) for prompt in prompts])
-        foresight = engine.speculator.sizes.foresight
+        foresight = engine.speculator.stats().foresight
         assert foresight is not None
         emitted = sum(completion.stats.num_emitted_tokens for completion in completions)
         assert foresight.measured_tokens == emitted > 0
@@ -184,7 +183,9 @@ class TestDrafts:
             make_engine(heads="none").add_request(request)
 
     def test_drafts_of_padding_are_never_accepted(self) -> None:
-        engine = make_engine(script=lambda sequence, hidden_D: [[-1] * NUM_RANKS] * NUM_HEADS)
+        engine = make_engine(
+            script=lambda request_id, text, hidden_D: [[-1] * NUM_RANKS] * NUM_HEADS
+        )
         request = make_request(PROMPT, max_tokens=8)
         completion = complete(engine, request)
         assert_as_expected(completion, ORACLE.complete(request))
@@ -369,7 +370,7 @@ class TestText:
 
 class TestTotals:
     def test_gauges_follow_the_work(self) -> None:
-        engine = make_engine(max_num_seqs=1)
+        engine = make_engine(max_num_seqs=1, heads="none")
         idle = engine.totals()
         assert (idle["num_running"], idle["num_waiting"], idle["num_blocks_in_use"]) == (0, 0, 0)
         for seed in range(2):

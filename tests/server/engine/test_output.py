@@ -2,17 +2,18 @@
 
 from dataclasses import replace
 
-import pytest
 import torch
 
 from heads.calibration import Estimate
 from heads.candidates import DraftTokens
 from heads.tree import DraftTree
 from server.config import SamplingParams
-from server.core.step import StepEntry
-from server.engine.output import Emission, emit, request_output, token_logprobs
-from server.sampling.verify import Verdict
+from server.core.request import TokenLogprob
+from server.core.step import Landed, Outcome, StepEntry, Verdict, root_only
+from server.engine.commit import commit
+from server.engine.output import Emission, emit, request_output
 from tests.support.engine_tools import byte_tokenizer, make_sequence
+from tests.support.trees import chain
 
 EOS = 2
 TOKENIZER = byte_tokenizer()
@@ -27,7 +28,7 @@ def chain_item(
     for token_id in generated:
         sequence.text.add(token_id)
     sequence.text.take()
-    drafts = DraftTokens(DraftTree.chain(len(drafted)), (generated[-1], *drafted))
+    drafts = DraftTokens(chain(len(drafted)), (generated[-1], *drafted))
     return StepEntry(sequence, 1, drafts, is_verified=True, is_decoding=True)
 
 
@@ -35,17 +36,26 @@ def emit_all(
     item: StepEntry, bonus: int, num_accepted: int | None = None, max_len: int = 100
 ) -> Emission:
     """Emit a verdict that accepts the first drafts of a chain."""
+    return emit(commit_all(item, bonus, num_accepted, max_len))
+
+
+def commit_all(
+    item: StepEntry, bonus: int, num_accepted: int | None = None, max_len: int = 100
+) -> Outcome:
+    """Commit a verdict that accepts the first drafts of a chain."""
     if num_accepted is None:
         num_accepted = item.drafts.tree.num_nodes - 1
+    item.sequence.max_len = max_len
+    item.sequence.num_computed_tokens = len(item.sequence.token_ids) - item.num_committed
     verdict = Verdict(tuple(range(num_accepted + 1)), bonus)
-    return emit(item, verdict, frozenset({EOS}), max_len)
+    return commit(item, Landed(verdict))
 
 
 def predicted(item: StepEntry, places: tuple[int, ...]) -> StepEntry:
     """The same with drafts from those places of a prediction; -1 for drafts from elsewhere."""
     sequence = item.sequence
     sequence.request = replace(sequence.request, prediction_token_ids=(A,) * 9)
-    estimates = tuple(Estimate(0.5, 0.5, 0.5, 0, place) for place in places)
+    estimates = tuple(Estimate(0.5, 0.5, 0.5, "lookup", 0, place) for place in places)
     return replace(item, drafts=replace(item.drafts, estimates=estimates))
 
 
@@ -144,9 +154,8 @@ class TestEmit:
         sampling = SamplingParams(max_tokens=3, frequency_penalty=1.0)
         item = chain_item((A, A, C), sampling)
         emit_all(item, bonus=D)
-        adjuster = item.sequence.adjuster
-        assert adjuster is not None
-        penalties = -adjuster.apply(torch.zeros(320), [])
+        (processor,) = item.sequence.processors
+        penalties = -processor.apply(torch.zeros(320), [])
         assert penalties[[A, C, D, E]].tolist() == [2.0, 0.0, 0.0, 1.0]
 
 
@@ -186,8 +195,10 @@ class TestRequestOutput:
     def test_tells_only_what_is_new_and_at_the_end_the_counts(self) -> None:
         item = chain_item((A, B), SamplingParams(max_tokens=5))
         item.sequence.num_cached_tokens = 1
-        first = request_output(item, emit_all(item, bonus=C), None)
-        second = request_output(item, emit_all(item, bonus=D, num_accepted=0), None)
+        outcome = commit_all(item, bonus=C)
+        first = request_output(outcome, emit(outcome))
+        outcome = commit_all(item, bonus=D, num_accepted=0)
+        second = request_output(outcome, emit(outcome))
         assert (first.text, second.text) == ("abc", "d")
         assert first.stats is None
         assert second.stats is not None
@@ -196,46 +207,44 @@ class TestRequestOutput:
 
     def test_says_whether_it_comes_from_a_verify_step(self) -> None:
         item = chain_item((), SamplingParams(max_tokens=50))
-        assert request_output(item, emit_all(item, bonus=C), None).is_verify_step
-        ended_prompt = replace(item, is_decoding=False)
-        assert not request_output(ended_prompt, emit_all(item, bonus=D), None).is_verify_step
+        for is_decoding in (True, False):
+            outcome = commit_all(replace(item, is_decoding=is_decoding), bonus=C)
+            assert request_output(outcome, emit(outcome)).is_verify_step == is_decoding
+
+    def test_there_is_no_log_probability_of_tokens_that_were_cut_off(self) -> None:
+        entries = tuple(TokenLogprob(token_id, -1.0, ()) for token_id in (A, B, C, D))
+        verdict = Verdict((0, 1, 2, 3), D)
+        for sampling in (
+            SamplingParams(max_tokens=50, logprobs=1, stop=("ab",)),
+            SamplingParams(max_tokens=3, logprobs=1),
+        ):
+            outcome = commit(chain_item((A, B, C), sampling), Landed(verdict, entries))
+            output = request_output(outcome, emit(outcome))
+            assert output.logprobs == entries[:2]
 
 
-class TestLogprobs:
-    def test_are_those_of_the_raw_distribution_at_each_position(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        logits_NV = torch.randn(4, 320, generator=generator)
-        item = chain_item((A, B, C), SamplingParams(max_tokens=50, logprobs=3, temperature=0.1))
-        emission = emit_all(item, bonus=D, num_accepted=2)
-        entries = token_logprobs(logits_NV, Verdict((0, 1, 2), D), emission, 3)
-        expected = logits_NV.double().log_softmax(-1)
-        for row, (token_id, entry) in enumerate(zip((A, B, D), entries, strict=True)):
-            assert entry.token_id == token_id
-            assert entry.logprob == pytest.approx(expected[row, token_id].item(), abs=1e-5)
-            best = expected[row].topk(3)
-            assert [top for top, _ in entry.top] == best.indices.tolist()
-            assert [value for _, value in entry.top] == pytest.approx(
-                best.values.tolist(), abs=1e-5
-            )
+class TestCommit:
+    def test_all_tokens_but_the_next_root_are_computed(self) -> None:
+        item = chain_item((A, B, C), SamplingParams(max_tokens=50))
+        commit_all(item, bonus=D, num_accepted=2)
+        sequence = item.sequence
+        assert sequence.token_ids[-4:] == [E, A, B, D]
+        assert sequence.num_computed_tokens == len(sequence.token_ids) - 1
 
-    def test_follow_the_accepted_nodes_of_a_tree(self) -> None:
-        logits_NV = torch.randn(4, 320, generator=torch.Generator().manual_seed(1))
-        emission = Emission((A, B), (1, 0), ("a", "b"), None)
-        entries = token_logprobs(logits_NV, Verdict((0, 2), B), emission, 0)
-        expected = logits_NV.log_softmax(-1)
-        assert entries[0].logprob == pytest.approx(expected[0, A].item(), abs=1e-5)
-        assert entries[1].logprob == pytest.approx(expected[2, B].item(), abs=1e-5)
-        assert entries[0].top == ()
+    def test_a_chunk_of_a_prompt_is_computed_whole(self) -> None:
+        sequence = make_sequence((A, B, C, D), (), SamplingParams())
+        item = StepEntry(sequence, 3, root_only(sequence), is_verified=False, is_decoding=False)
+        outcome = commit(item, Landed())
+        assert sequence.num_computed_tokens == 3
+        assert (outcome.token_ids, outcome.path, outcome.finish_reason) == ((), (), None)
 
-    def test_there_is_none_for_tokens_that_a_stop_cut_off(self) -> None:
-        item = chain_item((A, EOS, C), SamplingParams(max_tokens=50, logprobs=1))
-        emission = emit_all(item, bonus=D)
-        entries = token_logprobs(torch.zeros(4, 320), Verdict((0, 1, 2, 3), D), emission, 1)
-        assert [entry.token_id for entry in entries] == [A, EOS]
-
-    def test_half_precision_logits_are_normalised_in_float32(self) -> None:
-        logits_NV = torch.randn(1, 320, generator=torch.Generator().manual_seed(2)).bfloat16()
-        emission = Emission((A,), (0,), ("a",), None)
-        (entry,) = token_logprobs(logits_NV, Verdict((0,), A), emission, 0)
-        expected = logits_NV.double().log_softmax(-1)[0, A].item()
-        assert entry.logprob == pytest.approx(expected, abs=1e-5)
+    def test_tokens_behind_a_stop_string_are_taken_back(self) -> None:
+        item = chain_item((A, B, C), SamplingParams(max_tokens=50, stop=("a",)))
+        outcome = commit_all(item, bonus=D)
+        assert item.sequence.token_ids[-4:] == [A, B, C, D]
+        assert outcome.finish_reason is None
+        emission = emit(outcome)
+        assert (emission.token_ids, emission.finish_reason) == ((A,), "stop")
+        assert item.sequence.token_ids[-2:] == [E, A]
+        assert item.sequence.num_computed_tokens == len(item.sequence.token_ids) - 1
+        assert item.sequence.stats().num_emitted_tokens == 1

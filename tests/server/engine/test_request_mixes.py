@@ -16,7 +16,7 @@ from random import Random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.config import Method, SamplingParams, SpeculationParams
+from server.config import SamplingParams, SpeculationParams
 from server.core.completion import Completion, join_outputs
 from server.core.request import Request, RequestOutput
 from server.engine.engine import Engine
@@ -88,7 +88,7 @@ def random_arrival(rng: Random, index: int) -> Arrival:
     beginning = rng.choice([(), *BEGINNINGS])
     tail = random_prompt(rng.randint(0, 5), rng.randint(1, 6))
     prompt = beginning[: rng.choice([5, 12, 12])] + tail
-    methods: list[Method] = ["auto", "auto", "medusa", "none"]
+    methods: list[str] = ["auto", "auto", "medusa", "none"]
     speculation = SpeculationParams(
         method=rng.choice(methods), max_nodes=rng.choice([None, None, None, 1, 2, 5])
     )

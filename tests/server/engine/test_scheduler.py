@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from heads.candidates import PAD_TOKEN
 from server.core.sequence import Sequence
-from server.engine.scheduler import root_only
+from server.core.step import root_only
 from tests.support.scheduler_simulation import Simulation
 
 

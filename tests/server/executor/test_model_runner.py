@@ -145,7 +145,9 @@ class TestModelRunner:
         span = AttentionSpan(0, 11, 0, [0, 1, 2], None, None)
         rows = torch.tensor([3, 10, 4])
         output = runner.run(
-            StepBatch(torch.tensor(prompt), positions, rows, AttentionBatch((span,), positions))
+            StepBatch(
+                torch.tensor(prompt), positions, rows, AttentionBatch((span,), positions), (0,)
+            )
         )
         with torch.inference_mode():
             expected = tiny_reference()(torch.tensor([prompt]), output_hidden_states=True)
@@ -170,7 +172,7 @@ class TestModelRunner:
         span = AttentionSpan(0, 6, 0, [2, 0], None, None)
         batch = AttentionBatch((span,), slots)
         ModelRunner(loaded, cache, create_attention("sdpa", cache)).run(
-            StepBatch(torch.tensor(prompt), positions, torch.tensor([5]), batch)
+            StepBatch(torch.tensor(prompt), positions, torch.tensor([5]), batch, (0,))
         )
         with torch.inference_mode():
             expected = tiny_reference()(torch.tensor([prompt]), output_hidden_states=True)

@@ -20,7 +20,10 @@ from transformers import (
 )
 
 from server.config import SamplingParams
-from server.sampling.logits import LogitAdjuster, draw_tokens, filter_logits, make_adjuster
+from server.core.processor import LogitProcessor
+from server.core.request import Request
+from server.sampling.logits import draw_tokens, filter_logits
+from server.sampling.processors import make_processors
 from tests.support.slow_sampling import Filtered, adjust_slowly, draw_slowly, filter_slowly, softmax
 
 VOCAB = 40
@@ -33,6 +36,12 @@ def random_logits(seed: int, num_rows: int = 1, vocab_size: int = VOCAB) -> Tens
     return torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * 4
 
 
+def processors_of(
+    params: SamplingParams, prompt: Sequence[int], vocab_size: int = VOCAB
+) -> tuple[LogitProcessor, ...]:
+    return make_processors(Request("r", tuple(prompt), params), vocab_size, CPU)
+
+
 def adjust(
     params: SamplingParams,
     logits_V: Tensor,
@@ -40,9 +49,10 @@ def adjust(
     generated: Sequence[int] = (),
     path: Sequence[int] = (),
 ) -> Tensor:
-    adjuster = LogitAdjuster(params, prompt, len(logits_V), CPU)
-    adjuster.append(generated)
-    return adjuster.apply(logits_V, path)
+    for processor in processors_of(params, prompt, len(logits_V)):
+        processor.commit(generated)
+        logits_V = processor.apply(logits_V, path)
+    return logits_V
 
 
 class TestPenalties:
@@ -106,11 +116,11 @@ class TestPenalties:
     def test_a_draft_path_is_forgotten_after_the_row(self) -> None:
         params = SamplingParams(frequency_penalty=1.0, presence_penalty=0.5)
         logits_V = random_logits(3)[0]
-        adjuster = LogitAdjuster(params, [1], VOCAB, CPU)
-        adjuster.append([2])
-        before = adjuster.apply(logits_V, [])
-        adjuster.apply(logits_V, [7, 7, 2])
-        assert torch.equal(adjuster.apply(logits_V, []), before)
+        (penalties,) = processors_of(params, [1])
+        penalties.commit([2])
+        before = penalties.apply(logits_V, [])
+        penalties.apply(logits_V, [7, 7, 2])
+        assert torch.equal(penalties.apply(logits_V, []), before)
 
     def test_the_given_logits_are_not_modified(self) -> None:
         params = SamplingParams(frequency_penalty=1.0, repetition_penalty=2.0, logit_bias={3: 1.0})
@@ -127,15 +137,15 @@ class TestPenalties:
         expected[9] += 2.5
         assert torch.equal(adjusted, expected)
 
-    def test_there_is_no_adjuster_where_nothing_is_to_adjust(self) -> None:
-        assert make_adjuster(SamplingParams(temperature=0.5), [1], VOCAB, CPU) is None
+    def test_there_is_no_processor_where_nothing_is_to_process(self) -> None:
+        assert not processors_of(SamplingParams(temperature=0.5), [1])
         for params in (
             SamplingParams(logit_bias={1: 1.0}),
             SamplingParams(presence_penalty=0.1),
             SamplingParams(frequency_penalty=0.1),
             SamplingParams(repetition_penalty=1.1),
         ):
-            assert make_adjuster(params, [1], VOCAB, CPU) is not None
+            assert len(processors_of(params, [1])) == 1
 
 
 def transformers_warpers(params: SamplingParams) -> LogitsProcessorList:

@@ -15,18 +15,19 @@ from torch import Tensor
 from heads.candidates import DraftTokens
 from heads.tree import DraftTree
 from server.config import SamplingParams, SpeculationParams
-from server.core.step import StepEntry
-from server.sampling import verify as verify_module
+from server.core.step import StepEntry, Verdict
+from server.sampling.acceptance.typical import TypicalParameters
 from server.sampling.uniform import uniform
-from server.sampling.verify import Verdict, verify
 from tests.support.logits_table import (
     likely_drafts,
     make_item,
     node_logits,
     random_table,
     random_tree,
+    verify_all,
 )
 from tests.support.slow_sampling import Filtered, adjust_slowly, draw_slowly, filter_slowly
+from tests.support.trees import chain
 
 
 def path_tokens(item: StepEntry, node: int) -> list[int]:
@@ -99,7 +100,7 @@ class TestExactAcceptance:
             )
             for sampling in params
         ]
-        verdicts = verify(node_logits(table, items), items)
+        verdicts = verify_all(node_logits(table, items), items)
         expected = [verify_slowly(item, node_logits(table, [item])) for item in items]
         assert verdicts == expected
 
@@ -108,18 +109,18 @@ class TestExactAcceptance:
         tokens = [3]
         for _ in range(4):
             tokens.append(int(table[tokens[-1]].argmax()))
-        item = make_item(
-            DraftTokens(DraftTree.chain(3), tuple(tokens[:4])), SamplingParams(temperature=0.0)
-        )
-        verdict = verify(node_logits(table, [item]), [item])[0]
+        item = make_item(DraftTokens(chain(3), tuple(tokens[:4])), SamplingParams(temperature=0.0))
+        verdict = verify_all(node_logits(table, [item]), [item])[0]
         assert verdict == Verdict((0, 1, 2, 3), tokens[4])
 
     def test_drafts_that_are_always_wrong_leave_the_plain_step(self) -> None:
         table = random_table(1, 8)
         wrong = int(table[3].argmin())
-        drafts = DraftTokens(DraftTree.chain(2), (3, wrong, int(table[wrong].argmax())))
+        drafts = DraftTokens(chain(2), (3, wrong, int(table[wrong].argmax())))
         item = make_item(drafts, SamplingParams(temperature=0.0))
-        assert verify(node_logits(table, [item]), [item]) == [Verdict((0,), int(table[3].argmax()))]
+        assert verify_all(node_logits(table, [item]), [item]) == [
+            Verdict((0,), int(table[3].argmax()))
+        ]
 
     @pytest.mark.parametrize("temperature", [0.0, 0.8])
     def test_the_token_after_the_root_is_the_same_with_and_without_drafts(
@@ -130,9 +131,9 @@ class TestExactAcceptance:
         rng = Random(1)
         for root in range(8):
             plain = make_item(DraftTokens(DraftTree.root_only(), (root,)), sampling)
-            expected = verify(node_logits(table, [plain]), [plain])[0].bonus_token
+            expected = verify_all(node_logits(table, [plain]), [plain])[0].bonus_token
             tree = make_item(random_tree(rng, 10, 8, root), sampling)
-            verdict = verify(node_logits(table, [tree]), [tree])[0]
+            verdict = verify_all(node_logits(table, [tree]), [tree])[0]
             tokens = [tree.drafts.token_ids[node] for node in verdict.path[1:]]
             assert [*tokens, verdict.bonus_token][0] == expected
 
@@ -141,8 +142,8 @@ class TestExactAcceptance:
         table = torch.zeros(4, 4)
         table[:, 1], table[:, 2] = 1.0, 0.9
         sampling = SamplingParams(temperature=0.0, presence_penalty=0.5)
-        item = make_item(DraftTokens(DraftTree.chain(3), (0, 1, 1, 1)), sampling, vocab_size=4)
-        assert verify(node_logits(table, [item]), [item]) == [Verdict((0, 1), 2)]
+        item = make_item(DraftTokens(chain(3), (0, 1, 1, 1)), sampling, vocab_size=4)
+        assert verify_all(node_logits(table, [item]), [item]) == [Verdict((0, 1), 2)]
 
     def test_an_engine_that_forgot_the_path_would_be_noticed(
         self, monkeypatch: pytest.MonkeyPatch
@@ -150,16 +151,16 @@ class TestExactAcceptance:
         table = torch.zeros(4, 4)
         table[:, 1], table[:, 2] = 1.0, 0.9
         sampling = SamplingParams(temperature=0.0, presence_penalty=0.5)
-        item = make_item(DraftTokens(DraftTree.chain(3), (0, 1, 1, 1)), sampling, vocab_size=4)
-        monkeypatch.setattr(verify_module, "_path_tokens", lambda item, node: [])
+        item = make_item(DraftTokens(chain(3), (0, 1, 1, 1)), sampling, vocab_size=4)
+        monkeypatch.setattr(StepEntry, "path_tokens", lambda entry, node: [])
         logits_NV = node_logits(table, [item])
-        assert verify(logits_NV, [item])[0] != verify_slowly(item, logits_NV)
+        assert verify_all(logits_NV, [item])[0] != verify_slowly(item, logits_NV)
 
     def test_half_precision_logits_are_compared_as_the_model_gave_them(self) -> None:
         table = random_table(2, 8).bfloat16()
         item = make_item(random_tree(Random(3), 6, 8, 0), SamplingParams(temperature=0.0))
         logits_NV = node_logits(table, [item])
-        assert verify(logits_NV, [item]) == [verify_slowly(item, logits_NV.float())]
+        assert verify_all(logits_NV, [item]) == [verify_slowly(item, logits_NV.float())]
 
 
 def passes_the_rule(item: StepEntry, logits_NV: Tensor, node: int) -> bool:
@@ -168,7 +169,8 @@ def passes_the_rule(item: StepEntry, logits_NV: Tensor, node: int) -> bool:
     parent = item.drafts.tree.parents[node]
     target = target_slowly(item, logits_NV, parent).probabilities
     entropy = -sum(p * math.log(p) for p in target if p > 0.0)
-    threshold = min(speculation.epsilon, speculation.delta * math.exp(-entropy))
+    parameters = TypicalParameters(**speculation.acceptance_options)
+    threshold = min(parameters.epsilon, parameters.delta * math.exp(-entropy))
     return target[item.drafts.token_ids[node]] > threshold
 
 
@@ -184,12 +186,14 @@ class TestTypicalAcceptance:
         self, seed: int, sampling: SamplingParams, epsilon: float, delta: float
     ) -> None:
         rng, table = Random(seed), random_table(seed, 8, scale=2.0)
-        speculation = SpeculationParams(acceptance="typical", epsilon=epsilon, delta=delta)
+        speculation = SpeculationParams(
+            acceptance="typical", acceptance_options={"epsilon": epsilon, "delta": delta}
+        )
         items = [
             make_item(random_tree(rng, rng.randint(1, 12), 8, 0), sampling, speculation, (1, 2))
             for _ in range(3)
         ]
-        verdicts = verify(node_logits(table, items), items)
+        verdicts = verify_all(node_logits(table, items), items)
         for item, verdict in zip(items, verdicts, strict=True):
             logits_NV = node_logits(table, [item])
             parents, depths = item.drafts.tree.parents, item.drafts.tree.depths
@@ -214,7 +218,7 @@ class TestTypicalAcceptance:
                 )
                 for seed in range(300)
             ]
-            verdicts = verify(node_logits(table, items), items)
+            verdicts = verify_all(node_logits(table, items), items)
             lengths[acceptance] = sum(len(verdict.path) for verdict in verdicts)
         assert lengths["typical"] > lengths["exact"]
 
@@ -228,5 +232,5 @@ class TestTypicalAcceptance:
             )
             for index in range(8)
         ]
-        together = verify(node_logits(table, items), items)
-        assert together == [verify(node_logits(table, [item]), [item])[0] for item in items]
+        together = verify_all(node_logits(table, items), items)
+        assert together == [verify_all(node_logits(table, [item]), [item])[0] for item in items]

@@ -16,10 +16,16 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from server.config import SamplingParams
-from server.core.step import StepEntry
+from server.core.step import StepEntry, Verdict
+from server.sampling.sampler import TargetSampler
 from server.sampling.uniform import uniform
-from server.sampling.verify import TargetSampler, Verdict, verify
-from tests.support.logits_table import likely_drafts, make_item, node_logits, random_table
+from tests.support.logits_table import (
+    likely_drafts,
+    make_item,
+    node_logits,
+    random_table,
+    verify_all,
+)
 from tests.support.slow_sampling import filter_slowly
 
 FALSE_ALARM = 1e-6
@@ -86,7 +92,7 @@ def accept_a_wrong_sibling(logits_SV: Tensor, items: Sequence[StepEntry]) -> lis
     """A planted bug: where the first child is accepted, its sibling is taken instead."""
     return [
         Verdict((0, 2), verdict.bonus_token) if verdict.path[1:2] == (1,) else verdict
-        for verdict in verify(logits_SV, items)
+        for verdict in verify_all(logits_SV, items)
     ]
 
 
@@ -98,7 +104,7 @@ class TestOutputDistribution:
         self, sampling: SamplingParams
     ) -> None:
         table = random_table(11, 4)
-        counts = sample_continuations(table, sampling, 3, verify)
+        counts = sample_continuations(table, sampling, 3, verify_all)
         assert sum(counts.values()) == NUM_SAMPLES
         assert p_value(counts, table, sampling, 3) > FALSE_ALARM
 
@@ -111,12 +117,12 @@ class TestOutputDistribution:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def forget_depth(self: TargetSampler, index: int, node: int) -> float:
-            sequence = self._items[index].sequence
+            sequence = self.entries[index].sequence
             return uniform(sequence.seed, len(sequence.token_ids))
 
         monkeypatch.setattr(TargetSampler, "_uniform", forget_depth)
         table, sampling = random_table(11, 4), SamplingParams(temperature=0.8)
-        counts = sample_continuations(table, sampling, 3, verify)
+        counts = sample_continuations(table, sampling, 3, verify_all)
         assert p_value(counts, table, sampling, 3) < FALSE_ALARM
 
     def test_the_drafts_of_these_tests_are_sometimes_accepted_and_sometimes_not(self) -> None:
@@ -125,6 +131,6 @@ class TestOutputDistribution:
             make_item(likely_drafts(table, 0), SamplingParams(temperature=0.8, seed=seed))
             for seed in range(500)
         ]
-        lengths = Counter(len(v.path) for v in verify(node_logits(table, items), items))
+        lengths = Counter(len(v.path) for v in verify_all(node_logits(table, items), items))
         assert set(lengths) == {1, 2, 3, 4}
         assert all(count >= 10 for count in lengths.values())

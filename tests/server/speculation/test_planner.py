@@ -28,12 +28,11 @@ def sizes(
     num_prompt_tokens: int = 0,
     max_draft_tokens: int = 100,
     draft_s: float = 0.0,
-    latency_weight: float = 0.0,
     pace: float | None = None,
 ) -> tuple[int, ...]:
     request = StepRequest(num_prompt_tokens, max_draft_tokens)
     steps = StepCosts(costs)
-    worth = Worth(pace, latency_weight)
+    worth = Worth(pace)
     return plan_trees(values, steps, load(len(values)), request, draft_s, worth).sizes
 
 
@@ -42,11 +41,10 @@ class TestPlanTrees:
     @given(
         values=st.lists(_values, min_size=1, max_size=4),
         draft_s=st.floats(0.0, 10.0),
-        weight=st.sampled_from((0.0, 0.5, 2.0)),
         pace=st.sampled_from((None, 0.01, 0.1, 0.5)),
     )
     def test_no_other_plan_brings_more_over_what_its_seconds_are_worth(
-        self, values: list[list[float]], draft_s: float, weight: float, pace: float | None
+        self, values: list[list[float]], draft_s: float, pace: float | None
     ) -> None:
         costs = StepCosts(COSTS)
         num_roots = len(values)
@@ -60,11 +58,11 @@ class TestPlanTrees:
             for plan in product(*(range(1, len(own) + 2) for own in values))
         ]
         if pace is None:
-            tokens, seconds = max(every, key=lambda one: one[0] / one[1] ** (1.0 + weight))
-            price = tokens / seconds * (1.0 + weight)
+            tokens, seconds = max(every, key=lambda one: one[0] / one[1])
+            price = tokens / seconds
         else:
-            price = pace * (1.0 + weight)
-        found = plan_trees(values, costs, load(num_roots), ROOM, draft_s, Worth(pace, weight))
+            price = pace
+        found = plan_trees(values, costs, load(num_roots), ROOM, draft_s, Worth(pace))
 
         assert (found.num_tokens, found.seconds) == pytest.approx(tokens_and_seconds(found.sizes))
         surplus = found.num_tokens - price * found.seconds
@@ -91,19 +89,6 @@ class TestPlanTrees:
             totals.append(tokens / seconds)
         assert totals[1] > totals[0]
 
-    def test_a_latency_weight_makes_steps_shorter(self) -> None:
-        own = [0.5, 0.4, 0.3, 0.25, 0.2, 0.1]
-        found = [
-            sum(sizes([own], COSTS, latency_weight=weight)) for weight in (0.0, 0.5, 1.0, 10.0)
-        ]
-        assert found == sorted(found, reverse=True)
-        assert found[0] > found[-1]
-        beside = [
-            sum(sizes([own], COSTS, num_prompt_tokens=4, latency_weight=weight))
-            for weight in (0.0, 1.0, 10.0)
-        ]
-        assert beside == sorted(beside, reverse=True)
-
     def test_nodes_of_all_sequences_compete(self) -> None:
         values = [[0.9, 0.8], [0.1, 0.1], [0.7, 0.05]]
         assert sizes(values, FLAT, max_draft_tokens=3) == (3, 1, 2)
@@ -122,11 +107,8 @@ class TestPlanTrees:
         assert sizes([[0.2, 0.01], [0.3]], FLAT) == (3, 2)
 
     def test_the_price_of_a_node_is_what_its_seconds_would_bring(self) -> None:
-        for weight in (0.0, 1.0):
-            worth = Worth(None, weight)
-            plan = plan_trees([[0.9, 0.05]], StepCosts(LINEAR), load(1), ROOM, 0.0, worth)
-            speed = plan.num_tokens / plan.seconds
-            assert plan.node_price == pytest.approx(speed * (1.0 + weight))
+        plan = plan_trees([[0.9, 0.05]], StepCosts(LINEAR), load(1), ROOM, 0.0, Worth(None))
+        assert plan.node_price == pytest.approx(plan.num_tokens / plan.seconds)
         free = plan_trees([[0.9]], StepCosts(FLAT), load(1), ROOM, 0.0, Worth())
         assert free.node_price == 0.0
 
@@ -146,14 +128,14 @@ class TestPlanTrees:
         own = [0.9, 0.7, 0.55, 0.45, 0.3]
         request = StepRequest(num_prompt_tokens=8, max_draft_tokens=100)
         taken = [
-            plan_trees([own], StepCosts(LINEAR), load(1), request, 0.0, Worth(0.01, 0.0, share))
+            plan_trees([own], StepCosts(LINEAR), load(1), request, 0.0, Worth(0.01, share))
             for share in (0.0, 0.5, 1.0)
         ]
         assert [plan.sizes for plan in taken] == [(6,), (6,), (4,)]
         # And never less than without prompts.
-        worth = Worth(5.0, 0.0, 1.0)
+        worth = Worth(5.0, 1.0)
         assert plan_trees([own], StepCosts(LINEAR), load(1), request, 0.0, worth).sizes == (1,)
-        free = plan_trees([own], StepCosts(FLAT), load(1), request, 0.0, Worth(0.01, 0.0, 1.0))
+        free = plan_trees([own], StepCosts(FLAT), load(1), request, 0.0, Worth(0.01, 1.0))
         assert free.sizes == (6,)
 
     @pytest.mark.parametrize("num_prompt_tokens", [0, 4])

@@ -13,17 +13,18 @@ import torch
 from scipy.stats import chisquare
 from torch import Tensor
 
-from heads.seen_rows import SeenRows
-from server.config import DraftMethod, SamplingParams, SpeculationParams
+from heads.proposals import GrownProposal, Proposal
+from server.config import SamplingParams, SpeculationParams
 from server.core.request import Request
-from server.core.sequence import Sequence
 from server.cpu.accelerate import draft_products
 from server.engine.engine import Engine
 from server.errors import InvalidRequestError
+from server.executor.executor import Drafter, Drafting
+from server.executor.host import HostExecutor
 from server.model.draft_heads import DraftHeads
 from server.speculation.cost_model import CostModel
-from server.speculation.drafter import Drafter
-from server.speculation.mtp_drafter import Growth, MTPDrafter
+from server.speculation.sources.mtp import MTPSource
+from server.speculation.sources.mtp_drafter import Growth, MTPDrafter
 from tests.support.engine_tools import (
     NUM_HEADS,
     SlowModel,
@@ -39,7 +40,7 @@ from tests.support.slow_drafting import SlowDrafter, tiny_mtp, token_paths
 from tests.support.slow_sampling import filter_slowly
 from tests.support.tiny_models import TinyKind
 
-# What `make_speculator` makes of the tests' profile and options.
+# What `make_mtp` makes of the tests' profile and options.
 GROWTH = Growth(num_nodes=8, num_depths=NUM_HEADS)
 ORACLE = SlowModel()
 Proposals = list[tuple[tuple[int, ...], int, list[tuple[int, ...]]]]
@@ -54,42 +55,44 @@ def mtp_engine(kind: TinyKind = "llama", costs: CostModel | None = None, **optio
 class Recorder:
     """Stands before a drafter and keeps what it proposes."""
 
-    method: DraftMethod = "mtp"
-
     def __init__(self, drafter: Drafter) -> None:
         self.drafter = drafter
         self.found: Proposals = []
 
-    def propose(
+    def draft(
         self,
-        rooted: Seq[Sequence],
+        rooted: Seq[Drafting],
         hidden_BD: Tensor,
-        prefilling: Seq[Sequence],
-        min_value: float = 0.0,
-    ) -> None:
-        self.drafter.propose(rooted, hidden_BD, prefilling, min_value)
-        for sequence in rooted:
-            if sequence.head_proposal is not None:
-                drafts = sequence.head_proposal.own_tree()
-                tree, tokens = drafts.tree, drafts.token_ids
-                assert tokens[0] == sequence.token_ids[-1]
+        following: Seq[Drafting],
+        min_value: float,
+    ) -> list[Proposal | None]:
+        proposals = self.drafter.draft(rooted, hidden_BD, following, min_value)
+        for drafting, proposal in zip(rooted, proposals, strict=True):
+            if proposal is not None:
+                assert isinstance(proposal, GrownProposal)
+                tree, tokens = proposal.drafts.tree, proposal.drafts.token_ids
+                text = tuple(drafting.tokens(0, drafting.num_tokens))
+                assert tokens[0] == text[-1]
                 paths = token_paths(tree.parents, tokens)
-                text = tuple(sequence.token_ids)
-                self.found.append((text, sequence.num_prompt_tokens, paths))
+                self.found.append((text, drafting.sequence.num_prompt_tokens, paths))
+        return proposals
 
-    def seen_rows(self, prompt_token_ids: Seq[int]) -> SeenRows | None:
-        return self.drafter.seen_rows(prompt_token_ids)
+    def draft_for(self, num_sequences: int, context_len: int) -> None:
+        self.drafter.draft_for(num_sequences, context_len)
 
-    def propose_for(self, num_sequences: int, context_len: int) -> None:
-        self.drafter.propose_for(num_sequences, context_len)
+
+def drafter_of(engine: Engine) -> MTPDrafter:
+    source = engine.speculator.sources["mtp"]
+    assert isinstance(source, MTPSource)
+    return source.drafter
 
 
 def recorded(engine: Engine) -> Proposals:
     """What the engine's drafter proposes from now on: text, prompt length, paths."""
-    drafter = engine.speculator.drafter
-    assert isinstance(drafter, MTPDrafter)
-    recorder = Recorder(drafter)
-    engine.speculator.drafter = recorder
+    recorder = Recorder(drafter_of(engine))
+    executor = engine.executor
+    assert isinstance(executor, HostExecutor)
+    executor.drafters = {"mtp": recorder}
     return recorder.found
 
 
@@ -134,17 +137,17 @@ class TestTrees:
 
     def test_stop_growing_where_no_path_is_worth_a_pass(self) -> None:
         engine = mtp_engine()
-        whole, drafter = [], engine.speculator.drafter
-        assert isinstance(drafter, MTPDrafter)
         engine.add_request(make_request(random_prompt(1, 9), max_tokens=10, ignore_eos=True))
         engine.step()
         (sequence,) = engine._scheduler.running
-        hidden_BD = torch.zeros(1, 1)
+        state = sequence.drafting["mtp"]
+        whole = []
         for min_value in (0.0, 1.0):
-            sequence.num_drafter_tokens = 0
-            drafter.propose([sequence], hidden_BD, [], min_value)
-            assert sequence.head_proposal is not None
-            whole.append(sequence.head_proposal.own_tree())
+            state.num_tokens, state.has_room = 0, True
+            again = Drafting(sequence, (), sequence.num_computed_tokens)
+            (proposal,) = drafter_of(engine).draft([again], torch.zeros(1, 1), [], min_value)
+            assert isinstance(proposal, GrownProposal)
+            whole.append(proposal.drafts)
         assert whole[0].tree.max_depth > 1
         assert whole[1].tree.max_depth == 1
         assert set(whole[1].token_ids) >= {
@@ -279,9 +282,7 @@ class TestOutputs:
 
 
 def test_one_imaginary_sequence_can_be_timed() -> None:
-    drafter = mtp_engine(block_size=4).speculator.drafter
-    assert drafter is not None
-    drafter.propose_for(1, 10)
+    drafter_of(mtp_engine(block_size=4)).draft_for(1, 10)
 
 
 def test_a_module_with_int8_weights_drafts_nearly_the_same() -> None:
