@@ -137,8 +137,8 @@ def run(
     """Answer the prompts and count what the verify steps emitted.
 
     Raises:
-        BenchError: If the prompts are wrong or none of them fits the context.
-        EuryaleError: If the engine cannot be built or rejects a request.
+        BenchError: If no prompt fits the context.
+        EuryaleError: If the prompts are wrong, or the engine cannot be built or rejects a request.
     """
     setup = prepare(prompts, batch.applied(config), speculation)
     conversations = setup.workload.conversations

@@ -220,9 +220,8 @@ def run(
     """Produce the outputs and compare them; in float32 unless the options name another type.
 
     Raises:
-        BenchError: If the prompts are wrong, none of them fits the context or the weights are
-            quantized.
-        EuryaleError: If the engine cannot be built or rejects a request.
+        BenchError: If no prompt fits the context, or the weights are quantized.
+        EuryaleError: If the prompts are wrong, or the engine cannot be built or rejects a request.
     """
     if config.quantization != "none":
         raise BenchError(

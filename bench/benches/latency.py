@@ -153,8 +153,8 @@ def run(prompts: PromptOptions, config: EngineConfig, speculation: SpeculationPa
     """Race speculation, plain decoding and transformers.
 
     Raises:
-        BenchError: If the prompts are wrong or none of them fits the context.
-        EuryaleError: If the engine cannot be built or rejects a request.
+        BenchError: If no prompt fits the context.
+        EuryaleError: If the prompts are wrong, or the engine cannot be built or rejects a request.
     """
     setup = prepare(prompts, config, speculation)
     engine, conversations = setup.engine, setup.workload.conversations

@@ -125,9 +125,8 @@ def run(prompts: PromptOptions, config: EngineConfig, speculation: SpeculationPa
     """Answer the first turn of each prompt with every part timed.
 
     Raises:
-        BenchError: If the prompts are wrong, none of them fits the context, or no output is long
-            enough for a verify step.
-        EuryaleError: If the engine cannot be built or rejects a request.
+        BenchError: If no prompt fits the context, or no output is long enough for a verify step.
+        EuryaleError: If the prompts are wrong, or the engine cannot be built or rejects a request.
     """
     setup = prepare(prompts, config, speculation)
     engine = setup.engine

@@ -222,8 +222,8 @@ def run(
     """Race our engine against what is installed here.
 
     Raises:
-        BenchError: If the prompts are wrong, none of them fits the context, or a server fails.
-        EuryaleError: If the engine cannot be built or rejects a request.
+        BenchError: If no prompt fits the context, or a server fails.
+        EuryaleError: If the prompts are wrong, or the engine cannot be built or rejects a request.
     """
     program = find_llama_server(others.llama_server)
     setup = prepare(prompts, config, speculation)

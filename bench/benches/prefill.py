@@ -192,7 +192,7 @@ class PrefillRounds:
     def _arm(self, speculation: SpeculationParams) -> ArmRound:
         engine = self._setup.engine
         turns = (self._prompts.text(self._sizes.prompt_tokens), _FOLLOW_UP)
-        conversation = Conversation(1, "prefill", UNCATEGORISED, turns)
+        conversation = Conversation(1, UNCATEGORISED, turns)
         reuse = measure_reuse(engine, conversation, self._setup.greedy, speculation)
         chosen = [self._turns[i % len(self._turns)] for i in range(self._sizes.streams)]
         interference = measure_interference(
@@ -253,9 +253,8 @@ def run(
     """Measure reuse and interference; an interrupt ends with the rounds until then.
 
     Raises:
-        BenchError: If the prompts are wrong or do not fit the context, or the first counted round
-            was interrupted.
-        EuryaleError: If the engine cannot be built or rejects a request.
+        BenchError: If prompts do not fit the context, or the first counted round was interrupted.
+        EuryaleError: If the prompts are wrong, or the engine cannot be built or rejects a request.
     """
     config = replace(with_room(config, sizes.streams + 1), prefix_caching=True)
     setup = prepare(prompts, config, speculation)

@@ -130,8 +130,8 @@ def run(prompts: PromptOptions, config: EngineConfig, speculation: SpeculationPa
     """Answer the prompts under every rule and temperature.
 
     Raises:
-        BenchError: If the prompts are wrong or none fits the context.
-        EuryaleError: If the engine cannot be built or rejects a request.
+        BenchError: If no prompt fits the context.
+        EuryaleError: If the prompts are wrong, or the engine cannot be built or rejects a request.
     """
     setup = prepare(prompts, config, speculation)
     reference = ReferenceModel(setup.engine.loaded)

@@ -275,8 +275,8 @@ def run(prompts: PromptOptions, config: EngineConfig, speculation: SpeculationPa
     """Compare texts and answers of the first turns, and time steps.
 
     Raises:
-        BenchError: If the prompts are wrong, none fits the context or no quantisation is asked for.
-        EuryaleError: If an engine cannot be built or rejects a request.
+        BenchError: If no prompt fits the context, or no quantisation is asked for.
+        EuryaleError: If the prompts are wrong, or the engine cannot be built or rejects a request.
     """
     if config.quantization == "none":
         raise BenchError("quantization is 'none', which leaves nothing to compare; give 'int8'")

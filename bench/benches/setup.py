@@ -98,7 +98,7 @@ def with_room(config: EngineConfig, concurrency: int) -> EngineConfig:
 
 def build_engine(config: EngineConfig) -> Engine:
     """Load an engine; a lack of draft heads is logged."""
-    engine = Engine.from_config(config, _log.info)
+    engine = Engine.from_config(config)
     if engine.heads_name is None:
         _log.info("no draft heads are loaded: speculation on is plain decoding too")
     return engine
@@ -168,8 +168,7 @@ def prepare(
         build: Loads the engine.
 
     Raises:
-        BenchError: If the prompts are wrong.
-        EuryaleError: If the engine cannot be built.
+        EuryaleError: If the prompts are wrong, or the engine cannot be built.
     """
     workload = load_workload(prompts.data, prompts.limit)
     return Setup(

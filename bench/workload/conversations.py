@@ -1,30 +1,20 @@
-"""Benchmark prompts: reads JSON lines and samples them evenly.
+"""Benchmark prompts: conversations, and an even sample of them.
 
-A row is a conversation. Its user turns come from the first of these fields that it has:
-
-    turns      list of strings (Spec-Bench, MT-bench)
-    messages   list of {"role", "content"}: user messages are the turns and a leading system
-               message is kept; assistant messages are left out, because the model's own answers
-               take their place
-    prompt     one string
-
-`category` is optional, and `question_id` or `id` names the row.
+Files are those that `training distill` takes (`training.prompts`), but that answers in `messages`
+are left out, because the model's own answers take their place.
 """
 
-import gzip
-import hashlib
-import json
-import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bench.errors import BenchError
+from heads.files import file_sha256
+from training.jsonl import Row, read_rows
+from training.prompts import read_prompts
 
 SAMPLE_PATH = Path(__file__).parents[1] / "prompts" / "sample.jsonl"
 UNCATEGORISED = "uncategorised"
-_GZIP_MAGIC = b"\x1f\x8b"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +23,11 @@ class Conversation:
 
     Attributes:
         line: Line in the file, from 1; identifies the conversation.
-        name: The row's own id, or its line.
         turns: User messages in order, at least one.
         system: System message that opens the dialogue, or None.
     """
 
     line: int
-    name: str
     category: str
     turns: tuple[str, ...]
     system: str | None = None
@@ -84,31 +72,32 @@ def load_workload(data: Path | None, limit: int | None) -> Workload:
         limit: Number of conversations to sample; None takes all.
 
     Raises:
-        BenchError: If the file is wrong.
+        DataError: If the file is wrong.
     """
-    prompts = read_prompts(data or SAMPLE_PATH)
+    prompts = read_prompt_set(data or SAMPLE_PATH)
     return Workload(prompts, tuple(sample_evenly(prompts.conversations, limit)))
 
 
-def read_prompts(path: Path) -> PromptSet:
+def read_prompt_set(path: Path) -> PromptSet:
     """Read a file of conversations, gzip-compressed or not.
 
     Raises:
-        BenchError: If the file cannot be read or a line is no conversation; names the line.
+        DataError: If the file cannot be read or a line is no conversation; names the line.
     """
-    try:
-        data = path.read_bytes()
-        text = gzip.decompress(data) if data.startswith(_GZIP_MAGIC) else data
-    except (OSError, EOFError, zlib.error) as error:
-        raise BenchError(f"cannot read {path}: {error}; give a JSON lines file") from error
+    rows = list(read_rows(path))
     conversations = tuple(
-        _conversation(line, f"{path.name}, line {number}", number)
-        for number, line in enumerate(text.split(b"\n"), start=1)
-        if line.strip()
+        Conversation(row.number, prompts.category or UNCATEGORISED, prompts.turns, prompts.system)
+        for row, prompts in zip(rows, read_prompts(map(_without_answers, rows)), strict=True)
     )
-    if not conversations:
-        raise BenchError(f"{path} has no rows; give a JSON lines file with at least one")
-    return PromptSet(path.name, hashlib.sha256(data).hexdigest(), conversations)
+    return PromptSet(path.name, file_sha256(path), conversations)
+
+
+def _without_answers(row: Row) -> Row:
+    messages = row.value.get("messages")
+    if not isinstance(messages, list):
+        return row
+    kept = [m for m in messages if not (isinstance(m, dict) and m.get("role") == "assistant")]
+    return replace(row, value={**row.value, "messages": kept})
 
 
 def sample_evenly(conversations: Sequence[Conversation], limit: int | None) -> list[Conversation]:
@@ -126,59 +115,3 @@ def sample_evenly(conversations: Sequence[Conversation], limit: int | None) -> l
     ordered = sorted(conversations, key=lambda c: rank[c.category])
     chosen = [ordered[(2 * i + 1) * len(ordered) // (2 * limit)] for i in range(limit)]
     return sorted(chosen, key=lambda c: c.line)
-
-
-def _conversation(line: bytes, where: str, number: int) -> Conversation:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise BenchError(f"{where}: no valid JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise BenchError(f"{where}: expected an object, got {type(row).__name__}")
-    category = row.get("category", UNCATEGORISED)
-    if not isinstance(category, str):
-        raise BenchError(f"{where}: category is {category!r}; give a string or leave it out")
-    system, turns = _user_side(row, where)
-    name = row.get("question_id", row.get("id", number))
-    return Conversation(number, str(name), category, turns, system)
-
-
-def _user_side(row: dict[str, Any], where: str) -> tuple[str | None, tuple[str, ...]]:
-    """The system message and the user turns of a row."""
-    if "turns" in row:
-        return None, _checked_texts(row["turns"], "turns", where)
-    if "messages" in row:
-        return _from_messages(row["messages"], where)
-    if "prompt" in row:
-        return None, _checked_texts([row["prompt"]], "prompt", where)
-    raise BenchError(
-        f"{where}: has none of turns, messages and prompt (fields: {', '.join(row) or 'none'})"
-    )
-
-
-def _from_messages(messages: Any, where: str) -> tuple[str | None, tuple[str, ...]]:
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise BenchError(f"{where}: messages must be a list of objects with role and content")
-    system: str | None = None
-    turns: list[Any] = []
-    for index, message in enumerate(messages):
-        role, content = message.get("role"), message.get("content")
-        if role == "system" and index == 0:
-            system = _checked_texts([content], "messages", where)[0]
-        elif role == "user":
-            turns.append(content)
-        elif role != "assistant":
-            raise BenchError(
-                f"{where}: message {index} has role {role!r}; give user or assistant, and system "
-                "only first"
-            )
-    return system, _checked_texts(turns, "messages", where)
-
-
-def _checked_texts(texts: Any, field: str, where: str) -> tuple[str, ...]:
-    if not isinstance(texts, list) or not texts:
-        raise BenchError(f"{where}: {field} holds no user text; give at least one")
-    for text in texts:
-        if not isinstance(text, str) or not text.strip():
-            raise BenchError(f"{where}: {field} holds {text!r}; give non-empty strings")
-    return tuple(texts)

@@ -33,7 +33,7 @@ def make_trace(
 def make_conversation(
     *turns: str, line: int = 1, category: str = "chat", system: str | None = None
 ) -> Conversation:
-    return Conversation(line, f"row-{line}", category, turns, system)
+    return Conversation(line, category, turns, system)
 
 
 def make_turn(prompt_token_ids: tuple[int, ...], line: int = 1, index: int = 0) -> Turn:

@@ -4,11 +4,11 @@ from typing import Literal
 import pytest
 
 from bench.benches.setup import PLAIN, BatchOptions, PromptOptions, prepare, with_room
-from bench.errors import BenchError
 from bench.workload.dialogues import SkippedTurn
 from server.config import EngineConfig, SpeculationParams
 from server.engine.engine import Engine
 from server.errors import ConfigError
+from training.errors import DataError
 
 
 def test_a_step_has_room_for_full_trees_of_all_requests() -> None:
@@ -40,7 +40,7 @@ def test_a_tree_size_is_at_most_the_largest_tree() -> None:
 
 def test_prompts_are_read_before_the_engine_is_loaded(tmp_path: Path) -> None:
     missing = PromptOptions(data=tmp_path / "none")
-    with pytest.raises(BenchError, match="cannot read"):
+    with pytest.raises(DataError, match="cannot be read"):
         prepare(missing, EngineConfig(model="/nowhere"), SpeculationParams())
 
 

@@ -27,7 +27,7 @@ def test_a_second_turn_takes_the_first_from_the_cache(
     )
     engine = Engine.from_config(config)
     turns = ("The euryale is a jellyfish. " * 8, "Say the same in one sentence.")
-    conversation = Conversation(1, "c", UNCATEGORISED, turns)
+    conversation = Conversation(1, UNCATEGORISED, turns)
     reuse = measure_reuse(engine, conversation, GREEDY, SpeculationParams(method=method))
     num_prompt = reuse.first.num_prompt_tokens
     assert reuse.first.num_cached_tokens == 0

@@ -8,16 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.errors import BenchError
 from bench.workload.conversations import (
     SAMPLE_PATH,
     UNCATEGORISED,
     Conversation,
     load_workload,
-    read_prompts,
+    read_prompt_set,
     sample_evenly,
 )
 from tests.bench.traces import make_conversation
+from training.errors import DataError
 
 
 def write_rows(path: Path, *rows: Any) -> Path:
@@ -26,12 +26,12 @@ def write_rows(path: Path, *rows: Any) -> Path:
 
 
 def read_one(tmp_path: Path, row: Any) -> Conversation:
-    return read_prompts(write_rows(tmp_path / "rows.jsonl", row)).conversations[0]
+    return read_prompt_set(write_rows(tmp_path / "rows.jsonl", row)).conversations[0]
 
 
 def test_spec_bench_rows_keep_their_turns_and_category(tmp_path: Path) -> None:
     row = {"question_id": 81, "category": "writing", "turns": ["One.", "Two."], "reference": []}
-    assert read_one(tmp_path, row) == Conversation(1, "81", "writing", ("One.", "Two."))
+    assert read_one(tmp_path, row) == Conversation(1, "writing", ("One.", "Two."))
 
 
 def test_user_messages_are_the_turns_and_the_models_answers_are_left_out(tmp_path: Path) -> None:
@@ -42,101 +42,101 @@ def test_user_messages_are_the_turns_and_the_models_answers_are_left_out(tmp_pat
         {"role": "user", "content": "Two."},
     ]
     found = read_one(tmp_path, {"id": "x-1", "messages": messages})
-    assert found == Conversation(1, "x-1", UNCATEGORISED, ("One.", "Two."), "Be brief.")
+    assert found == Conversation(1, UNCATEGORISED, ("One.", "Two."), "Be brief.")
 
 
 def test_a_prompt_is_a_single_turn(tmp_path: Path) -> None:
     assert read_one(tmp_path, {"prompt": "def f():"}).turns == ("def f():",)
 
 
-def test_turns_win_over_messages_and_prompt(tmp_path: Path) -> None:
-    row = {"prompt": "c", "messages": [{"role": "user", "content": "b"}], "turns": ["a"]}
-    assert read_one(tmp_path, row).turns == ("a",)
+def test_a_row_with_two_sets_of_turns_is_rejected(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="this line has turns and prompt"):
+        read_one(tmp_path, {"prompt": "b", "turns": ["a"]})
 
 
 def test_compressed_files_are_recognised_by_content(tmp_path: Path) -> None:
     path = tmp_path / "rows.data"
     path.write_bytes(gzip.compress(b'{"prompt": "hello"}\n'))
-    assert read_prompts(path).conversations[0].turns == ("hello",)
+    assert read_prompt_set(path).conversations[0].turns == ("hello",)
 
 
 def test_blank_lines_are_skipped_but_counted(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('\n{"prompt": "a"}\n  \n{"prompt": "b"}')
-    assert [c.line for c in read_prompts(path).conversations] == [2, 4]
+    assert [c.line for c in read_prompt_set(path).conversations] == [2, 4]
 
 
 def test_line_separators_inside_a_text_do_not_split_it(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "a\u2028b\u0085c"}\n', encoding="utf-8")
-    assert read_prompts(path).conversations[0].turns == ("a\u2028b\u0085c",)
+    assert read_prompt_set(path).conversations[0].turns == ("a\u2028b\u0085c",)
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ([1], "expected an object, got list"),
-        ({"question": "?"}, "none of turns, messages and prompt (fields: question)"),
-        ({"turns": []}, "turns holds no user text"),
-        ({"turns": "hello"}, "turns holds no user text"),
+        ([1], "expected an object, got [1]"),
+        ({"question": "?"}, "this line has none of them but question"),
+        ({"turns": []}, "turns is []; give at least one user turn"),
+        ({"turns": "hello"}, "turns is 'hello'; give at least one user turn"),
         ({"turns": ["ok", "  "]}, "turns holds '  '"),
         ({"turns": [3]}, "turns holds 3"),
         ({"prompt": None}, "prompt holds None"),
         ({"prompt": "a", "category": 7}, "category is 7"),
-        ({"messages": "hello"}, "messages must be a list of objects"),
+        ({"messages": "hello"}, "messages is 'hello'; give a list of objects"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "message 0 has role 'tool'"),
         (
             {"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]},
             "message 1 has role 'system'",
         ),
-        ({"messages": [{"role": "assistant", "content": "a"}]}, "messages holds no user text"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "give at least one user turn"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages holds ["),
     ],
 )
 def test_a_bad_row_is_rejected_with_its_line(tmp_path: Path, row: Any, message: str) -> None:
     path = write_rows(tmp_path / "rows.jsonl", {"prompt": "fine"}, row)
-    with pytest.raises(BenchError) as error_info:
-        read_prompts(path)
-    assert str(error_info.value).startswith("rows.jsonl, line 2: ")
+    with pytest.raises(DataError) as error_info:
+        read_prompt_set(path)
+    assert str(error_info.value).startswith(f"{path}, line 2: ")
     assert message in str(error_info.value)
 
 
 def test_broken_json_is_rejected_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "a"}\n{"prompt": \n')
-    with pytest.raises(BenchError, match="line 2: no valid JSON"):
-        read_prompts(path)
+    with pytest.raises(DataError, match="line 2: no valid JSON"):
+        read_prompt_set(path)
 
 
 def test_bytes_that_are_no_text_are_rejected_with_their_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"prompt": "\xff\xfe"}\n')
-    with pytest.raises(BenchError, match="line 1: no valid JSON"):
-        read_prompts(path)
+    with pytest.raises(DataError, match="line 1: no valid JSON"):
+        read_prompt_set(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n"])
 def test_an_empty_file_is_rejected(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
-    with pytest.raises(BenchError, match="has no rows"):
-        read_prompts(path)
+    with pytest.raises(DataError, match="has no rows"):
+        read_prompt_set(path)
 
 
 def test_a_missing_file_is_rejected(tmp_path: Path) -> None:
-    with pytest.raises(BenchError, match=r"cannot read .*none\.jsonl"):
-        read_prompts(tmp_path / "none.jsonl")
+    with pytest.raises(DataError, match=r"none\.jsonl cannot be read"):
+        read_prompt_set(tmp_path / "none.jsonl")
 
 
 def test_a_damaged_compressed_file_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"prompt": "hello"}\n' * 50)[:-20])
-    with pytest.raises(BenchError, match="cannot read"):
-        read_prompts(path)
+    with pytest.raises(DataError, match="cannot be read"):
+        read_prompt_set(path)
 
 
 def test_the_shipped_prompts_cover_eight_categories_evenly() -> None:
-    prompts = read_prompts(SAMPLE_PATH)
+    prompts = read_prompt_set(SAMPLE_PATH)
     counts = Counter(c.category for c in prompts.conversations)
     assert len(prompts.conversations) == 24
     assert set(counts.values()) == {3}
