@@ -18,7 +18,7 @@ COMMANDS = {
 SERVE_TABLES = ("engine", "api", "server")
 TRAINING_TABLES = ("distill", "train", "evaluate")
 # Options of other programs that pages name.
-FOREIGN = {"--gpus", "--no-", "--use"}
+FOREIGN = {"--gpus", "--no-", "--strict", "--use"}
 
 
 def options(program: str, command: str) -> dict[str, Option]:
