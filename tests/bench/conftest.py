@@ -28,7 +28,7 @@ def engine(model_dir: Path, heads_dir: Path) -> Engine:
         num_blocks=256,
         max_num_seqs=4,
         max_nodes=6,
-        tree=6,
+        tree_size=6,
         prefix_caching=False,
     )
     return Engine.from_config(config)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Stands in for llama.cpp's server, which tests cannot build: the routes that the bench uses.
 
-Answers with the prompt's last token again and again. Notes its arguments in a file beside itself.
+Answers with the prompt's last token again and again. Notes its arguments in a file next to itself.
 """
 
 import json

@@ -12,7 +12,7 @@ PARTS = ["tests", "latency", "acceptance", "exactness", "overhead", "quality"]
 
 
 def run_script(tmp_path: Path, fails: str = "nothing") -> subprocess.CompletedProcess[str]:
-    """Run it with an interpreter that writes its arguments down and fails where it is told to."""
+    """Run it with an interpreter that writes its arguments down and fails where it is asked to."""
     python = tmp_path / "python"
     python.write_text(
         f'#!/bin/sh\necho "$@" >>"{tmp_path}/calls"\n'

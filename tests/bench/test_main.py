@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench.__main__ import main
-from bench.exactness import Asker
+from bench.benches.exactness import RequestMaker
 
 STABLE_FIELDS = {
     "latency": {"tokens_per_s", "speedup_vs_plain", "speedup_vs_transformers"},
@@ -71,19 +71,30 @@ def test_acceptance_fixes_the_tree_at_max_nodes(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, report = run_main(["acceptance", *arguments], capsys)
-    assert (report["tree"], report["budget"]) == ("auto", 8)
+    assert report["tree_size"] == 8
     # Only the step for the last token of an output has no drafts.
     assert 6.0 < report["mean_draft_tokens"] <= 7.0
     assert report["mean_acceptance_length"] >= 1.0
 
 
-def test_acceptance_does_not_depend_on_the_concurrency(
+def test_outputs_do_not_depend_on_the_concurrency(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Trees learn from what other requests accepted, so only the outputs are the same.
+    counts = []
+    for concurrency in ("1", "3"):
+        command = ["acceptance", *arguments, "--concurrency", concurrency]
+        _, report = run_main(command, capsys)
+        counts.append([report["num_outputs"], report["num_output_tokens"]])
+    assert counts[0] == counts[1]
+
+
+def test_plain_steps_do_not_depend_on_the_concurrency(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     reports = []
     for concurrency in ("1", "3"):
-        # Dynamic trees learn from the requests beside them.
-        command = ["acceptance", *arguments, "--static", "--concurrency", concurrency]
+        command = ["acceptance", *arguments, "--tree-size", "1", "--concurrency", concurrency]
         _, report = run_main(command, capsys)
         del report["context"]
         reports.append(report)
@@ -134,7 +145,7 @@ def test_bad_data_ends_with_the_line_on_stderr(
     assert "rows.jsonl, line 2" in captured.err
 
 
-def test_medusa_without_heads_is_refused(
+def test_medusa_without_heads_is_rejected(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["acceptance", *arguments, "--heads", "none", "--method", "medusa"]
@@ -156,7 +167,7 @@ def test_a_failed_check_ends_with_one(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # Planted: a greedy output stands where a sample without speculation should.
-    monkeypatch.setattr(Asker, "sampled_off", Asker.greedy_off)
+    monkeypatch.setattr(RequestMaker, "sampled_off", RequestMaker.greedy_off)
     status, report = run_main(["exactness", *arguments], capsys)
     assert status == 1
     assert report["num_unexplained"] > 0
@@ -174,7 +185,7 @@ def test_a_bench_runs_on_cuda(
     assert report["context"]["device"] == "cuda"
 
 
-def test_exactness_refuses_quantized_weights(
+def test_exactness_rejects_quantized_weights(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["exactness", *arguments, "--quantization", "int8"]) == 2

@@ -1,8 +1,8 @@
 """Hand-made outputs for tests of the figures that are computed from them."""
 
-from bench.conversations import Conversation
-from bench.dialogues import Turn
-from bench.tracing import Trace
+from bench.workload.conversations import Conversation
+from bench.workload.dialogues import Turn
+from bench.workload.tracing import Trace
 from server.core.completion import StepSpan
 from server.core.request import RequestStats
 
@@ -33,7 +33,7 @@ def make_trace(
 def make_conversation(
     *turns: str, line: int = 1, category: str = "chat", system: str | None = None
 ) -> Conversation:
-    return Conversation(line, f"row-{line}", category, turns, system)
+    return Conversation(line, category, turns, system)
 
 
 def make_turn(prompt_token_ids: tuple[int, ...], line: int = 1, index: int = 0) -> Turn:

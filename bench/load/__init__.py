@@ -1,0 +1,1 @@
+"""What is run and how: contenders at batch 1, other programs' servers, loops of many clients."""

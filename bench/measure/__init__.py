@@ -1,0 +1,1 @@
+"""Clocks, limits, comparisons with the plain model, and the report."""
