@@ -169,7 +169,7 @@ def make_speculator(
         draft: The heads; None if there are none.
         cache: KV cache with room for an MTP module's layer if the heads are one.
         blocks: Blocks of that cache.
-        products: What the heads are to multiply with.
+        products: How the heads are to multiply.
     """
     drafter = None if draft is None else _drafter(config, draft, cache, blocks, products)
     tree_size = config.max_nodes if config.tree_size == "auto" else config.tree_size
