@@ -4,7 +4,7 @@
                    generate <- queue <----- deliver <-- step
 
 The event loop never waits for a step: it puts commands into an inbox, the engine thread takes them
-before each step and hands each step's outputs back in one call. The requests of one `generate`
+before each launch and hands each step's outputs back in one call. The requests of one `generate`
 share one queue. `_run`, `_step`, `_take_commands`, `_add` and `_end` run on the engine thread, all
 else on the event loop's.
 
@@ -214,7 +214,8 @@ class AsyncEngine:
         """The engine thread: take commands, step, hand the outputs over."""
         try:
             while not self._has_ended:
-                self._take_commands(wait=not self.engine.has_unfinished)
+                if not self.engine.has_unfinished:
+                    self._take_commands(wait=True)
                 if self.engine.has_unfinished and not self._has_ended:
                     self._step()
         except Exception:  # noqa: BLE001  # whatever failed, no client may wait for ever
@@ -224,7 +225,7 @@ class AsyncEngine:
 
     def _step(self) -> None:
         started_s = time.perf_counter()
-        outputs = self.engine.step()
+        outputs = self.engine.step(admit=self._take_commands)
         self.metrics.step_seconds.observe(time.perf_counter() - started_s)
         self._call_in_loop(functools.partial(self._deliver, outputs))
 
