@@ -13,8 +13,8 @@ from server.core.limits import RequestLimits
 from server.device.base import Accelerated, AccelerateOptions, Device
 from server.device.create import create_device
 from server.errors import ConfigError
+from server.executor import EXECUTORS
 from server.executor.executor import Executor
-from server.executor.host import HostExecutor
 from server.executor.model_runner import ModelRunner
 from server.kv.block_manager import BlockManager
 from server.kv.kv_cache import KVCache, KVLayout
@@ -88,7 +88,7 @@ def build_parts(config: EngineConfig, keeps_hidden: bool = False) -> EngineParts
     sources = make_sources(SourceContext(config, draft, cache, blocks, products))
     drafters = {source.name: source.drafter for source in sources if source.drafter is not None}
     runner = ModelRunner(loaded, cache, create_attention(accelerated.attention, cache))
-    executor = HostExecutor(runner, layout, drafters)
+    executor = EXECUTORS[device.kind](runner, layout, drafters)
     sizes: TreeSizes = FixedSizes(_tree_size(config))
     if sources and config.tree_size == "auto":
         num_slots = num_blocks * config.block_size

@@ -1,6 +1,6 @@
 import os
+import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -107,40 +107,41 @@ def test_an_engine_that_fails_ends_its_streams_and_is_reported_as_unhealthy(
 
 
 @contextmanager
-def serving_process(model_dir: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """`euryale serve` in a process of its own, ready, with its address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def serving_process(
+    model_dir: Path, log: Path, *options: str
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`euryale serve` in a process of its own, ready, with its address; it logs to a file."""
     command = [sys.executable, "-m", "server.cli", "serve", "--model", str(model_dir)]
     command += ["--heads", "none", "--num-threads", "1", "--num-blocks", "256"]
-    environment = {**os.environ, "EURYALE_PORT": str(port), "EURYALE_SERVED_MODEL_NAME": "tiny"}
-    process = subprocess.Popen(
-        [*command, *options],
-        cwd=ROOT,
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    url = f"http://127.0.0.1:{port}"
+    environment = {**os.environ, "EURYALE_PORT": "0", "EURYALE_SERVED_MODEL_NAME": "tiny"}
+    with log.open("w") as stderr:
+        process = subprocess.Popen(
+            [*command, *options], cwd=ROOT, env=environment, stderr=stderr, text=True
+        )
     try:
-        wait_until(lambda: process.poll() is not None or _answers(url))
-        assert process.poll() is None, process.communicate()[1]
-        yield process, url
+        wait_until(lambda: process.poll() is not None or _answers(_address(log)))
+        assert process.poll() is None, log.read_text()
+        yield process, _address(log)
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
+
+
+def _address(log: Path) -> str:
+    found = re.search(r"serving \S+ on (http://127\.0\.0\.1:\d+)", log.read_text())
+    return "" if found is None else found[1]
 
 
 def _answers(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/ready").status_code == 200
+        return bool(url) and httpx.get(f"{url}/ready").status_code == 200
     except httpx.TransportError:
         return False
 
 
-def test_a_process_drains_at_sigterm_and_ends_cleanly(model_dir: Path) -> None:
-    with serving_process(model_dir) as (process, url):
+def test_a_process_drains_at_sigterm_and_ends_cleanly(model_dir: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with serving_process(model_dir, log) as (process, url):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         with client:
             stream = complete(
@@ -150,14 +151,15 @@ def test_a_process_drains_at_sigterm_and_ends_cleanly(model_dir: Path) -> None:
             process.send_signal(signal.SIGTERM)
             chunks = list(stream)
         assert chunks[-1].choices[0].finish_reason == "length"
-        _, log = process.communicate(timeout=DEADLINE_S)
+        process.wait(DEADLINE_S)
     assert process.returncode == 0
-    assert "draining" in log
-    assert "Traceback" not in log
+    assert "draining" in log.read_text()
+    assert "Traceback" not in log.read_text()
 
 
-def test_a_process_stops_at_once_at_the_second_signal(model_dir: Path) -> None:
-    with serving_process(model_dir, "--drain-s", "60") as (process, url):
+def test_a_process_stops_at_once_at_the_second_signal(model_dir: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with serving_process(model_dir, log, "--drain-s", "60") as (process, url):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         with client:
             stream = complete(
@@ -171,7 +173,7 @@ def test_a_process_stops_at_once_at_the_second_signal(model_dir: Path) -> None:
             process.send_signal(signal.SIGTERM)
             with pytest.raises(openai.APIError, match="stopping"):
                 list(stream)
-        _, log = process.communicate(timeout=DEADLINE_S)
+        process.wait(DEADLINE_S)
     assert process.returncode == 0
     assert time.monotonic() - started_s < 30
-    assert "Traceback" not in log
+    assert "Traceback" not in log.read_text()

@@ -1,5 +1,7 @@
 """The engine's own promises: reproducibility, cancellation, prefix reuse, counters, refusals."""
 
+from typing import Any
+
 import pytest
 import torch
 from tokenizers import Tokenizer as RustTokenizer
@@ -254,6 +256,80 @@ class TestAbort:
             engine.add_request(request)
         engine.abort(request.request_id)
         assert_as_expected(complete(engine, request), ORACLE.complete(request))
+
+
+class TestLateStops:
+    """A stop string is found when its sequence takes part in the next step already."""
+
+    def stopping(self, **sampling: Any) -> tuple[Request, Completion]:
+        """A request whose text ends by a stop string in the middle, and its completion."""
+        free = make_request(PROMPT, max_tokens=24, ignore_eos=True, **sampling)
+        text = ORACLE.complete(free).text
+        stop = next(c for c in text[len(text) // 3 :] if c.isascii() and c.isprintable())
+        request = make_request(PROMPT, max_tokens=24, ignore_eos=True, stop=(stop,), **sampling)
+        return request, complete(make_engine(), request)
+
+    def test_nothing_of_the_step_under_way_is_emitted_or_counted(self) -> None:
+        request, _ = self.stopping()
+        engine = make_engine()
+        completion = complete(engine, request)
+        assert_as_expected(completion, ORACLE.complete(request))
+        assert completion.finish_reason == "stop"
+        assert engine.counters.num_generated_tokens == len(completion.token_ids)
+        assert engine.counters.num_verify_steps == completion.stats.num_steps
+        assert engine.blocks.num_in_use == 0
+        assert engine.step() == []
+        engine.blocks.check()
+
+    def test_the_neighbours_of_that_step_go_on(self) -> None:
+        engine = make_engine()
+        request, _ = self.stopping()
+        others = [make_request(random_prompt(i, 5 + i), max_tokens=25) for i in (1, 2)]
+        completions = engine.generate([request, *others])
+        for completion, one in zip(completions, [request, *others], strict=True):
+            assert_as_expected(completion, ORACLE.complete(one))
+        assert engine.blocks.num_in_use == 0
+
+    def test_its_blocks_can_be_used_by_others_at_once(self) -> None:
+        engine = make_engine(num_blocks=12, block_size=4)
+        request, _ = self.stopping()
+        asked = [request, *(make_request(random_prompt(i, 9), max_tokens=20) for i in range(4))]
+        for completion, one in zip(engine.generate(asked), asked, strict=True):
+            assert_as_expected(completion, ORACLE.complete(one))
+        engine.blocks.check()
+
+
+class TestAdmit:
+    def test_requests_that_come_before_the_launch_take_part_in_it(self) -> None:
+        engine = make_engine()
+        engine.add_request(make_request(PROMPT, max_tokens=20, ignore_eos=True))
+        newcomer = make_request(random_prompt(1, 5), max_tokens=3, ignore_eos=True)
+        engine.step(admit=lambda: engine.add_request(newcomer))
+        assert newcomer.request_id in {output.request_id for output in engine.step()}
+
+    def test_requests_that_are_aborted_before_the_launch_do_not(self) -> None:
+        engine = make_engine()
+        doomed, kept = (
+            make_request(random_prompt(i, 6), max_tokens=20, ignore_eos=True) for i in (1, 2)
+        )
+        for request in (doomed, kept):
+            engine.add_request(request)
+        outputs = engine.step(admit=lambda: engine.abort(doomed.request_id))
+        assert {output.request_id for output in outputs} == {kept.request_id}
+        assert engine.num_running == 1
+        assert {output.request_id for output in engine.step()} == {kept.request_id}
+
+
+def test_a_trace_tells_where_the_time_of_steps_goes() -> None:
+    engine = make_engine()
+    engine.trace.clear()
+    complete(engine, make_request(PROMPT, max_tokens=9, ignore_eos=True))
+    assert engine.trace.num_steps == engine.counters.num_steps
+    assert engine.trace.num_prompt_tokens == len(PROMPT)
+    assert engine.trace.num_tokens >= len(PROMPT) + engine.trace.num_steps - 1
+    stages = {"schedule", "launch", "pack", "forward", "verify", "compact", "draft"}
+    assert set(engine.trace.stage_s) == stages | {"commit", "propose", "finish"}
+    assert min(engine.trace.stage_s.values()) >= 0.0
 
 
 class TestPrefixReuse:
