@@ -1,7 +1,7 @@
 """Benchmark prompts: conversations, and an even sample of them.
 
-Files are those that `training distill` takes (`training.prompts`), but that answers in `messages`
-are left out, because the model's own answers take their place.
+Files are those that `training distill` takes (`training.data.prompts`), except that answers in
+`messages` are left out, because the model's own answers take their place.
 """
 
 from collections.abc import Sequence
@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from heads.files import file_sha256
-from training.jsonl import Row, read_rows
-from training.prompts import read_prompts
+from training.data.jsonl import Row, read_rows
+from training.data.prompts import read_prompts
 
 SAMPLE_PATH = Path(__file__).parents[1] / "prompts" / "sample.jsonl"
 UNCATEGORISED = "uncategorised"
