@@ -29,7 +29,7 @@ from torch import Tensor
 
 from heads.errors import HeadsCheckpointError, HeadsMismatchError
 from heads.files import atomic_write
-from heads.kinds import TYPES, AnyHeads, BaseParts, build_heads, describe, type_of
+from heads.kinds import TYPES, AnyHeads, BaseParts, build_heads, describe, renamed, type_of
 from heads.lora import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, AdapterFiles
 from heads.tree_search import AcceptanceProfile
 
@@ -229,7 +229,7 @@ def load_heads(
         input_embedding_VD=parts.input_embedding_VD.to(device, dtype),
     )
     try:
-        tensors = safetensors.torch.load(_read_verified(directory, WEIGHTS_FILE, config))
+        tensors = renamed(safetensors.torch.load(_read_verified(directory, WEIGHTS_FILE, config)))
         ids_U = tensors.get("draft_vocab_ids")
         heads = build_heads(config["type"], config["heads"], ids_U, parts)
         heads.load_state_dict(tensors, strict=True)

@@ -5,7 +5,7 @@ Shape suffixes: V vocabulary, D model width.
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -16,8 +16,15 @@ MEDUSA_TYPE = "medusa"
 MTP_TYPE = "mtp"
 TYPES = (MEDUSA_TYPE, MTP_TYPE)
 AnyHeads = MedusaHeads | MTPModule
+Value = TypeVar("Value")
 
 _BLOCK_KEY = "block"
+# Names that sizes and weights had in earlier checkpoints.
+_FORMER_NAMES = {
+    "num_blocks": "num_layers",
+    "block_weights": "layer_weights",
+    "block_biases": "layer_biases",
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,6 +56,11 @@ def describe(heads: AnyHeads) -> dict[str, Any]:
     return sizes
 
 
+def renamed(values: Mapping[str, Value]) -> dict[str, Value]:
+    """Return sizes or weights of a checkpoint under the names that they have today."""
+    return {_FORMER_NAMES.get(name, name): value for name, value in values.items()}
+
+
 def build_heads(kind: str, sizes: Any, draft_vocab_ids: Tensor | None, base: BaseParts) -> AnyHeads:
     """Build heads that are still to get their weights.
 
@@ -64,6 +76,7 @@ def build_heads(kind: str, sizes: Any, draft_vocab_ids: Tensor | None, base: Bas
     matrices = (base.unembedding_VD, base.input_embedding_VD)
     if kind == MEDUSA_TYPE:
         # Heads that were saved before there were others do not say it.
+        sizes = renamed(sizes) if isinstance(sizes, dict) else sizes
         config = MedusaConfig(**_known(sizes, MedusaConfig, {"own_unembedding": False}))
         return MedusaHeads(config, *matrices, draft_vocab_ids)
     if base.make_block is None:

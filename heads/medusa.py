@@ -2,7 +2,7 @@
 
 Head k (from 0) drafts the token at depth k + 1, the one after the root token. Its input is the
 base model's last hidden state, optionally plus a linear map, its own, of the root token's
-embedding; then come residual blocks x + SiLU(W x), and the base model's frozen unembedding. The
+embedding; then come residual layers x + SiLU(W x), and the base model's frozen unembedding. The
 unembedding can be restricted to a draft vocabulary, to which the tokens of a request's own prompt
 are added.
 
@@ -36,7 +36,7 @@ class MedusaConfig:
         hidden_size: Width of the base model.
         vocab_size: Rows of the base model's unembedding.
         num_heads: Draft heads, hence the largest depth.
-        num_blocks: Residual blocks of each head.
+        num_layers: Residual layers of each head.
         root_conditioned: Whether the heads see the root token's embedding.
         draft_vocab_size: Tokens that the heads can draft; None for the whole vocabulary.
         own_unembedding: Whether each head has a vocabulary matrix of its own, as the original
@@ -50,13 +50,13 @@ class MedusaConfig:
     hidden_size: int
     vocab_size: int
     num_heads: int = 4
-    num_blocks: int = 1
+    num_layers: int = 1
     root_conditioned: bool = True
     draft_vocab_size: int | None = None
     own_unembedding: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "vocab_size", "num_heads", "num_blocks"):
+        for name in ("hidden_size", "vocab_size", "num_heads", "num_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give at least 1")
         if self.draft_vocab_size is not None and not 1 <= self.draft_vocab_size <= self.vocab_size:
@@ -108,9 +108,9 @@ class MedusaHeads(nn.Module):
         self._unembedding_VD = unembedding_VD.detach()
         self._input_embedding_VD = input_embedding_VD.detach()
         width, like = config.hidden_size, self._unembedding_VD
-        blocks = (config.num_blocks, config.num_heads, width)
-        self.block_weights = nn.Parameter(like.new_zeros(*blocks, width))
-        self.block_biases = nn.Parameter(like.new_zeros(blocks))
+        layers = (config.num_layers, config.num_heads, width)
+        self.layer_weights = nn.Parameter(like.new_zeros(*layers, width))
+        self.layer_biases = nn.Parameter(like.new_zeros(layers))
         self.root_weights: nn.Parameter | None = None
         if config.root_conditioned:
             self.root_weights = nn.Parameter(like.new_zeros(config.num_heads, width, width))
@@ -128,7 +128,7 @@ class MedusaHeads(nn.Module):
         )
 
     def _gather_draft_rows(self) -> None:
-        rows_UD = self._unembedding_VD.to(self.block_weights.dtype)
+        rows_UD = self._unembedding_VD.to(self.layer_weights.dtype)
         if self.config.draft_vocab_size is not None:
             rows_UD = rows_UD.index_select(0, self.draft_vocab_ids)
         self.register_buffer("draft_rows_UD", rows_UD, persistent=False)
@@ -143,14 +143,14 @@ class MedusaHeads(nn.Module):
             hidden_TD: The base model's last hidden states, after its final norm.
             root_tokens_T: Int64 token that follows each position.
         """
-        hidden_TD = hidden_TD.to(self.block_weights.dtype)
+        hidden_TD = hidden_TD.to(self.layer_weights.dtype)
         x_KTD = hidden_TD.expand(self.config.num_heads, -1, -1)
         if self.root_weights is not None:
             root_TD = F.embedding(root_tokens_T, self._input_embedding_VD).to(hidden_TD.dtype)
             # All heads map the same embedding, so their maps are one product, X = K * D wide.
             mapped_TX = F.linear(root_TD, self.root_weights.flatten(0, 1))
             x_KTD = x_KTD + mapped_TX.view(len(root_TD), *x_KTD.shape[::2]).transpose(0, 1)
-        for weight_KDD, bias_KD in zip(self.block_weights, self.block_biases, strict=True):
+        for weight_KDD, bias_KD in zip(self.layer_weights, self.layer_biases, strict=True):
             inner_KTD = torch.baddbmm(bias_KD.unsqueeze(1), x_KTD, weight_KDD.transpose(1, 2))
             x_KTD = x_KTD + F.silu(inner_KTD)
         return x_KTD
@@ -246,10 +246,10 @@ class _FrozenProducts:
         self._map_root = (
             None if root_weights is None else make_product(root_weights.detach().flatten(0, 1))
         )
-        self._biases = heads.block_biases.detach().unsqueeze(2)
-        self._blocks = [
+        self._biases = heads.layer_biases.detach().unsqueeze(2)
+        self._layers = [
             [make_product(weight_DD) for weight_DD in weight_KDD]
-            for weight_KDD in heads.block_weights.detach()
+            for weight_KDD in heads.layer_weights.detach()
         ]
         has_own = heads.unembedding_KVD is not None
         self.unembed = None if has_own else make_product(heads.draft_rows_UD)
@@ -260,7 +260,7 @@ class _FrozenProducts:
         if self._map_root is not None:
             mapped_BX = self._map_root(root_BD.to(self._biases.dtype))
             x_KBD = x_KBD + mapped_BX.view(len(root_BD), *x_KBD.shape[::2]).transpose(0, 1)
-        for map_heads, bias_K1D in zip(self._blocks, self._biases, strict=True):
+        for map_heads, bias_K1D in zip(self._layers, self._biases, strict=True):
             inner_KBD = torch.stack(
                 [map_head(x_BD) for map_head, x_BD in zip(map_heads, x_KBD, strict=True)]
             )

@@ -1,8 +1,8 @@
 """Reads Medusa heads in the layout of their first implementation (FasterDecoding/Medusa).
 
     config.json              medusa_num_heads, medusa_num_layers
-    medusa_lm_head.pt        or .safetensors; for head i of L residual blocks
-        i.j.linear.weight    [D, D], block j: x + SiLU(W x + b)
+    medusa_lm_head.pt        or .safetensors; for head i of L residual layers
+        i.j.linear.weight    [D, D], layer j: x + SiLU(W x + b)
         i.j.linear.bias      [D]
         i.L.weight           [V, D], the head's own vocabulary matrix; in the shared-head layout
                              no head has one, and the base model's unembedding is used
@@ -45,11 +45,11 @@ def load_original_heads(
         HeadsCheckpointError: If a file is missing, damaged, holds more than weights, or does not
             fit the base model.
     """
-    num_heads, num_blocks = _read_sizes(directory / CONFIG_FILE)
+    num_heads, num_layers = _read_sizes(directory / CONFIG_FILE)
     path = _weights_path(directory)
     tensors = _without_prefix(path, _read_weights(path))
     vocab_size, width = unembedding_VD.shape
-    own_names = [f"{head}.{num_blocks}.weight" for head in range(num_heads)]
+    own_names = [f"{head}.{num_layers}.weight" for head in range(num_heads)]
     num_own = sum(name in tensors for name in own_names)
     if num_own not in (0, num_heads):
         raise HeadsCheckpointError(
@@ -58,25 +58,25 @@ def load_original_heads(
         )
     shapes: dict[str, tuple[int, ...]] = {}
     for head in range(num_heads):
-        for block in range(num_blocks):
-            shapes[f"{head}.{block}.linear.weight"] = (width, width)
-            shapes[f"{head}.{block}.linear.bias"] = (width,)
+        for layer in range(num_layers):
+            shapes[f"{head}.{layer}.linear.weight"] = (width, width)
+            shapes[f"{head}.{layer}.linear.bias"] = (width,)
     shapes |= dict.fromkeys(own_names, (vocab_size, width)) if num_own else {}
     _check(path, tensors, shapes)
     config = MedusaConfig(
         hidden_size=width,
         vocab_size=vocab_size,
         num_heads=num_heads,
-        num_blocks=num_blocks,
+        num_layers=num_layers,
         root_conditioned=False,
         own_unembedding=bool(num_own),
     )
     heads = MedusaHeads(config, unembedding_VD, input_embedding_VD)
     with torch.no_grad():
-        for block in range(num_blocks):
+        for layer in range(num_layers):
             for head in range(num_heads):
-                heads.block_weights[block, head] = tensors[f"{head}.{block}.linear.weight"]
-                heads.block_biases[block, head] = tensors[f"{head}.{block}.linear.bias"]
+                heads.layer_weights[layer, head] = tensors[f"{head}.{layer}.linear.weight"]
+                heads.layer_biases[layer, head] = tensors[f"{head}.{layer}.linear.bias"]
         if heads.unembedding_KVD is not None:
             for head, name in enumerate(own_names):
                 heads.unembedding_KVD[head] = tensors[name]

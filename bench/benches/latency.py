@@ -185,7 +185,7 @@ def run(prompts: PromptOptions, config: EngineConfig, speculation: SpeculationPa
 
 def describe_cost(engine: Engine) -> dict[str, object]:
     """Fields of the report: the step cost as it was measured on start."""
-    costs = engine.speculator.sizes.costs
+    costs = engine.speculator.stats().costs
     cost = None if costs is None else costs.measured
     return {
         "draft_ms": None if cost is None else cost.draft_s * 1e3,

@@ -1,21 +1,18 @@
 """`overhead`: where a verify step's time goes at batch 1, above all outside the model.
 
-The parts are timed by wrappers around the engine's own functions; the engine runs unchanged. A
-part's time excludes the parts inside it, and `other` is what no part covers.
+Parts are the stages of the engine's own `StepTrace`; `other` is what no stage covers. One call of
+`Engine.step` lands a step and launches the next, so its parts are of both.
 """
 
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
-from unittest.mock import patch
 
-import server.engine.engine as engine_module
 from bench.benches.setup import PromptOptions, common_settings, prepare
 from bench.errors import BenchError
 from bench.measure.report import Outcome
-from bench.measure.stopwatch import Stopwatch, device_waiter
 from server.cli.console import progress_bar
 from server.cli.options import Command
 from server.config import EngineConfig, SpeculationParams
@@ -23,14 +20,8 @@ from server.core.request import Request
 from server.engine.engine import Engine
 
 FORWARD, DRAFT, OTHER = "forward", "draft", "other"
-_ENGINE_FUNCTIONS = {"build_batch": "batch", "verify": "verify", "emit": "emit"}
-_ENGINE_METHODS = {
-    "_compact": "compact",
-    "_advance": "advance",
-    "_propose": "propose",
-    "_count": "count",
-    "_outputs": "outputs",
-}
+# A stage that another one, `launch`, contains.
+_IN_LAUNCH = "pack"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +37,9 @@ class OverheadResult:
     """What the bench reports; shares are of the summed seconds of all timed steps.
 
     Attributes:
-        overhead_share: Everything but the model's forward pass and the draft heads.
-        draft_share: The draft heads' own computation.
-        forward_share: The model's forward pass, our attention included.
+        overhead_share: Share of everything but the model's forward pass and the draft heads.
+        draft_share: Share of the draft heads' own computation.
+        forward_share: Share of the model's forward pass, our attention included.
         step_ms: Mean wall time of a verify step.
         parts_ms: Mean milliseconds of each part, largest first.
         parts_share: Share of each part.
@@ -85,39 +76,20 @@ def summarise(laps: Sequence[StepLap]) -> OverheadResult:
     )
 
 
-@contextmanager
-def instrumented(engine: Engine, stopwatch: Stopwatch) -> Iterator[None]:
-    """Time the parts of `engine.step` for as long as the context lasts."""
-    with ExitStack() as stack:
-
-        def wrap(owner: object, attribute: str, part: str, on_device: bool = False) -> None:
-            function = getattr(owner, attribute)
-            timed = stopwatch.timed(part, function, on_device)
-            stack.enter_context(patch.object(owner, attribute, timed))
-
-        for attribute, part in _ENGINE_FUNCTIONS.items():
-            wrap(engine_module, attribute, part)
-        for attribute, part in _ENGINE_METHODS.items():
-            wrap(engine, attribute, part)
-        wrap(engine._scheduler, "schedule", "schedule")
-        wrap(engine._runner, "run", "prepare")
-        wrap(engine.loaded.model, "forward", FORWARD, on_device=True)
-        if engine.speculator.drafter is not None:
-            wrap(engine.speculator.drafter, "propose", DRAFT, on_device=True)
-        yield
-
-
-def time_steps(engine: Engine, stopwatch: Stopwatch, request: Request) -> list[StepLap]:
-    """Run one request on an idle, instrumented engine; one lap for each verify step."""
+def time_steps(engine: Engine, request: Request) -> list[StepLap]:
+    """Run one request on an idle engine; one lap for each verify step."""
+    trace = engine.trace
     laps: list[StepLap] = []
     engine.add_request(request)
     while engine.has_unfinished:
-        stopwatch.lap()
-        with stopwatch.part(OTHER):
-            outputs = engine.step()
-        parts_s = stopwatch.lap()
+        trace.clear()
+        start = time.perf_counter()
+        outputs = engine.step()
+        step_s = time.perf_counter() - start
         if outputs and outputs[-1].is_verify_step:
-            laps.append(StepLap(sum(parts_s.values()), parts_s))
+            parts_s = {name: own for name, own in trace.stage_s.items() if name != _IN_LAUNCH}
+            parts_s[OTHER] = step_s - sum(parts_s.values())
+            laps.append(StepLap(step_s, parts_s))
     return laps
 
 
@@ -129,15 +101,13 @@ def run(prompts: PromptOptions, config: EngineConfig, speculation: SpeculationPa
         EuryaleError: If the prompts are wrong, or the engine cannot be built or rejects a request.
     """
     setup = prepare(prompts, config, speculation)
-    engine = setup.engine
     turns, skipped = setup.first_turns()
     requests = [turn.request(setup.greedy, setup.speculation) for turn in turns]
-    stopwatch = Stopwatch(device_waiter(engine.loaded.device))
     laps: list[StepLap] = []
-    with progress_bar("overhead", len(requests)) as bar, instrumented(engine, stopwatch):
-        time_steps(engine, stopwatch, requests[0])  # not counted: everything runs once first
+    with progress_bar("overhead", len(requests)) as bar:
+        time_steps(setup.engine, requests[0])  # not counted: everything runs once first
         for request in requests:
-            laps += time_steps(engine, stopwatch, request)
+            laps += time_steps(setup.engine, request)
             bar.advance()
     if not laps:
         raise BenchError("no output had a verify step; give a larger --max-new-tokens")

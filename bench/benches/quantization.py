@@ -21,7 +21,7 @@ from torch import Tensor
 from bench.benches.setup import PLAIN, PromptOptions, build_engine, common_settings, prepare
 from bench.errors import BenchError
 from bench.measure.report import Outcome
-from bench.measure.stopwatch import device_waiter
+from bench.measure.timing import device_waiter
 from bench.workload.dialogues import Turn
 from bench.workload.tracing import run_requests
 from server.attention.backend import AttentionBatch, AttentionSpan
@@ -30,6 +30,7 @@ from server.cli.options import Command
 from server.config import EngineConfig, SamplingParams, SpeculationParams
 from server.engine.engine import Engine
 from server.executor.batch import StepBatch
+from server.executor.host import HostExecutor
 
 STEP_SIZES = (1, 2, 4, 8, 16, 32, 64)
 CONTEXT_LEN = 256
@@ -91,10 +92,18 @@ class QuantizationResult:
 
 
 class Reader:
-    """Runs an idle engine's model over tokens, in KV blocks that no request owns then."""
+    """Runs an idle engine's model over tokens, in KV blocks that no request owns then.
+
+    Raises:
+        BenchError: If the engine's executor does not give the logits of a whole batch.
+    """
 
     def __init__(self, engine: Engine) -> None:
+        if not isinstance(engine.executor, HostExecutor):
+            kind = type(engine.executor).__name__
+            raise BenchError(f"quantization reads texts with HostExecutor, not with {kind}")
         self._engine = engine
+        self._runner = engine.executor.runner
         self._wait_for_device = device_waiter(engine.loaded.device)
 
     def read(self, token_ids: Sequence[int], context_len: int) -> Tensor:
@@ -104,12 +113,13 @@ class Reader:
         slots_T = positions_T + context_len
         table = list(range(-(-(context_len + num_tokens) // engine.config.block_size)))
         span = AttentionSpan(0, num_tokens, context_len, table, None, None)
-        output = engine._runner.run(
+        output = self._runner.run(
             StepBatch(
                 input_ids_T=torch.tensor(token_ids, device=engine.loaded.device),
                 positions_T=slots_T,
                 logits_rows_S=positions_T,
                 attention=AttentionBatch((span,), slots_T),
+                first_rows=(0,),
             )
         )
         self._wait_for_device()

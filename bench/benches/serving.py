@@ -210,7 +210,7 @@ def _median(values: Sequence[float]) -> float:
 
 
 def _foresight(engine: Engine) -> Foresight | None:
-    foresight = engine.speculator.sizes.foresight
+    foresight = engine.speculator.stats().foresight
     return None if foresight is None else replace(foresight)
 
 

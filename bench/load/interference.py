@@ -1,16 +1,14 @@
 """Streams that decode while a long prompt arrives, and the cost of the prompt's chunks alone."""
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from unittest.mock import patch
 
 from bench.errors import BenchError
 from bench.load.loops import Chunk, GapFigures, Percentiles, gap_figures, percentiles_ms
-from bench.measure.stopwatch import device_waiter
+from bench.measure.timing import device_waiter
 from server.core.request import Request, RequestOutput
-from server.core.step import StepEntry
 from server.engine.engine import Engine
 
 # Steps in which the streams' trees come into use before anything is measured.
@@ -133,10 +131,7 @@ def measure_interference(
     num_quiet_steps = -(-len(prompt.prompt_token_ids) // (2 * budget))
     running.run(num_quiet_steps)
     quiet = running.take()
-    with _recorded_chunks(engine) as chunk_tokens:
-        engine.add_request(prompt)
-        while all(output.request_id != prompt.request_id for output in running.step()):
-            pass
+    chunk_tokens = _chunks_until_first_token(engine, running, prompt)
     busy = running.take()
     engine.abort(prompt.request_id)
     running.run(num_quiet_steps)
@@ -150,20 +145,18 @@ def measure_interference(
     )
 
 
-@contextmanager
-def _recorded_chunks(engine: Engine) -> Iterator[list[int]]:
-    """A list that gets the prompt tokens of each step that has any."""
-    scheduler = engine._scheduler
-    schedule = scheduler.schedule
+def _chunks_until_first_token(engine: Engine, streams: Streams, prompt: Request) -> list[int]:
+    """Let a prompt arrive; returns its tokens in each step that has any."""
     chunk_tokens: list[int] = []
-
-    def recorded() -> list[StepEntry]:
-        plan = schedule()
-        chunk_tokens.extend(item.num_tokens for item in plan if not item.is_decoding)
-        return plan
-
-    with patch.object(scheduler, "schedule", recorded):
-        yield chunk_tokens
+    engine.add_request(prompt)
+    has_begun = False
+    while not has_begun:
+        engine.trace.clear()
+        outputs = streams.step()
+        if engine.trace.num_prompt_tokens:
+            chunk_tokens.append(engine.trace.num_prompt_tokens)
+        has_begun = any(output.request_id == prompt.request_id for output in outputs)
+    return chunk_tokens
 
 
 def time_chunks(engine: Engine, request: Request, chunk_tokens: Sequence[int]) -> list[float]:
@@ -172,12 +165,15 @@ def time_chunks(engine: Engine, request: Request, chunk_tokens: Sequence[int]) -
     Args:
         engine: Idle before and after.
         request: Its prompt has as many tokens as the chunks together, none of them cached.
-        chunk_tokens: The scheduler would take larger chunks while nothing decodes.
+        chunk_tokens: Size of each chunk; the scheduler alone would take larger ones while nothing
+            decodes.
     """
     wait_for_device = device_waiter(engine.loaded.device)
     sizes = iter(chunk_tokens)
     seconds: list[float] = []
-    with patch.object(engine._scheduler, "_prefill_budget", lambda num_tree_tokens: next(sizes)):
+    # NOTE: the scheduler has no public way to take smaller chunks than it would. Past the prompt's
+    # last chunk it asks again, for a step that is dropped.
+    with patch.object(engine._scheduler, "_prefill_budget", lambda _: next(sizes, 0)):
         engine.add_request(request)
         outputs: list[RequestOutput] = []
         while not outputs:

@@ -21,8 +21,7 @@ from transformers import (
 )
 
 from bench.errors import BenchError
-from bench.measure.stopwatch import device_waiter
-from bench.measure.timing import Timing
+from bench.measure.timing import Timing, device_waiter
 from server.model.loading import LoadedModel
 from server.model.progress import quiet_transformers
 from server.model.source import resolve_model

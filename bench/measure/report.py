@@ -142,14 +142,15 @@ def _rounded(value: Any) -> Any:
 
 
 def show_figures(title: str, result: Mapping[str, Any]) -> None:
-    """Print the plain numbers of a result as a table on stderr."""
+    """Print the plain numbers of a result, if it has any, as a table on stderr."""
     table = Table(title=title, show_header=False)
     table.add_column()
     table.add_column(justify="right")
     for name, value in result.items():
         if isinstance(value, (int, float)):
             table.add_row(name, f"{value:.4g}" if isinstance(value, float) else f"{value}")
-    Console(stderr=True).print(table)
+    if table.row_count:
+        Console(stderr=True).print(table)
 
 
 def publish(line: str, output: Path | None) -> None:

@@ -1,9 +1,12 @@
 """Times whole requests at batch 1, and compares the speeds of two ways to run them."""
 
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
+
+import torch
 
 from bench.workload.tracing import Trace, make_trace
 from server.core.request import Request, RequestOutput
@@ -64,6 +67,13 @@ class Speedup:
     median: float
     decode_total: float
     decode_median: float
+
+
+def device_waiter(device: torch.device) -> Callable[[], None]:
+    """A function that waits until the device has done all its work."""
+    if device.type == "cuda":
+        return functools.partial(torch.cuda.synchronize, device)
+    return lambda: None
 
 
 def time_request(engine: Engine, request: Request) -> tuple[Timing, Trace]:

@@ -153,6 +153,14 @@ def test_medusa_without_heads_is_rejected(
     assert "no draft heads" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["acceptance", "overhead"])
+def test_an_unknown_method_is_rejected(
+    command: str, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, *arguments, "--method", "eagle"]) == 2
+    assert "eagle" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["latency", "acceptance", "exactness", "overhead"])
 def test_prompts_that_do_not_fit_are_an_error_if_none_is_left(
     command: str, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -79,7 +79,6 @@ def test_no_run_reuses_an_earlier_prompt(name: str) -> None:
         ("--max-nodes 65", "max_nodes is 65; give 1 to 64"),
         ("--max-nodes 0", "max_nodes is 0; give 1 to 64"),
         ("--tree-size 0", "--tree-size is '0'; give auto or a whole number from 1"),
-        ("--method eagle", "--method is 'eagle'; give auto, none, medusa, mtp or lookup"),
         ("--dtype int8", "--dtype is 'int8'; give auto"),
         ("--quantization fp8", "--quantization is 'fp8'; give none or int8"),
         ("--batch 2", "unrecognized arguments: --batch 2"),

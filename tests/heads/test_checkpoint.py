@@ -176,8 +176,8 @@ class TestRoundTrip:
         [
             (True, {}),
             (False, {}),
-            (True, {"root_conditioned": False, "num_blocks": 2}),
-            (False, {"root_conditioned": False, "num_blocks": 2}),
+            (True, {"root_conditioned": False, "num_layers": 2}),
+            (False, {"root_conditioned": False, "num_layers": 2}),
             (False, {"own_unembedding": True}),
         ],
     )
@@ -208,25 +208,42 @@ class TestRoundTrip:
         path.write_text(json.dumps(config))
         assert not load_medusa(saved, tiny_base()).config.own_unembedding
 
+    def test_heads_saved_when_layers_were_called_blocks_load(self, saved: Path) -> None:
+        heads = load_medusa(saved, tiny_base())
+        tensors = safetensors.torch.load_file(saved / "heads.safetensors")
+        for name in ("weights", "biases"):
+            tensors[f"block_{name}"] = tensors.pop(f"layer_{name}")
+        path = saved / "config.json"
+        config = json.loads(path.read_text())
+        config["heads"]["num_blocks"] = config["heads"].pop("num_layers")
+        data = safetensors.torch.save(tensors)
+        (saved / "heads.safetensors").write_bytes(data)
+        config["sha256"]["heads.safetensors"] = hashlib.sha256(data).hexdigest()
+        path.write_text(json.dumps(config))
+        former = load_medusa(saved, tiny_base())
+        assert former.config == heads.config
+        for name, weight in heads.state_dict().items():
+            assert torch.equal(former.state_dict()[name], weight)
+
     def test_a_checkpoint_is_three_files(self, saved: Path) -> None:
         names = sorted(path.name for path in saved.iterdir())
         assert names == ["acceptance_profile.json", "config.json", "heads.safetensors"]
 
     def test_weights_are_stored_as_bfloat16_and_ids_as_int32(self, saved: Path) -> None:
         tensors = safetensors.torch.load_file(saved / "heads.safetensors")
-        assert tensors["block_weights"].dtype == torch.bfloat16
+        assert tensors["layer_weights"].dtype == torch.bfloat16
         assert tensors["draft_vocab_ids"].dtype == torch.int32
 
     def test_weights_can_be_stored_in_full(self, tmp_path: Path) -> None:
         base = tiny_base()
         heads = make_heads(base)
-        nn.init.normal_(heads.block_weights)
+        nn.init.normal_(heads.layer_weights)
         save_heads(tmp_path, heads, fingerprint(base), "tiny", None, torch.float32)
-        assert torch.equal(load_medusa(tmp_path, base).block_weights, heads.block_weights)
+        assert torch.equal(load_medusa(tmp_path, base).layer_weights, heads.layer_weights)
 
     def test_heads_load_in_the_type_that_is_asked_for(self, saved: Path) -> None:
         heads = load(saved, tiny_base(), dtype=torch.bfloat16).heads
-        assert heads.block_weights.dtype == torch.bfloat16
+        assert heads.layer_weights.dtype == torch.bfloat16
         assert heads.draft_rows_UD.dtype == torch.bfloat16
 
     def test_a_profile_is_optional(self, tmp_path: Path) -> None:
@@ -243,7 +260,7 @@ class TestRoundTrip:
         assert (loaded.base_name, loaded.profile) == ("acme/tiny-2", None)
         loaded_heads = loaded.heads
         assert isinstance(loaded_heads, MedusaHeads)
-        assert torch.equal(loaded_heads.block_weights, heads.block_weights)
+        assert torch.equal(loaded_heads.layer_weights, heads.layer_weights)
         names = sorted(path.name for path in saved.iterdir())
         assert names == ["config.json", "heads.safetensors", "train.log"]
 
@@ -345,7 +362,7 @@ class TestDamage:
         [
             ({"num_heads": 0}, "num_heads is 0"),
             ({"num_heads": "two"}, "cannot be loaded"),
-            ({"num_heads": 3}, "size mismatch for block_weights"),
+            ({"num_heads": 3}, "size mismatch for layer_weights"),
             ({"root_conditioned": False}, "Unexpected key"),
             ({"draft_vocab_size": None}, "draft_vocab_size is None"),
             ({"draft_vocab_size": 5}, "one id for each of the 5"),

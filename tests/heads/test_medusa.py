@@ -46,8 +46,8 @@ def head_hidden_slowly(heads: MedusaHeads, hidden_D: Tensor, root: int, head: in
     x_D = hidden_D
     if heads.root_weights is not None:
         x_D = x_D + heads.root_weights[head] @ random_tensor(VOCAB_SIZE, WIDTH, seed=2)[root]
-    for block in range(heads.config.num_blocks):
-        weight_DD, bias_D = heads.block_weights[block, head], heads.block_biases[block, head]
+    for layer in range(heads.config.num_layers):
+        weight_DD, bias_D = heads.layer_weights[layer, head], heads.layer_biases[layer, head]
         x_D = x_D + F.silu(weight_DD @ x_D + bias_D)
     return x_D
 
@@ -65,11 +65,11 @@ def candidates_slowly(
 class TestConfig:
     def test_the_defaults_are_four_conditioned_heads_over_the_whole_vocabulary(self) -> None:
         config = MedusaConfig(8, 100)
-        assert (config.num_heads, config.num_blocks) == (4, 1)
+        assert (config.num_heads, config.num_layers) == (4, 1)
         assert config.root_conditioned
         assert config.draft_vocab_size is None
 
-    @pytest.mark.parametrize("name", ["hidden_size", "vocab_size", "num_heads", "num_blocks"])
+    @pytest.mark.parametrize("name", ["hidden_size", "vocab_size", "num_heads", "num_layers"])
     def test_sizes_are_positive(self, name: str) -> None:
         sizes: dict[str, Any] = {"hidden_size": 8, "vocab_size": 100} | {name: 0}
         with pytest.raises(ValueError, match=f"{name} is 0; give at least 1"):
@@ -114,12 +114,12 @@ class TestConstruction:
 
     def test_the_base_matrices_are_no_parameters_and_not_in_the_state(self) -> None:
         matrix = nn.Parameter(random_tensor(VOCAB_SIZE, WIDTH))
-        config = MedusaConfig(WIDTH, VOCAB_SIZE, num_heads=2, num_blocks=3)
+        config = MedusaConfig(WIDTH, VOCAB_SIZE, num_heads=2, num_layers=3)
         heads = MedusaHeads(config, matrix, matrix)
         shapes = {name: tuple(tensor.shape) for name, tensor in heads.state_dict().items()}
         assert shapes == {
-            "block_weights": (3, 2, WIDTH, WIDTH),
-            "block_biases": (3, 2, WIDTH),
+            "layer_weights": (3, 2, WIDTH, WIDTH),
+            "layer_biases": (3, 2, WIDTH),
             "root_weights": (2, WIDTH, WIDTH),
         }
         assert set(dict(heads.named_parameters())) == set(shapes)
@@ -142,13 +142,13 @@ class TestConstruction:
 
 
 class TestForward:
-    @pytest.mark.parametrize("num_blocks", [1, 2, 3])
+    @pytest.mark.parametrize("num_layers", [1, 2, 3])
     @pytest.mark.parametrize("root_conditioned", [True, False])
     @pytest.mark.parametrize("num_tokens", [1, 5])
-    def test_each_head_is_a_stack_of_residual_blocks(
-        self, num_blocks: int, root_conditioned: bool, num_tokens: int
+    def test_each_head_is_a_stack_of_residual_layers(
+        self, num_layers: int, root_conditioned: bool, num_tokens: int
     ) -> None:
-        heads = make_heads(num_blocks=num_blocks, root_conditioned=root_conditioned)
+        heads = make_heads(num_layers=num_layers, root_conditioned=root_conditioned)
         hidden_TD, roots_T = random_tensor(num_tokens, WIDTH, seed=5), torch.arange(num_tokens)
         head_hidden_KTD = heads(hidden_TD, roots_T)
         assert head_hidden_KTD.shape == (3, num_tokens, WIDTH)
@@ -165,7 +165,7 @@ class TestForward:
     def test_heads_do_not_share_their_weights(self) -> None:
         heads = make_heads(trained=False, root_conditioned=False)
         with torch.no_grad():
-            heads.block_weights[0, 1] = torch.eye(WIDTH)
+            heads.layer_weights[0, 1] = torch.eye(WIDTH)
         hidden_TD = random_tensor(2, WIDTH)
         head_hidden_KTD = heads(hidden_TD, torch.arange(2))
         assert torch.equal(head_hidden_KTD[0], hidden_TD)
@@ -335,7 +335,7 @@ def frozen_product(weight: Tensor) -> Callable[[Tensor], Tensor]:
     ("options", "num_products"),
     [
         ({}, 1 + 3 + 1),
-        ({"num_blocks": 2}, 1 + 6 + 1),
+        ({"num_layers": 2}, 1 + 6 + 1),
         ({"root_conditioned": False}, 3 + 1),
         ({"restricted": False}, 1 + 3 + 1),
         ({"restricted": False, "own_unembedding": True}, 1 + 3),

@@ -6,7 +6,7 @@ from server.model.loading import LoadedModel, load_model
 from tests.support.tiny_models import save_tiny_model
 from tests.training.corpora import PROMPT_LINES, write_lines
 from training.__main__ import main
-from training.hidden_states import HiddenStateEncoder
+from training.states.hidden_states import HiddenStateEncoder
 
 
 @pytest.fixture(scope="session")

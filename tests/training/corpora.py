@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tests.support.tiny_models import VOCAB_SIZE
-from training.dataset import Corpus, Document, Span
+from training.data.dataset import Corpus, Document, Span
 
 PROMPT_LINES: list[dict[str, Any]] = [
     {"id": "two", "category": "chat", "messages": [{"role": "user", "content": "How many arms?"}]},

@@ -1,9 +1,9 @@
 """A measurement of heads that nobody trained."""
 
 from heads.tree_search import AcceptanceProfile, best_tree
-from training.calibration import NUM_BINS, CalibrationBin
-from training.evaluate import EvaluationResult, TreeResult
-from training.report import Measurement
+from training.measure.acceptance import Measurement
+from training.measure.calibration import NUM_BINS, CalibrationBin
+from training.measure.evaluate import EvaluationResult, TreeResult
 
 PROFILE = AcceptanceProfile(((0.333333333, 0.1), (0.25, 0.05)))
 

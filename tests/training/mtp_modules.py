@@ -13,13 +13,13 @@ def make_module(
     """Weights are drawn so that the token counts as much as the state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        block = DecoderLayer(loaded.model)
+        layer = DecoderLayer(loaded.model)
         module = MTPModule(
             MTPConfig(loaded.hidden_size, loaded.vocab_size, len(draft_vocab_ids)),
-            block.module,
+            layer.module,
             loaded.unembedding(),
             loaded.input_embedding(),
             draft_vocab_ids,
         )
         torch.nn.init.normal_(module.projection.weight, std=0.3)
-    return module.eval(), block
+    return module.eval(), layer

@@ -117,7 +117,8 @@ def test_no_part_of_a_long_prompt_is_cached(cold: Engine) -> None:
 
 def test_chunks_alone_take_the_given_sizes(cold: Engine, plans: list[list[StepEntry]]) -> None:
     seconds = time_chunks(cold, endless("alone", LONG), (50, 1, 49))
-    assert [[item.num_tokens for item in plan] for plan in plans] == [[50], [1], [49]]
+    # The last plan is of a step that follows the prompt and is dropped.
+    assert [[item.num_tokens for item in plan] for plan in plans] == [[50], [1], [49], [1]]
     assert len(seconds) == 3
     assert min(seconds) > 0.0
     assert not cold.has_unfinished

@@ -33,7 +33,7 @@ def answers_of(engine: Engine, opened: Opened, speculation: SpeculationParams) -
 @pytest.mark.parametrize("opened", [engine_target, http_target])
 @pytest.mark.parametrize("method", ["auto", "none"])
 def test_answers_are_those_of_the_engine(engine: Engine, opened: Opened, method: str) -> None:
-    speculation = SpeculationParams(method=method)  # type: ignore[arg-type]
+    speculation = SpeculationParams(method=method)
     answers = answers_of(engine, opened, speculation)
     for ask, answer in zip(asks_for(engine), answers, strict=True):
         sampling = SamplingParams(max_tokens=ask.max_tokens, temperature=0.0)

@@ -1,6 +1,7 @@
 import pytest
+import torch
 
-from bench.measure.timing import Timing, speed, speedup, time_request
+from bench.measure.timing import Timing, device_waiter, speed, speedup, time_request
 from server.config import SamplingParams, SpeculationParams
 from server.core.request import Request
 from server.engine.engine import Engine
@@ -45,3 +46,7 @@ def test_a_request_is_timed_on_the_engine(engine: Engine) -> None:
     assert timing.num_tokens == len(trace.token_ids) == 12
     assert 0.0 < timing.first_token_s < timing.request_s
     assert not engine.has_unfinished
+
+
+def test_there_is_nothing_to_wait_for_on_a_cpu() -> None:
+    device_waiter(torch.device("cpu"))()

@@ -10,7 +10,7 @@ from server.errors import ModelError
 from server.model.decoder_layer import DecoderLayer
 from server.model.loading import load_model
 from tests.support.tiny_models import TinyKind, save_tiny_model
-from training.unrolled_attention import Unroll, UnrolledAttention
+from training.methods.unrolled_attention import Unroll, UnrolledAttention
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mixtral", "glm4_moe", "gemma3"])

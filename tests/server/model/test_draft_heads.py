@@ -12,7 +12,7 @@ from server.model.decoder_layer import DecoderLayer
 from server.model.draft_heads import load_draft_heads
 from server.model.loading import LoadedModel, load_model
 from tests.support.tiny_models import save_tiny_model
-from training.unrolled_attention import Unroll, UnrolledAttention
+from training.methods.unrolled_attention import Unroll, UnrolledAttention
 
 
 def load_tiny(directory: Path, seed: int) -> LoadedModel:
@@ -28,7 +28,7 @@ def loaded(tmp_path: Path) -> LoadedModel:
 def heads_dir(tmp_path: Path, loaded: LoadedModel) -> Path:
     config = MedusaConfig(loaded.hidden_size, loaded.vocab_size, num_heads=2)
     heads = MedusaHeads(config, loaded.unembedding(), loaded.input_embedding())
-    torch.nn.init.ones_(heads.block_biases)
+    torch.nn.init.ones_(heads.layer_biases)
     save_heads(tmp_path / "heads", heads, loaded.fingerprint, loaded.name, None)
     return tmp_path / "heads"
 
@@ -37,8 +37,8 @@ def test_heads_of_the_base_model_come_in_its_dtype(heads_dir: Path, loaded: Load
     found = load_draft_heads(heads_dir, loaded)
     assert isinstance(found.heads, MedusaHeads)
     assert found.layer is None
-    assert found.heads.block_biases.dtype == loaded.dtype
-    assert bool((found.heads.block_biases == 1).all())
+    assert found.heads.layer_biases.dtype == loaded.dtype
+    assert bool((found.heads.layer_biases == 1).all())
 
 
 def test_heads_of_another_base_model_are_refused(heads_dir: Path, tmp_path: Path) -> None:

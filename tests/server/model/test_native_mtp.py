@@ -21,7 +21,7 @@ from tests.support.native_checkpoints import (
     save_native,
 )
 from tests.support.tiny_models import VOCAB_SIZE, save_tiny_model
-from training.unrolled_attention import Unroll, UnrolledAttention
+from training.methods.unrolled_attention import Unroll, UnrolledAttention
 
 LENGTH = 12
 # Norms of small vectors blow float noise up; a swapped half or norm shows at 1.

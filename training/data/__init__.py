@@ -1,0 +1,1 @@
+"""Prompts and answers: files, data sets, the distilled format, documents."""

@@ -1,0 +1,1 @@
+"""What heads are worth on answers that they were not trained on."""

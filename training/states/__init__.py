@@ -1,0 +1,1 @@
+"""The base model's hidden states: computed, kept on disk, put into batches."""
