@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from heads.files import file_sha256
-from training.jsonl import Row, read_rows
-from training.prompts import read_prompts
+from training.data.jsonl import Row, read_rows
+from training.data.prompts import read_prompts
 
 SAMPLE_PATH = Path(__file__).parents[1] / "prompts" / "sample.jsonl"
 UNCATEGORISED = "uncategorised"
