@@ -240,9 +240,9 @@ def run(
     """Put load on a server; an interrupt ends with what is measured until then.
 
     Raises:
-        BenchError: If no prompt fits the context, matplotlib is missing, or the first counted round
-            was interrupted.
-        EuryaleError: If the prompts are wrong, or the engine cannot be built or rejects a request.
+        BenchError: If no prompt fits the context, or the first counted round was interrupted.
+        EuryaleError: If matplotlib is missing, the prompts are wrong, or the engine cannot be built
+            or rejects a request.
     """
     if options.plot is not None:
         check_plots()

@@ -4,53 +4,41 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from bench.errors import BenchError
-
-_SIZE_INCHES = (6.4, 3.8)
+from training.measure.plots import new_figure
 
 
 class LevelRatios(Protocol):
-    """What is drawn of a load; see `bench.benches.serving.LevelResult`."""
+    """What is drawn of a load, such as the serving bench's result."""
 
     @property
     def concurrency(self) -> int | None:
-        """Clients."""
+        """Number of clients."""
 
     @property
     def throughput_ratios(self) -> Sequence[float]:
-        """Of each round."""
+        """Throughput ratio of each round."""
 
     @property
     def throughput_ratio(self) -> float:
-        """Their median."""
+        """Median of the rounds' throughput ratios."""
 
     @property
     def itl_p95_ratio(self) -> float:
-        """Median of the rounds."""
+        """Median of the rounds' ratios of the 95th percentile of the time per token."""
 
 
 def check_plots() -> None:
     """Look for matplotlib before anything is measured.
 
     Raises:
-        BenchError: If it is not installed.
+        RunError: If it is not installed.
     """
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise BenchError(
-            "plots need matplotlib, which is not installed; pip install 'euryale[report]'"
-        ) from error
+    new_figure("", "", "")
 
 
 def plot_ratios(levels: Sequence[LevelRatios], path: Path) -> None:
     """Draw auto / off of throughput and of p95 inter-token latency over the concurrency."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
-    axes = figure.subplots()
-    axes.set(title="speculation auto / off", xlabel="concurrency", ylabel="ratio")
-    axes.grid(visible=True, alpha=0.3)
+    figure, axes = new_figure("speculation auto / off", "concurrency", "ratio")
     axes.axhline(1.0, color="grey", linestyle="--")
     places = [level.concurrency or 0 for level in levels]
     for place, level in zip(places, levels, strict=True):

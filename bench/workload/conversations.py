@@ -1,7 +1,7 @@
 """Benchmark prompts: conversations, and an even sample of them.
 
-Files are those that `training distill` takes (`training.prompts`), but that answers in `messages`
-are left out, because the model's own answers take their place.
+Files are those that `training distill` takes (`training.data.prompts`), except that answers in
+`messages` are left out, because the model's own answers take their place.
 """
 
 from collections.abc import Sequence

@@ -15,9 +15,36 @@ _SIZE_INCHES = (6.4, 3.8)
 _WIDE_INCHES = (12.8, 4.6)
 
 
+def new_figure(
+    title: str, x_label: str, y_label: str, size: tuple[float, float] = _SIZE_INCHES
+) -> tuple["Figure", "Axes"]:
+    """Make a figure with one pair of axes.
+
+    Args:
+        title: Above the axes.
+        x_label: Below the axes.
+        y_label: Left of the axes.
+        size: Width and height in inches.
+
+    Raises:
+        RunError: If matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise RunError(
+            "plots need matplotlib, which is not installed; pip install 'euryale[report]'"
+        ) from error
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    axes.set(title=title, xlabel=x_label, ylabel=y_label)
+    axes.grid(visible=True, alpha=0.3)
+    return figure, axes
+
+
 def loss_curves(metrics: Sequence[Mapping[str, Any]]) -> str:
     """Loss of every head over the steps of a run."""
-    figure, axes = _figure("training loss", "step", "loss, nats")
+    figure, axes = new_figure("training loss", "step", "loss, nats")
     steps = [row["step"] for row in metrics]
     for head in range(len(metrics[0]["loss_per_head"])):
         axes.plot(steps, [row["loss_per_head"][head] for row in metrics], label=f"head {head + 1}")
@@ -27,14 +54,14 @@ def loss_curves(metrics: Sequence[Mapping[str, Any]]) -> str:
 
 def learning_rate(metrics: Sequence[Mapping[str, Any]]) -> str:
     """Learning rate over the steps of a run."""
-    figure, axes = _figure("learning rate", "step", "learning rate")
+    figure, axes = new_figure("learning rate", "step", "learning rate")
     axes.plot([row["step"] for row in metrics], [row["learning_rate"] for row in metrics])
     return _svg(figure)
 
 
 def accept_rates(rates_KR: Sequence[Sequence[float]]) -> str:
     """Accept rate over rank, a line for each depth."""
-    figure, axes = _figure("accept rate by depth and rank", "rank", "accept rate")
+    figure, axes = new_figure("accept rate by depth and rank", "rank", "accept rate")
     for depth, rates_R in enumerate(rates_KR, start=1):
         axes.plot(range(len(rates_R)), rates_R, marker="o", label=f"depth {depth}")
     axes.legend()
@@ -43,7 +70,7 @@ def accept_rates(rates_KR: Sequence[Sequence[float]]) -> str:
 
 def calibration(bins_KC: Sequence[Sequence[Mapping[str, float]]]) -> str:
     """Accept rate over draft probability, a line for each depth; a calibrated head is diagonal."""
-    figure, axes = _figure("calibration", "draft probability", "share that was right")
+    figure, axes = new_figure("calibration", "draft probability", "share that was right")
     axes.plot((0, 1), (0, 1), color="grey", linestyle="--", label="calibrated")
     for depth, bins_C in enumerate(bins_KC, start=1):
         filled = [item for item in bins_C if item["num_candidates"]]
@@ -59,7 +86,9 @@ def calibration(bins_KC: Sequence[Sequence[Mapping[str, float]]]) -> str:
 
 def tokens_by_tree_size(expected: Mapping[str, float], measured: Mapping[str, float]) -> str:
     """Tokens per verify step over the number of nodes."""
-    figure, axes = _figure("tokens per step", "nodes of the tree, root included", "tokens per step")
+    figure, axes = new_figure(
+        "tokens per step", "nodes of the tree, root included", "tokens per step"
+    )
     for label, figures in (("expected from the rates", expected), ("walked", measured)):
         sizes = sorted(map(int, figures))
         axes.plot(sizes, [figures[str(size)] for size in sizes], marker="o", label=label)
@@ -70,7 +99,7 @@ def tokens_by_tree_size(expected: Mapping[str, float], measured: Mapping[str, fl
 
 def by_category(lengths: Mapping[str, float]) -> str:
     """Mean acceptance length of every category."""
-    figure, axes = _figure("by category", "mean acceptance length", "")
+    figure, axes = new_figure("by category", "mean acceptance length", "")
     names = sorted(lengths, key=lambda name: lengths[name])
     # A dollar sign would begin a formula.
     labels = [name.replace("$", r"\$") or "(none)" for name in names]
@@ -80,7 +109,7 @@ def by_category(lengths: Mapping[str, float]) -> str:
 
 def best_tree(parents: Sequence[int], ranks: Sequence[int], values: Sequence[float]) -> str:
     """A draft tree; nodes carry their rank and are the darker the likelier they are accepted."""
-    figure, axes = _figure("best tree", "", "depth", _WIDE_INCHES)
+    figure, axes = new_figure("best tree", "", "depth", _WIDE_INCHES)
     depths = [0] * len(parents)
     for node in range(1, len(parents)):
         depths[node] = depths[parents[node]] + 1
@@ -118,22 +147,6 @@ def _positions(parents: Sequence[int]) -> list[float]:
         if children[node]:
             across[node] = (across[children[node][0]] + across[children[node][-1]]) / 2
     return across
-
-
-def _figure(
-    title: str, x_label: str, y_label: str, size: tuple[float, float] = _SIZE_INCHES
-) -> tuple["Figure", "Axes"]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RunError(
-            "report needs matplotlib, which is not installed; pip install 'euryale[report]'"
-        ) from error
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots()
-    axes.set(title=title, xlabel=x_label, ylabel=y_label)
-    axes.grid(visible=True, alpha=0.3)
-    return figure, axes
 
 
 def _svg(figure: "Figure") -> str:

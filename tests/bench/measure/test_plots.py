@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.errors import BenchError
 from bench.measure.plots import check_plots, plot_ratios
+from training.errors import RunError
 
 
 @dataclass(frozen=True)
@@ -27,5 +27,5 @@ def test_ratios_are_drawn_over_the_concurrency(tmp_path: Path) -> None:
 def test_a_missing_matplotlib_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     check_plots()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(BenchError, match=r"pip install 'euryale\[report\]'"):
+    with pytest.raises(RunError, match=r"pip install 'euryale\[report\]'"):
         check_plots()
