@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from server.config import DeviceName, DtypeName
 from server.device.create import create_device
 from server.model.loading import LoadedModel, load_model
 from training.data.jsonl import replace_file
+from training.resuming import MAY_CHANGE
 
 _LOGGER = logging.getLogger("euryale.training")
 # It says what to do to a directory, not how a run is made; a saved one would drop its own run.
@@ -31,9 +32,9 @@ class ModelOptions:
     """
 
     model: str = "smollm2"
-    device: DeviceName = "auto"
+    device: DeviceName = field(default="auto", metadata=MAY_CHANGE)
     dtype: DtypeName = "auto"
-    num_threads: Count | None = None
+    num_threads: Count | None = field(default=None, metadata=MAY_CHANGE)
 
     def load(
         self,

@@ -20,7 +20,7 @@ from training.commands.train_options import TrainOptions
 from training.data.answers import load_answers
 from training.data.dataset import Corpus, Split, split
 from training.errors import DataError, RunError
-from training.loop.early_stopping import EarlyStopping, NoValidation, Validation
+from training.loop.early_stopping import EarlyStopping, NoValidation, StoppingPlan, Validation
 from training.loop.metrics import METRICS_FILE
 from training.loop.processes import Processes
 from training.loop.run_state import STATE_FILE, RunRecord
@@ -39,6 +39,7 @@ from training.measure.perplexity import comparison, perplexity
 from training.measure.validation import acceptance_length, sample
 from training.methods.method import WARMUP_DIR, Method, Run, Task
 from training.methods.table import METHODS
+from training.resuming import kept_options
 from training.states.hidden_states import HiddenStateEncoder, KeptStates
 
 _LOGGER = logging.getLogger("euryale.training")
@@ -173,7 +174,15 @@ class Session:
             DivergedError: If the loss is no longer a number.
         """
         validation = self._validation(prepared, task)
-        record = RunRecord(self.options.output, self._kept_options(prepared), self.tracking)
+        kept = {
+            **kept_options(self.options, self.config, self.method),
+            **prepared.digests,
+            "method": self.method.name,
+            # In full, because its default may depend on the method.
+            "learning_rate": prepared.trainable.learning_rate,
+            "data_sha256": self.data_sha256,
+        }
+        record = RunRecord(self.options.output, kept, self.tracking)
         trainer = Trainer(prepared.trainable, self.config, record, task.processes, validation)
         if trainer.resume():
             _LOGGER.info("the run in %s goes on after step %d", record.directory, trainer.step)
@@ -220,25 +229,14 @@ class Session:
         task.processes.wait()
         return directory
 
-    def _kept_options(self, prepared: Run[Any]) -> dict[str, object]:
-        return {
-            **self.options.kept_options(),
-            **self.config.kept_options(),
-            **self.method.kept_options(),
-            "method": self.method.name,
-            # In full, because its default may depend on the method.
-            "learning_rate": prepared.trainable.learning_rate,
-            "data_sha256": self.data_sha256,
-        }
-
     def _validation(self, prepared: Run[Any], task: Task) -> Validation:
-        plan = self.options.stopping_plan
-        if plan is None:
+        patience = self.options.early_stopping
+        if patience == 0:
             return NoValidation()
         corpus = sample(self.held_out)
         if corpus.num_examples == 0:
             raise DataError(
-                f"early_stopping is {plan.patience}, but nothing is held out to measure on; give a "
+                f"early_stopping is {patience}, but nothing is held out to measure on; give a "
                 f"larger --held-out than {self.options.held_out:g}, or leave --early-stopping out"
             )
         # An adapted base changes from step to step.
@@ -249,6 +247,7 @@ class Session:
             with task.usage.stage("validation"):
                 return acceptance_length(corpus, drafts)
 
+        plan = StoppingPlan(self.options.validation_interval, patience)
         return EarlyStopping(prepared.trainable.module, measured, plan, task.processes)
 
 

@@ -1,7 +1,6 @@
 """The options of `train` that every method has; methods and the training loop have their own."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,13 +10,9 @@ from server.cli.options import Between, Count, Whole
 from training.commands.common import ModelOptions
 from training.data.data_source import DataOptions
 from training.errors import RunError
-from training.loop.early_stopping import StoppingPlan
 from training.loop.trackers import Tracking
+from training.resuming import MAY_CHANGE
 
-# What may change while a run is interrupted. The data is compared by content, not by name.
-_FREE = frozenset(
-    {"data", "output", "device", "num_threads", "sharding", "track", "track_dir", "overwrite"}
-)
 _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -43,19 +38,20 @@ class TrainOptions(ModelOptions):
         overwrite: Whether a run and heads are dropped that OUTPUT holds.
     """
 
-    data: DataOptions
-    output: Path
+    # Compared by content, not by name.
+    data: DataOptions = field(metadata=MAY_CHANGE)
+    output: Path = field(metadata=MAY_CHANGE)
     limit: Count | None = None
     held_out: Annotated[float, Between(0, 0.5)] = 0.03
     early_stopping: Whole = 0
     validation_interval: Count = 200
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    sharding: Literal["none", "fsdp"] = "none"
+    sharding: Literal["none", "fsdp"] = field(default="none", metadata=MAY_CHANGE)
     cache: bool = True
     seed: Whole = 0
-    track: tuple[str, ...] | None = None
-    track_dir: Path | None = None
-    overwrite: bool = False
+    track: tuple[str, ...] | None = field(default=None, metadata=MAY_CHANGE)
+    track_dir: Path | None = field(default=None, metadata=MAY_CHANGE)
+    overwrite: bool = field(default=False, metadata=MAY_CHANGE)
 
     def check(self) -> None:
         """Check what one option says about another.
@@ -76,13 +72,6 @@ class TrainOptions(ModelOptions):
             )
 
     @property
-    def stopping_plan(self) -> StoppingPlan | None:
-        """When the run is measured and ends early; None if it is not."""
-        if self.early_stopping == 0:
-            return None
-        return StoppingPlan(self.validation_interval, self.early_stopping)
-
-    @property
     def tracking(self) -> Tracking:
         """Trackers of the run.
 
@@ -97,7 +86,3 @@ class TrainOptions(ModelOptions):
         if self.mixed_precision == "auto":
             return torch.float32 if base_dtype == torch.float32 else torch.bfloat16
         return _DTYPES[self.mixed_precision]
-
-    def kept_options(self) -> Mapping[str, object]:
-        """Return the options that must be the same when a run is resumed, as JSON values."""
-        return {name: value for name, value in asdict(self).items() if name not in _FREE}

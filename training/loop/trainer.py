@@ -10,7 +10,7 @@ Shape suffixes: K draft depths.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Generic
@@ -26,9 +26,8 @@ from training.loop.objective import Batch, Losses, Trainable
 from training.loop.processes import Processes
 from training.loop.run_state import STATE_FILE, Progress, RunRecord, load_state, save_state
 from training.loop.usage import peak_cuda_memory_bytes, peak_memory_bytes
+from training.resuming import MAY_CHANGE
 
-# What may change while a run is interrupted.
-_FREE = frozenset({"gradient_accumulation", "save_interval", "log_interval"})
 Fraction = Annotated[float, Between(0, 1)]
 
 
@@ -48,17 +47,13 @@ class TrainConfig:
     """
 
     epochs: Count = 3
-    gradient_accumulation: Count = 1
+    gradient_accumulation: Count = field(default=1, metadata=MAY_CHANGE)
     warmup_fraction: Fraction = 0.03
     weight_decay: Fraction = 0.0
     max_grad_norm: Annotated[float, Between(0, 1e6)] = 1.0
     head_decay: Fraction = 0.8
-    save_interval: Count = 200
-    log_interval: Count = 10
-
-    def kept_options(self) -> Mapping[str, object]:
-        """Return the options that must be the same when a run is resumed, as JSON values."""
-        return {name: value for name, value in asdict(self).items() if name not in _FREE}
+    save_interval: Count = field(default=200, metadata=MAY_CHANGE)
+    log_interval: Count = field(default=10, metadata=MAY_CHANGE)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,5 @@
 """The method `medusa`: Medusa heads over a frozen base model."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, ClassVar
@@ -10,7 +9,7 @@ from training.loop.objective import Trainable
 from training.methods.drafts import MedusaDrafts
 from training.methods.frozen_base import FrozenBase, fill_memory
 from training.methods.medusa_objective import MedusaObjective, medusa_groups
-from training.methods.method import Run, Task, options_without
+from training.methods.method import Run, Task
 from training.methods.starting_heads import StartingHeads
 from training.states.examples import Examples, ExampleSource
 
@@ -33,10 +32,6 @@ class Medusa(StartingHeads, FrozenBase):
     learning_rate: Annotated[float, Between(0, 1)] = 2e-3
     root_rate_factor: Annotated[float, Between(0, 1000)] = 16.0
 
-    def kept_options(self) -> Mapping[str, object]:
-        """Return the options that must be the same when a run is resumed, as JSON values."""
-        return options_without(self, "init_heads", "hidden_cache") | self.digest()
-
     def prepare(self, task: Task) -> Run[Examples]:
         """Put heads and their examples together; see `Method.prepare`."""
         states = self.hidden_states(task)
@@ -51,4 +46,5 @@ class Medusa(StartingHeads, FrozenBase):
             MedusaObjective(heads, task.compute_dtype, self.kl_weight),
             self.learning_rate,
         )
-        return Run(heads, trainable, states, partial(MedusaDrafts, heads=heads))
+        drafts_of = partial(MedusaDrafts, heads=heads)
+        return Run(heads, trainable, states, drafts_of, digests=self.digests())

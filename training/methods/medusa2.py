@@ -3,7 +3,6 @@
 Fresh heads are trained alone first, in a run of their own inside of this one's directory.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Annotated, ClassVar
@@ -19,7 +18,7 @@ from training.methods.lora import ALL_LINEAR, AdaptedBase, LoraPlan
 from training.methods.medusa import Medusa
 from training.methods.medusa2_objective import DIVERGENCE, Medusa2Module, Medusa2Objective
 from training.methods.medusa_objective import medusa_groups
-from training.methods.method import Run, Task, options_without
+from training.methods.method import Run, Task
 from training.methods.starting_heads import StartingHeads, load_medusa_heads
 
 _LEARNING_RATE = 1e-4
@@ -77,10 +76,6 @@ class Medusa2(StartingHeads):
         """
         raise RunError("method is medusa2, whose adapter lies in the layers; leave out --sharding")
 
-    def kept_options(self) -> Mapping[str, object]:
-        """Return the options that must be the same when a run is resumed, as JSON values."""
-        return options_without(self, "init_heads") | self.digest()
-
     def prepare(self, task: Task) -> Run[DocumentBatch]:
         """Warm heads up and put them and an adapter together; see `Method.prepare`."""
         with task.usage.stage("warmup"):
@@ -98,7 +93,8 @@ class Medusa2(StartingHeads):
             rate,
             {DIVERGENCE: self.divergence_weight},
         )
-        return Run(heads, trainable, task.encoder, partial(MedusaDrafts, heads=heads), base)
+        drafts_of = partial(MedusaDrafts, heads=heads)
+        return Run(heads, trainable, task.encoder, drafts_of, base, self.digests())
 
     def _warm_heads(self, task: Task) -> MedusaHeads:
         """Heads that a checkpoint brings, or fresh ones that were trained alone."""

@@ -9,7 +9,7 @@ A method is a frozen dataclass whose fields are its own options:
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol
 
@@ -40,6 +40,8 @@ class Run(Generic[Batch]):
         states: Hidden states of the base model as it is while it is trained.
         drafts_of: Returns what the heads draft from given hidden states.
         adapted: Base model with the adapter that is trained; None if the base is frozen.
+        digests: Digests of files that the run begins with, which must be the same when it is
+            resumed.
     """
 
     heads: AnyHeads
@@ -47,6 +49,7 @@ class Run(Generic[Batch]):
     states: HiddenStates
     drafts_of: Callable[[HiddenStates], Drafts]
     adapted: AdaptedBase | None = None
+    digests: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -98,7 +101,9 @@ class Task:
 
 
 class Method(Protocol):
-    """A training method with its options.
+    """A training method with its options, the fields of a dataclass.
+
+    All must be the same when a run is resumed, but for fields marked `MAY_CHANGE`.
 
     Attributes:
         name: What `--method` takes for it.
@@ -117,9 +122,6 @@ class Method(Protocol):
                 changes its layers.
         """
 
-    def kept_options(self) -> Mapping[str, object]:
-        """Return the options that must be the same when a run is resumed, as JSON values."""
-
     def prepare(self, task: Task) -> Run[Any]:
         """Put heads, batches and losses together.
 
@@ -128,8 +130,3 @@ class Method(Protocol):
             ModelError: If heads cannot be trained for such a base model.
             ConfigError: If heads to begin with cannot be read.
         """
-
-
-def options_without(method: Any, *names: str) -> dict[str, object]:
-    """Return the options of a method but those named, as JSON values."""
-    return {name: value for name, value in asdict(method).items() if name not in names}

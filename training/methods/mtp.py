@@ -1,6 +1,5 @@
 """The method `mtp`: an MTP module over a frozen base model."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, ClassVar
@@ -14,7 +13,7 @@ from training.data.dataset import frequent_tokens
 from training.loop.objective import ParameterGroup, Trainable
 from training.methods.drafts import MTPDrafts
 from training.methods.frozen_base import FrozenBase, fill_memory
-from training.methods.method import Run, Task, options_without
+from training.methods.method import Run, Task
 from training.methods.mtp_objective import MTPObjective
 from training.states.encoded import EncodedBatch, EncodedSource
 
@@ -40,10 +39,6 @@ class MTP(FrozenBase):
     draft_vocab_size: Whole = 4096
     batch_tokens: Count = 4096
     learning_rate: Annotated[float, Between(0, 1)] = 1e-3
-
-    def kept_options(self) -> Mapping[str, object]:
-        """Return the options that must be the same when a run is resumed, as JSON values."""
-        return options_without(self, "hidden_cache")
 
     def prepare(self, task: Task) -> Run[EncodedBatch]:
         """Put a module and its documents together; see `Method.prepare`."""

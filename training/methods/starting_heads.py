@@ -1,6 +1,6 @@
 """The Medusa heads that a run begins with: fresh ones, or those of a checkpoint."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from heads.checkpoint import WEIGHTS_FILE
@@ -11,6 +11,7 @@ from server.model.draft_heads import load_draft_heads
 from server.model.loading import LoadedModel
 from training.data.dataset import Corpus, frequent_tokens
 from training.errors import RunError
+from training.resuming import MAY_CHANGE
 
 _SHAPE = ("num_heads", "num_layers", "root_conditioned", "draft_vocab_size")
 
@@ -28,14 +29,15 @@ class StartingHeads:
             tokens.
     """
 
-    init_heads: Path | None = None
+    # Compared by content, not by name.
+    init_heads: Path | None = field(default=None, metadata=MAY_CHANGE)
     num_heads: Count = 4
     num_layers: Count = 2
     root_conditioned: bool = True
     draft_vocab_size: Whole = 4096
 
-    def digest(self) -> dict[str, object]:
-        """Return what tells the heads to begin with from others; empty for fresh ones."""
+    def digests(self) -> dict[str, str]:
+        """Return the digest of the heads to begin with; empty for fresh ones."""
         if self.init_heads is None:
             return {}
         return {"init_heads_sha256": file_sha256(self.init_heads / WEIGHTS_FILE)}

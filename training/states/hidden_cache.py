@@ -4,7 +4,7 @@ Shape suffixes: X tokens of one document, N roots, D model width.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -13,6 +13,7 @@ from server.config import DtypeName
 from server.model.loading import LoadedModel
 from training.data.dataset import Document
 from training.errors import RunError
+from training.resuming import MAY_CHANGE
 from training.states.document_states import DocumentStates
 from training.states.hidden_states import HiddenStateEncoder
 
@@ -30,7 +31,7 @@ class HiddenCacheOptions:
         RunError: If there is a type but no directory.
     """
 
-    hidden_cache: Path | None = None
+    hidden_cache: Path | None = field(default=None, metadata=MAY_CHANGE)
     hidden_cache_dtype: DtypeName = "auto"
 
     def __post_init__(self) -> None:

@@ -14,6 +14,8 @@ from tests.training.running import error_text, result
 from training.__main__ import main
 from training.data.distilled import Manifest, Shard, manifest_path, read_distilled
 
+pytestmark = pytest.mark.slow
+
 
 def distill(data: Path, output: Path, model: Path, *more: str) -> int:
     argv = ["distill", "--data", str(data), "--output", str(output), "--model", str(model)]

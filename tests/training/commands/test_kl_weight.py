@@ -9,6 +9,8 @@ from tests.training.corpora import write_lines
 from tests.training.running import error_text
 from training.loop.metrics import read_metrics
 
+pytestmark = pytest.mark.slow
+
 
 def train(data: Path, output: Path, model: Path, method: str, weight: str = "0.5") -> int:
     more = ("--method", method, "--kl-weight", weight, "--held-out", "0")

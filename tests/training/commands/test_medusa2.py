@@ -26,6 +26,8 @@ from training.loop.metrics import read_metrics
 from training.loop.run_state import STATE_FILE
 from training.methods.method import WARMUP_DIR
 
+pytestmark = pytest.mark.slow
+
 SMALL = ("--draft-vocab-size", "100", "--num-heads", "2", "--batch-size", "32", "--epochs", "12")
 MEDUSA2 = (
     *("--method", "medusa2", "--lora-rank", "4", "--divergence-weight", "5"),

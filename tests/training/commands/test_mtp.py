@@ -17,6 +17,8 @@ from training.loop.metrics import read_metrics
 from training.loop.run_state import STATE_FILE
 from training.measure.acceptance import load_acceptance
 
+pytestmark = pytest.mark.slow
+
 SMALL = (
     "--draft-vocab-size",
     "100",

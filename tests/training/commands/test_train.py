@@ -26,6 +26,8 @@ from training.loop.run_state import STATE_FILE
 from training.measure.acceptance import load_acceptance
 from training.measure.evaluate import TREE_SIZES
 
+pytestmark = pytest.mark.slow
+
 SMALL = ("--draft-vocab-size", "100", "--num-heads", "2", "--batch-size", "32", "--epochs", "30")
 
 

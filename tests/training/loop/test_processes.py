@@ -23,6 +23,8 @@ from training.loop.metrics import METRICS_FILE, read_metrics
 from training.loop.processes import Processes
 from training.loop.run_state import STATE_FILE
 
+pytestmark = pytest.mark.slow
+
 # Sums of a batch are taken in another order; ten AdamW steps carry that on.
 RELATIVE_TOLERANCE = 1e-5
 OPTIONS = {

@@ -15,6 +15,8 @@ from training.loop.sharding import spread
 from training.measure.acceptance import load_acceptance
 from training.states.hidden_states import HiddenStateEncoder
 
+pytestmark = pytest.mark.slow
+
 
 def argv_of(data: Path, model: Path, output: Path, *more: str) -> list[str]:
     argv = ["train", "--data", str(data), "--model", str(model), "--output", str(output)]

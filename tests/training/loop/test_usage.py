@@ -62,6 +62,7 @@ def test_without_cuda_there_is_no_memory_of_it() -> None:
     assert found["peak_memory_bytes"] == pytest.approx(peak_memory_bytes(), rel=0.01)
 
 
+@pytest.mark.slow
 def test_peak_memory_is_in_bytes_and_that_of_the_process_before_does_not_count() -> None:
     found = subprocess.run(
         [sys.executable, "-c", TOUCHES_MUCH], capture_output=True, text=True, check=True

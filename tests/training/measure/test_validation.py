@@ -25,6 +25,8 @@ from training.measure.validation import TREE_SIZE, acceptance_length, sample
 from training.methods.drafts import MedusaDrafts
 from training.states.hidden_states import HiddenStateEncoder, KeptStates
 
+pytestmark = pytest.mark.slow
+
 SMALL = ("--draft-vocab-size", "100", "--epochs", "40", "--num-threads", "1")
 STOPPING = ("--early-stopping", "2", "--validation-interval", "3", "--save-interval", "4")
 

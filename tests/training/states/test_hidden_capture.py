@@ -13,6 +13,8 @@ from training.states.document_states import DocumentStates
 from training.states.hidden_capture import HiddenCapture
 from training.states.hidden_states import HiddenStateEncoder
 
+pytestmark = pytest.mark.slow
+
 # A step of the engine computes other tokens too, by another attention, and drops none.
 TOLERANCE = 1e-3
 
