@@ -22,6 +22,9 @@ from server.speculation.sources import SOURCES
 from tests.docs.pages import page
 from tests.support.engine_tools import make_request, random_prompt
 from tests.support.tiny_models import save_tiny_model
+from training.__main__ import PROGRAM as TRAINING
+from training.methods.table import METHODS
+from training.resuming import kept_options
 
 BLOCK = re.compile(r"## (?P<title>.+?)\n.*?^```python\n(?P<code>.*?)^```", re.DOTALL | re.MULTILINE)
 PLAIN = SpeculationParams(method="none")
@@ -118,9 +121,13 @@ def test_an_executor(
     assert len(sizes) >= 1 + completion.stats.num_steps
 
 
-def test_a_training_method() -> None:
-    method = toy("A training method")["Frozen"](num_heads=2)
-    assert (method.name, method.kept_options()) == ("frozen", {"num_heads": 2})
+def test_a_training_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen = toy("A training method")["Frozen"]
+    monkeypatch.setitem(METHODS, "frozen", frozen)
+    argv = ["train", "--data", "d.jsonl", "--output", "heads", "--method", "frozen"]
+    method = TRAINING.parse([*argv, "--num-heads", "2"]).arguments["method"]
+    assert (method, method.name) == (frozen(num_heads=2), "frozen")
+    assert kept_options(method) == {"num_heads": 2}
 
 
 def test_every_section_has_a_toy_that_is_tried_here() -> None:
