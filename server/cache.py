@@ -14,7 +14,7 @@ from typing import Literal
 from filelock import FileLock
 
 CACHE_VARIABLE = "EURYALE_CACHE"
-# GGUF files, checkpoints made of them, libraries of ours, compiled layers, and step costs.
+# GGUF files, checkpoints made of them, our own libraries, compiled layers, and step costs.
 CacheKind = Literal["gguf", "models", "kernels", "compiled", "costs"]
 
 

@@ -23,6 +23,7 @@ from server.cli.console import progress_bar
 from server.cli.options import Command
 from server.config import EngineConfig, SamplingParams, SpeculationParams
 from server.engine.engine import Engine
+from training.measure.perplexity import negative_log_likelihood
 
 TEMPERATURES = (0.7, 1.0)
 NGRAM_LENGTHS = (1, 2, 3, 4)
@@ -122,8 +123,7 @@ def text_nll(reference: ReferenceModel, trace: Trace) -> float:
         [trace.prompt_token_ids + trace.token_ids], device=reference.model.device
     )
     output = reference.model(input_ids=token_ids[:, :-1], logits_to_keep=num_output)
-    log_probs_TV = output.logits[0].float().log_softmax(-1)
-    return -float(log_probs_TV.gather(1, token_ids[0, -num_output:, None]).sum())
+    return negative_log_likelihood(output.logits[0], token_ids[0, -num_output:])
 
 
 def run(prompts: PromptOptions, config: EngineConfig, speculation: SpeculationParams) -> Outcome:

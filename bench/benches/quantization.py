@@ -31,6 +31,7 @@ from server.config import EngineConfig, SamplingParams, SpeculationParams
 from server.engine.engine import Engine
 from server.executor.batch import StepBatch
 from server.executor.host import HostExecutor
+from training.measure.perplexity import negative_log_likelihood
 
 STEP_SIZES = (1, 2, 4, 8, 16, 32, 64)
 CONTEXT_LEN = 256
@@ -142,10 +143,10 @@ class ComparisonSums:
             quantized_TV: Logits of the quantised engine at these positions.
         """
         plain, quantized = plain_TV.log_softmax(-1), quantized_TV.log_softmax(-1)
-        next_T1 = torch.tensor(next_ids, device=plain.device).unsqueeze(1)
+        next_T = torch.tensor(next_ids, device=plain.device)
         sums = (
-            -plain.gather(1, next_T1).sum(),
-            -quantized.gather(1, next_T1).sum(),
+            negative_log_likelihood(plain_TV, next_T),
+            negative_log_likelihood(quantized_TV, next_T),
             (plain.argmax(-1) == quantized.argmax(-1)).sum(),
             (plain.exp() * (plain - quantized)).sum(),
         )

@@ -1,7 +1,7 @@
 """Our paged tree attention as a `transformers` attention implementation.
 
 `transformers` calls it for every layer and passes on unknown keywords of the model's forward, so
-the step's context travels as one keyword and no model code of ours exists. In an exported graph
+the step's context travels as one keyword and no modelling code is copied. In an exported graph
 attention is one operator that no compiler looks into: `euryale::attend`, which calls the backend
 that `attending` names, or one that a backend brings (`define_operator`) and `exporting_with` picks.
 

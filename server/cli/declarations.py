@@ -4,7 +4,7 @@ import inspect
 import re
 import textwrap
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import Any, Literal, get_type_hints
 
 from server.cli.values import POSITIONAL, REPEATED, has_marker
@@ -80,6 +80,22 @@ class Choice:
                 owners[name] = (*owners.get(name, ()), chosen)
         return owners
 
+    def shared(self, name: str, owners: tuple[str, ...]) -> "Option":
+        """One of the further options; if its owners have different defaults, its help says which.
+
+        Such an option has the default None.
+        """
+        options = {chosen: self.options(chosen)[name] for chosen in owners}
+        first = options[owners[0]]
+        if all(option.default == first.default for option in options.values()):
+            return first
+        defaults = ", ".join(
+            f"{option.default} with {chosen}"
+            for chosen, option in options.items()
+            if option.default is not None
+        )
+        return replace(first, default=None, help=f"{first.help} [default: {defaults}]")
+
 
 @dataclass(frozen=True, slots=True)
 class Command:
@@ -111,8 +127,7 @@ class Command:
             chooser, owners = member.chooser(), member.owners()
             groups.append((member.help.rstrip("."), [chooser]))
             for shared in dict.fromkeys(owners.values()):
-                options = member.options(shared[0])
-                own = [option for name, option in options.items() if owners[name] == shared]
+                own = [member.shared(name, shared) for name in owners if owners[name] == shared]
                 groups.append((f"With {chooser.flag} {' or '.join(shared)}", own))
         return groups
 

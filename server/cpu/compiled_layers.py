@@ -4,7 +4,7 @@ Small steps spend half of their time on hundreds of small operations between the
 layer, one after the other from Python. Compiled, a layer is one call of machine code, in which
 these are a handful of loops; only products and attention are still called.
 
-The model's own code calls its layers as before; each has a forward of ours in place of its own.
+The model's own code calls its layers as before; each has our forward in place of its own.
 NOTE: Its attribute `forward` is set, as another module in its place would lack attributes that the
 model's code reads.
 """
@@ -103,10 +103,11 @@ def compile_layers(model: PreTrainedModel, echo: AttentionBackend | None = None)
     module's tensors themselves, so the model must not be moved or cast afterwards.
 
     Args:
-        model: On the CPU, its layers packed or quantised; unchanged if an error is raised.
-        echo: Computes what `EchoBackend` computes, by the operator with which layers shall attend
-            without Python; with backends that have another one they run uncompiled. None lets
-            layers attend by way of Python.
+        model: A model on the CPU, its linear layers packed or quantised; unchanged if an error is
+            raised.
+        echo: Attention that computes what `EchoBackend` computes, by the operator with which layers
+            shall attend without Python; with backends of another operator they run uncompiled. None
+            lets layers attend by way of Python.
 
     Raises:
         CompilationError: If the layers cannot be compiled, or then compute something else.
@@ -158,9 +159,9 @@ def check_compiled(call: ModuleCall, run: Runner, echo: AttentionBackend) -> Non
     No token of that pass sees another, so each of them has the same output alone and with others.
 
     Args:
-        call: With its output, which is what the code must compute.
+        call: A recorded call of the module, whose output the code must compute.
         run: The compiled code.
-        echo: As `compile_layers` takes it.
+        echo: Attention that computes what `EchoBackend` computes, by the operator of the code.
 
     Raises:
         CompilationError: If any token's output is another than the recorded one.

@@ -137,7 +137,7 @@ def _compile(program: ExportedProgram, path: Path, useless: tuple[int, int] | No
     """Put a package there, unless another process was faster.
 
     Args:
-        program: To be compiled.
+        program: The graph to compile.
         path: Where the package is kept.
         useless: Version of the package that is to be replaced; None if there was none.
     """

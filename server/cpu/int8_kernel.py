@@ -79,7 +79,7 @@ class Int8Kernel:
         Args:
             input_I: Float32 `[..., I]` on the CPU. Rows that are not finite, or whose spread is
                 not, give NaN.
-            weight: From `pack`.
+            weight: A weight that `pack` has packed.
             scale_O: Scale of each output's weights.
             ones_O: The outputs of a row of ones.
             bias_O: Added to each row's output; None adds nothing.

@@ -99,7 +99,7 @@ def _open(path: Path, make: Callable[[ctypes.CDLL], Kernel]) -> Kernel:
 
 @functools.cache
 def _first_runtimes() -> frozenset[str]:
-    """Those that there were before any library of ours."""
+    """The OpenMP runtimes that were loaded before any library of our own."""
     return frozenset(_openmp_runtimes())
 
 

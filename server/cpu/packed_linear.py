@@ -20,7 +20,7 @@ class PackedLinear(nn.Module):
     The packed weight is no parameter and not in the state dict.
 
     Args:
-        linears: With the same number of inputs; their outputs come side by side.
+        linears: Layers with the same number of inputs; their outputs come side by side.
     """
 
     _weight: Tensor

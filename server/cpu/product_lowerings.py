@@ -1,6 +1,6 @@
 """How torch's compiler calls the products of `product_operators`: by its own C++ entry points.
 
-Without these an operator of ours is called by way of Python, four times in each decoder layer.
+Without these our operators are called by way of Python, four times in each decoder layer.
 
 NOTE: These are parts of inductor that it does not promise to keep; where they are gone or changed,
 the model runs uncompiled, with the reason.

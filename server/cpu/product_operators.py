@@ -20,7 +20,7 @@ def int8_product(codes_TI: Tensor, weight: Tensor, scale_O: Tensor, zero_O: Tens
 
     Args:
         codes_TI: Contiguous.
-        weight: From `onednn.qlinear_prepack`.
+        weight: A weight that `onednn.qlinear_prepack` has packed.
         scale_O: Float32 scale of each output channel.
         zero_O: Int64 zeros.
 
@@ -38,7 +38,7 @@ def float_product(input_I: Tensor, weight: Tensor, bias_O: Tensor | None, size: 
 
     Args:
         input_I: `[..., I]`.
-        weight: From `heads.packed_product.pack`.
+        weight: A weight that `heads.packed_product.pack` has packed.
         bias_O: Added if there is one.
         size: Output features, which the weight's layout does not show in a graph.
 

@@ -151,7 +151,7 @@ class OwnMetadata:
     """Shared by all layers of one step.
 
     Attributes:
-        step: What the library reads.
+        step: The spans and slots as the library reads them.
         address: Where `step` lies.
         owned: Keeps alive what `step` points to.
     """
@@ -165,7 +165,7 @@ class OwnAttention(AttentionBackend):
     """Attention over the paged cache, one call of the library per layer.
 
     Args:
-        kv_cache: With a layout for which `can_attend` holds.
+        kv_cache: A cache with a layout for which `can_attend` holds.
         library: Our own machine code.
 
     Raises:

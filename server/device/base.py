@@ -60,8 +60,9 @@ class Accelerated:
 
     Attributes:
         attention: Name of the attention backend that the model is to run with.
-        draft_products: What draft heads are to multiply with.
-        quantization: What became of the weights of the model's linear layers: `none` or `int8`.
+        draft_products: How draft heads are to multiply.
+        quantization: How the weights of the model's linear layers are stored: `int8`, or `none` for
+            the model's own type.
         is_compiled: Whether the model's decoder layers run compiled.
         own_code: Which other parts of a step run machine code that was compiled here; like the
             attention, something that the cost of a step depends on.
@@ -121,9 +122,9 @@ class Device(ABC):
         """Make a model as fast as the device can, in place; it must not be moved or cast later.
 
         Args:
-            model: On this device, without gradients.
-            layout: Of the KV cache that it will run with.
-            options: For which `check` has passed.
+            model: A model on this device, without gradients.
+            layout: Layout of the KV cache that the model will run with.
+            options: Options that `check` has passed.
 
         Raises:
             ConfigError: If something that the options insist on is impossible.

@@ -22,7 +22,7 @@ class KVLayout:
     """Sizes of a KV cache that do not depend on its length.
 
     Attributes:
-        num_layers: The draft module's included.
+        num_layers: Layers that attend, that of a draft module included.
         hidden_size: Width of the hidden states that are kept; 0 keeps none.
     """
 
@@ -56,7 +56,7 @@ class KVCache:
 
     Attributes:
         keys: Per layer a view `[slots, kv_heads, C]`.
-        values: Likewise.
+        values: Per layer a view of the same shape.
         hidden_SD: Last hidden state of every slot's token; without columns if none are kept.
     """
 

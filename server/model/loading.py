@@ -33,7 +33,7 @@ class LoadedModel:
     """A base model in eval mode and what the engine must know about it.
 
     Attributes:
-        name: As `load_model` got it.
+        name: The name that `load_model` got.
         model: Without gradients.
         max_model_len: Longest sequence that the model's positions allow.
         vocab_size: Rows of the unembedding, at least as many as the tokenizer has tokens.

@@ -1,4 +1,4 @@
-"""Reads the MTP layer that a base checkpoint ships, as a module of ours.
+"""Reads the MTP layer that a base checkpoint ships, as an `MTPModule`.
 
 Names are those of `native_layouts`. Only the MTP layer's own tensors are read, from safetensors.
 The decoder layer in it has the base's class, and `transformers` itself converts its weights (fused

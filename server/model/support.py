@@ -1,7 +1,7 @@
 """Which base models the engine can serve, and refusals that name what is missing.
 
 A tree of drafts needs a model whose layers all attend through the attention interface and keep
-no other state: a recurrent state cannot branch. What the configuration does not tell is probed
+no other state: a recurrent state cannot branch. What the configuration does not say is probed
 by a forward pass whose attention only takes notes.
 """
 

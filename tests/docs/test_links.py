@@ -89,3 +89,13 @@ def test_lines_of_prose_are_wrapped(path: Path) -> None:
 @pytest.mark.parametrize("name", MAX_LINES)
 def test_pages_stay_as_short_as_they_are_meant_to_be(name: str) -> None:
     assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= MAX_LINES[name]
+
+
+@pytest.mark.parametrize("package", ["server", "training", "bench"])
+def test_the_map_of_the_architecture_has_every_room(package: str) -> None:
+    rooms = {f"{package}/{path.parent.name}" for path in (ROOT / package).glob("*/__init__.py")}
+    modules = {
+        f"{package}/{path.name}" for path in (ROOT / package).glob("*.py") if package == "server"
+    }
+    named = set(spans((ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")))
+    assert rooms | modules - {"server/__init__.py"} <= named

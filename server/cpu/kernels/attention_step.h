@@ -46,7 +46,7 @@ struct Layer {
   Mode mode = Mode::NOTHING;  // ECHO is that of `layer_calls.py`.
   const Step* step = nullptr;
   float* keys = nullptr;      // [slots, kv_heads, channels]
-  float* values = nullptr;    // Likewise.
+  float* values = nullptr;    // [slots, kv_heads, channels]
 };
 
 // A tensor [heads, tokens, channels] whose channels are neighbours.

@@ -96,7 +96,7 @@ class MTPDrafter:
         layer: Runs the decoder layer `module.block`.
         cache: KV cache with the module's layer behind the base model's, and with hidden states.
         attention: Attends over that cache.
-        products: What the module is to multiply with.
+        products: How the module is to multiply.
         growth: How far trees grow.
         max_tokens: Largest number of tokens of a pass that catches up.
     """

@@ -46,7 +46,7 @@ def _backend(request: pytest.FixtureRequest) -> None:
 class Case:
     """One sequence's share of a step, as plain as it gets.
 
-    `parents` is None for a prompt chunk; otherwise node i hangs below `parents[i]`.
+    `parents` is None for a prompt chunk; otherwise node i lies below `parents[i]`.
     """
 
     context_len: int

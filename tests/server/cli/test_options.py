@@ -535,6 +535,24 @@ class TestHelp:
             re.DOTALL,
         )
 
+    def test_a_default_that_depends_on_a_choice_is_said_for_each(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        @dataclass(frozen=True)
+        class Wide(Medusa):
+            """Medusa heads of another number."""
+
+            num_heads: int = 7
+
+        monkeypatch.setenv("COLUMNS", "200")
+        settings = {"method": Choice("method", "What to train.", {"a": Medusa, "w": Wide}, "a")}
+        program = Program("prog", "", [Command("train", "", dict, settings)])
+        with pytest.raises(SystemExit):
+            program.parse(["train", "--help"], {})
+        first = Medusa().num_heads
+        assert f"[default: {first} with a, 7 with w]" in capsys.readouterr().out
+        assert program.parse(["train", "--method", "w"], {}).arguments["method"] == Wide()
+
     def test_a_field_without_documentation_is_a_mistake_of_ours(self) -> None:
         program = Program("prog", "", [Command("x", "", dict, {"x": Settings(Nested)})])
         with pytest.raises(ValueError, match="Nested documents no attribute unknown"):

@@ -107,7 +107,7 @@ def test_what_computes_nonsense_is_not_kept(cache: Path, tmp_path: Path) -> None
         ("false", "false cannot build answer.cpp \\(exit status 1\\), install another compiler"),
     ],
 )
-def test_without_a_compiler_the_reason_and_the_remedy_are_told(
+def test_without_a_compiler_the_reason_and_the_remedy_are_in_the_error(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: str, message: str
 ) -> None:
     monkeypatch.setenv("CXX", compiler)
@@ -116,7 +116,7 @@ def test_without_a_compiler_the_reason_and_the_remedy_are_told(
     assert list(cache.glob("*.so")) == []
 
 
-def test_a_source_with_an_error_is_told_with_the_compilers_words(tmp_path: Path) -> None:
+def test_a_source_with_an_error_is_shown_in_the_compilers_words(tmp_path: Path) -> None:
     source = tmp_path / "answer.cpp"
     source.write_text("int answer() { return x; }")
     with pytest.raises(CompilationError, match="'x' was not declared"):
@@ -140,7 +140,7 @@ def test_a_cache_that_cannot_be_written_is_a_reason_too(
         load(saved(tmp_path))
 
 
-def test_a_cpu_without_the_instructions_is_told_so(
+def test_a_cpu_without_the_instructions_is_refused_by_their_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(own_library, "cpu_features", lambda: "flags : sse avx2 avx512f")

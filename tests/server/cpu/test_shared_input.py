@@ -43,7 +43,7 @@ def test_the_order_of_calls_is_free() -> None:
     assert torch.equal(first(rows), whole[:, :4])
 
 
-def test_another_input_is_computed_anew() -> None:
+def test_another_input_is_computed_again() -> None:
     layer, (first, second) = make_siblings(4, 2)
     rows, others = torch.randn(3, 6), torch.randn(3, 6)
     first(rows)
@@ -52,7 +52,7 @@ def test_another_input_is_computed_anew() -> None:
     assert torch.equal(first(rows), layer(rows)[:, :4])
 
 
-def test_the_same_tensor_is_computed_anew_in_the_next_step() -> None:
+def test_the_same_tensor_is_computed_again_in_the_next_step() -> None:
     layer, siblings = make_siblings(4, 2)
     rows = torch.randn(3, 6)
     for sibling in siblings:
