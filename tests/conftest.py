@@ -18,7 +18,7 @@ from tests.support.log_lines import LogLines
 
 @pytest.fixture(scope="session")
 def smollm2_dir() -> Path:
-    """The built-in model as a checkpoint directory; fetched and converted once per machine."""
+    """The built-in model as a checkpoint directory; the cache's lock has it made once."""
     return Path(resolve_model("smollm2"))
 
 
@@ -32,6 +32,11 @@ def log(caplog: pytest.LogCaptureFixture) -> LogLines:
 def _one_thread() -> None:
     """Tiny models gain nothing from threads, and threads of a busy machine wait for each other."""
     torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow files come first, or the last of them would run alone while other processes idle."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
