@@ -84,7 +84,7 @@ class LevelResult:
         mean_acceptance_length: Tokens per verify step of the auto arm, median of the rounds.
         nodes_per_step: Nodes of a sequence's tree in the auto arm, root included, median of the
             rounds.
-        predicted_over_measured_tokens_per_s: What the planner foretold by what was measured, over
+        predicted_over_measured_tokens_per_s: What the planner predicted by what was measured, over
             all rounds of the auto arm; not a number where nothing is planned.
         throughput_ratios: One ratio per round, as in the other lists.
         auto: Figures of each round with speculation.
@@ -117,7 +117,7 @@ class ServingResult:
         is_complete: Whether all rounds ran; False after an interrupt.
         by_concurrency: The closed loops.
         open_loop: The open loop, if one was asked for.
-        predicted_over_measured_tokens_per_s: What the planner foretold by what was measured, over
+        predicted_over_measured_tokens_per_s: What the planner predicted by what was measured, over
             all rounds of the auto arm.
     """
 

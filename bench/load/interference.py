@@ -3,7 +3,6 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from unittest.mock import patch
 
 from bench.errors import BenchError
 from bench.load.loops import Chunk, GapFigures, Percentiles, gap_figures, percentiles_ms
@@ -169,17 +168,18 @@ def time_chunks(engine: Engine, request: Request, chunk_tokens: Sequence[int]) -
             decodes.
     """
     wait_for_device = device_waiter(engine.loaded.device)
-    sizes = iter(chunk_tokens)
+    first, *further = chunk_tokens
+    sizes = iter(further)
     seconds: list[float] = []
-    # NOTE: the scheduler has no public way to take smaller chunks than it would. Past the prompt's
-    # last chunk it asks again, for a step that is dropped.
-    with patch.object(engine._scheduler, "_prefill_budget", lambda _: next(sizes, 0)):
-        engine.add_request(request)
-        outputs: list[RequestOutput] = []
-        while not outputs:
-            start = time.perf_counter()
-            outputs = engine.step()
-            wait_for_device()
-            seconds.append(time.perf_counter() - start)
+    engine.limit_prompts(first)
+    engine.add_request(request)
+    outputs: list[RequestOutput] = []
+    while not outputs:
+        start = time.perf_counter()
+        # Behind the prompt's last chunk no more tokens of it are left.
+        outputs = engine.step(admit=lambda: engine.limit_prompts(next(sizes, 0)))
+        wait_for_device()
+        seconds.append(time.perf_counter() - start)
     engine.abort(request.request_id)
+    engine.limit_prompts(None)
     return seconds

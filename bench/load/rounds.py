@@ -77,7 +77,7 @@ class ArmRun:
 
     Attributes:
         figures: What the clients saw.
-        foresight: How well the planner foretold this run's steps; None if nothing is planned.
+        foresight: How well the planner predicted this run's steps; None if nothing is planned.
     """
 
     figures: LoadFigures
@@ -145,7 +145,7 @@ class LoadRounds:
         draws: Where requests come from.
         arms: Both arms' speculation.
         plan: Loads and rounds.
-        foresight: How well the planner of the engine that answers foretold its steps until now;
+        foresight: How well the planner of the engine that answers predicted its steps until now;
             None if nothing is planned.
     """
 

@@ -27,7 +27,7 @@ from server.model.draft_heads import (
 from server.model.loading import LoadedModel, load_model
 from server.sampling.acceptance import check_acceptance, check_default
 from server.speculation.cost_cache import CostCache, cached_costs, cost_key
-from server.speculation.cost_model import CostModel, Probes, StepCosts
+from server.speculation.cost_model import CostModel, StepCosts
 from server.speculation.source import SourceContext
 from server.speculation.sources import make_sources
 from server.speculation.speculator import Speculator
@@ -70,6 +70,52 @@ def build_parts(config: EngineConfig, keeps_hidden: bool = False) -> EngineParts
     check_default(config.acceptance)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
+    model = _ready_model(config, keeps_hidden)
+    config, loaded = model.config, model.loaded
+    num_blocks = _num_blocks(config, model.layout, model.device, loaded.max_model_len)
+    max_len = _max_len(config, loaded, num_blocks)
+    cache = KVCache(model.layout, num_blocks)
+    blocks = BlockManager(num_blocks, config.block_size, config.prefix_caching)
+    products = model.accelerated.draft_products
+    sources = make_sources(SourceContext(config, model.draft, cache, blocks, products))
+    drafters = {source.name: source.drafter for source in sources if source.drafter is not None}
+    runner = ModelRunner(loaded, cache, create_attention(model.accelerated.attention, cache))
+    executor = EXECUTORS[model.device.kind](runner, model.layout, drafters)
+    sizes: TreeSizes = FixedSizes(_tree_size(config))
+    if sources and config.tree_size == "auto":
+        costs = _costs(model, executor, bool(drafters), num_blocks)
+        sizes = PlannedSizes(StepCosts(costs), drafters.keys())
+    speculator = Speculator(sources, sizes, config.max_nodes)
+    return EngineParts(
+        config=config,
+        loaded=loaded,
+        executor=executor,
+        blocks=blocks,
+        speculator=speculator,
+        limits=RequestLimits(max_len, loaded.vocab_size, speculator.methods, check_acceptance),
+        heads_name=model.heads_name,
+        is_compiled=model.accelerated.is_compiled,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _ReadyModel:
+    """A model and its heads as fast as the device makes them, before there is a KV cache.
+
+    Attributes:
+        config: The options with the device's defaults.
+    """
+
+    config: EngineConfig
+    device: Device
+    loaded: LoadedModel
+    draft: DraftHeads | None
+    heads_name: str | None
+    layout: KVLayout
+    accelerated: Accelerated
+
+
+def _ready_model(config: EngineConfig, keeps_hidden: bool) -> _ReadyModel:
     device = create_device(config.device)
     prefill_tokens = config.max_prefill_tokens or device.max_prefill_tokens
     config = replace(config, max_prefill_tokens=prefill_tokens)
@@ -80,43 +126,15 @@ def build_parts(config: EngineConfig, keeps_hidden: bool = False) -> EngineParts
     layout = kv_layout(loaded, config.block_size, draft, keeps_hidden)
     options = replace(options, has_heads=draft is not None)
     accelerated = device.accelerate(loaded.model, layout, options)
-    num_blocks = _num_blocks(config, layout, device, loaded.max_model_len)
-    max_len = _max_len(config, loaded, num_blocks)
-    cache = KVCache(layout, num_blocks)
-    blocks = BlockManager(num_blocks, config.block_size, config.prefix_caching)
-    products = accelerated.draft_products
-    sources = make_sources(SourceContext(config, draft, cache, blocks, products))
-    drafters = {source.name: source.drafter for source in sources if source.drafter is not None}
-    runner = ModelRunner(loaded, cache, create_attention(accelerated.attention, cache))
-    executor = EXECUTORS[device.kind](runner, layout, drafters)
-    sizes: TreeSizes = FixedSizes(_tree_size(config))
-    if sources and config.tree_size == "auto":
-        num_slots = num_blocks * config.block_size
-        probes = step_probes(executor, bool(drafters), num_slots, loaded.max_model_len)
-        costs = _costs(config, loaded, draft, probes, accelerated)
-        sizes = PlannedSizes(StepCosts(costs), drafters.keys())
-    speculator = Speculator(sources, sizes, config.max_nodes)
-    return EngineParts(
-        config=config,
-        loaded=loaded,
-        executor=executor,
-        blocks=blocks,
-        speculator=speculator,
-        limits=RequestLimits(max_len, loaded.vocab_size, speculator.methods, check_acceptance),
-        heads_name=_heads_name(config, directory),
-        is_compiled=accelerated.is_compiled,
-    )
+    heads_name = directory.name if directory else None
+    if config.heads == NATIVE_HEADS:
+        heads_name = NATIVE_HEADS
+    return _ReadyModel(config, device, loaded, draft, heads_name, layout, accelerated)
 
 
 def _tree_size(config: EngineConfig) -> int:
     """Nodes of each tree where no cost says how many pay."""
     return config.max_nodes if config.tree_size == "auto" else config.tree_size
-
-
-def _heads_name(config: EngineConfig, directory: Path | None) -> str | None:
-    if config.heads == NATIVE_HEADS:
-        return NATIVE_HEADS
-    return directory.name if directory else None
 
 
 def _load(config: EngineConfig, directory: Path | None) -> tuple[LoadedModel, DraftHeads | None]:
@@ -137,13 +155,14 @@ def _load(config: EngineConfig, directory: Path | None) -> tuple[LoadedModel, Dr
 
 
 def _costs(
-    config: EngineConfig,
-    loaded: LoadedModel,
-    draft: DraftHeads | None,
-    probes: Probes,
-    accelerated: Accelerated,
+    model: _ReadyModel, executor: Executor, has_drafters: bool, num_blocks: int
 ) -> CostModel:
-    key = cost_key(loaded, draft, config.block_size, config.max_nodes, probes, accelerated)
+    config, loaded = model.config, model.loaded
+    num_slots = num_blocks * config.block_size
+    probes = step_probes(executor, has_drafters, num_slots, loaded.max_model_len)
+    key = cost_key(
+        loaded, model.draft, config.block_size, config.max_nodes, probes, model.accelerated
+    )
     return cached_costs(CostCache(cache_dir("costs"), key), probes, config.remeasure)
 
 

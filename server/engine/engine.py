@@ -128,6 +128,13 @@ class Engine:
         """Requests that wait for admission, preempted ones included."""
         return len(self._scheduler.waiting)
 
+    def limit_prompts(self, num_tokens: int | None) -> None:
+        """Let further steps compute at most so many prompt tokens; None lifts the limit.
+
+        For measurements that need chunks of certain sizes.
+        """
+        self._scheduler.prompt_limit = num_tokens
+
     def add_request(self, request: Request) -> None:
         """Queue a request.
 

@@ -38,6 +38,9 @@ class Scheduler:
         blocks: Where sequences' KV lies.
         planner: Sizes the trees.
         on_admit: Called for each sequence that got the blocks of its beginning, before its step.
+
+    Attributes:
+        prompt_limit: Largest number of prompt tokens of a step; None leaves it to the options.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class Scheduler:
         self._blocks = blocks
         self._planner = planner
         self._on_admit = on_admit
+        self.prompt_limit: int | None = None
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
@@ -115,10 +119,12 @@ class Scheduler:
 
     def _prefill_budget(self, num_tree_tokens: int) -> int:
         """Prompt tokens of a step with trees of so many nodes in all; 0 if none decodes."""
-        budget = self._config.max_tokens_per_step - num_tree_tokens
+        limits = [self._config.max_tokens_per_step - num_tree_tokens]
         if num_tree_tokens and self._config.max_prefill_tokens is not None:
-            budget = min(budget, self._config.max_prefill_tokens)
-        return budget
+            limits.append(self._config.max_prefill_tokens)
+        if self.prompt_limit is not None:
+            limits.append(self.prompt_limit)
+        return min(limits)
 
     def _plan_running(
         self, sequence: Sequence, num_nodes: int, prefill_budget: int

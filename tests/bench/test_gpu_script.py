@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import bench
+from bench.__main__ import PROGRAM
 
 SCRIPT = Path(bench.__path__[0]) / "gpu.sh"
 PARTS = ["tests", "latency", "acceptance", "exactness", "overhead", "quality"]
@@ -39,6 +40,8 @@ def test_all_parts_run_on_cuda_and_write_into_the_directory(tmp_path: Path) -> N
     for part, call in zip(PARTS[1:], calls[1:], strict=True):
         output = tmp_path / "out" / f"{part}.json"
         assert call.startswith(f"-m bench {part} --device cuda --output {output} ")
+        parsed = PROGRAM.parse(call.split()[2:])
+        assert (parsed.command.name, parsed.arguments["config"].device) == (part, "cuda")
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert list(summary) == PARTS
     assert all(entry["status"] == 0 for entry in summary.values())

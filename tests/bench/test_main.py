@@ -8,6 +8,8 @@ import torch
 from bench.__main__ import main
 from bench.benches.exactness import RequestMaker
 
+pytestmark = pytest.mark.slow
+
 STABLE_FIELDS = {
     "latency": {"tokens_per_s", "speedup_vs_plain", "speedup_vs_transformers"},
     "acceptance": {

@@ -170,7 +170,7 @@ def _distill(
     capture: HiddenCapture,
     kept: DocumentStates | None,
 ) -> None:
-    """Answer prompts and write what is finished; whatever ends this, the file is whole."""
+    """Answer prompts and write what is finished; the file is whole however this ends."""
     bar_of = _progress(len(order), account, options)
     with LineAppender(options.output) as file, bar_of as bar:
 

@@ -76,7 +76,7 @@ def _page(name: str, acceptance: Mapping[str, Any], metrics: Sequence[Mapping[st
         plots.by_category(acceptance["by_category"]),
         plots.best_tree(tree["parents"], tree["ranks"], tree["values"]),
     ]
-    training = "<p>There are no metrics of a training run beside these heads.</p>"
+    training = "<p>There are no metrics of a training run with these heads.</p>"
     if metrics:
         training = plots.loss_curves(metrics) + plots.learning_rate(metrics)
     return (

@@ -1,4 +1,4 @@
-"""Answers as documents: token sequences of which the model wrote certain spans.
+"""Answers as documents: token sequences of which the model wrote some spans.
 
 Only those spans are trained on and measured; what a user wrote is context. No label crosses the end
 of a span, and documents never see each other.
@@ -87,7 +87,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """Documents of some files or a part of them."""
+    """Documents of some files, or a part of them."""
 
     documents: tuple[Document, ...]
 
@@ -106,8 +106,8 @@ def build_corpus(conversations: Iterable[TokenizedConversation], vocab_size: int
     """Turn conversations into documents.
 
     Args:
-        conversations: In the order of the documents.
-        vocab_size: Of the base model; every token id must be below it.
+        conversations: Conversations in the order of the documents.
+        vocab_size: Size of the base model's vocabulary; every token id must be below it.
 
     Raises:
         DataError: If a token id is too large.
@@ -157,7 +157,7 @@ class Split:
 def split(corpus: Corpus, held_out_fraction: float) -> Split:
     """Hold out a fraction of the conversations, chosen by their ids alone.
 
-    A conversation stays on its side whatever else is in the file.
+    A conversation stays on its side when others are added or left out.
     """
     parts: tuple[list[Document], list[Document]] = ([], [])
     for document in corpus.documents:

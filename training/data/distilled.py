@@ -46,7 +46,7 @@ class DistilledConversation:
 
     Attributes:
         system: Message that opens the conversation, or None.
-        user_turns: As many as `turns`, or more where the conversation was cut short.
+        user_turns: User messages; as many as `turns`, or more where the conversation was cut short.
     """
 
     id: str

@@ -30,6 +30,7 @@ class Row:
     Attributes:
         where: File and line, for messages.
         number: Line in the file, from 1.
+        value: The object.
     """
 
     where: str

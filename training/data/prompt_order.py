@@ -2,7 +2,7 @@
 
 Answers differ in length by category: as many prompts of each would give few tokens of translations
 and many of stories. Here the next prompt comes from the category that has the fewest answer tokens
-for its weight, so the shares hold at whatever number of tokens the run ends.
+for its weight, so the shares hold wherever the run ends.
 """
 
 from collections import deque

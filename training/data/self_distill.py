@@ -43,8 +43,8 @@ class SelfDistiller:
     """Runs conversations through an idle engine.
 
     Args:
-        engine: Answers by exact acceptance only, so drafts change no token.
-        sampling: Of every answer.
+        engine: Answers; by exact acceptance only, so drafts change no token.
+        sampling: How every answer is drawn.
         method: Draft source.
         max_in_flight: Conversations at once.
     """
@@ -67,11 +67,12 @@ class SelfDistiller:
         a conversation without turns is one whose first prompt does not fit.
 
         Args:
-            prompts: Read lazily, so that it can end when there are tokens enough.
+            prompts: Conversations to answer; read lazily, so that they can end when there are
+                enough tokens.
             on_tokens: Called with the number of new tokens of each step.
 
         Raises:
-            InvalidRequestError: If the engine refuses a prompt for another reason than its length.
+            InvalidRequestError: If the engine rejects a prompt for another reason than its length.
         """
         waiting = iter(prompts)
         while True:
@@ -143,7 +144,7 @@ class SelfDistiller:
 
     def _params(self, conversation_id: str, turn: int) -> SamplingParams:
         sampling = self._sampling
-        # A seed of its own makes an answer the same whenever and beside whatever it is drawn.
+        # A seed of its own makes an answer the same, whatever else is in the batch.
         seed = _number(f"{sampling.seed}/{conversation_id}/{turn}")
         choice = _number(f"{sampling.seed}/{conversation_id}") % len(sampling.temperatures)
         return SamplingParams(
@@ -156,7 +157,7 @@ class SelfDistiller:
 
 
 def _number(key: str) -> int:
-    """A signed 64-bit number that hangs on the key alone."""
+    """A signed 64-bit number that depends on the key alone."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big", signed=True)
 
 

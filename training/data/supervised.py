@@ -7,7 +7,7 @@ A line is a JSON object with one of:
 
 Every answer is tokenised behind the prompt that `distill` would have asked with: the messages
 before it, rendered by the chat template with the beginning of an assistant's turn. It ends with the
-token by which the model ends a turn, whatever the template writes after that.
+token by which the model ends a turn; what the template writes after that is left out.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ def tokenize_row(row: Row, tokenizer: Tokenizer) -> TokenizedConversation:
     A line without an id is named by what it holds, so equal ones are held out together.
 
     Raises:
-        DataError: If the line is in neither form, has no answer, or the chat template refuses it or
+        DataError: If the line is in neither form, has no answer, or the chat template rejects it or
             hides where its answers begin.
     """
     for name in _UNSUPPORTED:
@@ -106,7 +106,7 @@ def _turn(
     if not text.startswith(prompt):
         raise row.error(
             f"the chat template writes answer {index} without the beginning {prompt[-40:]!r} that "
-            "it prompts with, so its tokens cannot be told; use `python -m training distill`"
+            "it prompts with, so its tokens are not known; use `python -m training distill`"
         )
     prompt_ids = tokenizer.encode(prompt, False)
     token_ids = tokenizer.encode(text, False)

@@ -1,1 +1,1 @@
-"""The training loop, whatever it trains: steps, processes, state, metrics."""
+"""The training loop, which knows no method: steps, processes, state, metrics."""

@@ -4,7 +4,7 @@ Each holds the whole module and sees every batch of the plan; of each batch it t
 and gradients are added up over the processes, so that how many there are changes nothing but the
 speed. A launcher starts them (`accelerate launch`, `torchrun`); without one there is one process.
 
-Stands on Hugging Face Accelerate, which nothing else in `training` talks to.
+Uses Hugging Face Accelerate; of its parts only the trackers are used elsewhere.
 """
 
 import os
@@ -24,7 +24,7 @@ from training.errors import RunError
 
 Item = TypeVar("Item")
 
-# Others wait while one process measures.
+# The others wait while one process measures.
 _TIMEOUT = timedelta(hours=2)
 _SUPPORTED = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
 # What `accelerate launch` asks for through the environment, and what to do instead.
@@ -43,9 +43,9 @@ class Processes:
         is_scaled: Whether losses are scaled against float16's narrow range; on CUDA only.
 
     Attributes:
-        device: Of this process alone, where there are several GPUs.
+        device: Device of this process; each has its own where there are several GPUs.
         count: Processes of the run.
-        rank: Number of this one, from 0.
+        rank: Number of this process, from 0.
 
     Raises:
         RunError: If the launcher asks for something that is not supported.
@@ -75,9 +75,9 @@ class Processes:
         return self.rank == 0
 
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        """Take a module to run; returns what to step in place of its optimiser.
+        """Prepare a module to run; returns what to step in place of its optimiser.
 
-        The parameters stay the same tensors. A module that was prepared before is let go.
+        The parameters stay the same tensors. A module that was prepared before is released.
 
         NOTE: all processes must begin with the same weights, and run the module equally often.
         """
@@ -136,7 +136,7 @@ class Processes:
         return {} if scaler is None else dict(scaler.state_dict())
 
     def set_loss_scaling(self, state: Mapping[str, float]) -> None:
-        """Go on from what `loss_scaling` returned."""
+        """Restore what `loss_scaling` returned."""
         if state:
             self._accelerator.scaler.load_state_dict(dict(state))
 

@@ -13,7 +13,8 @@ from training.data.jsonl import replace_file
 from training.errors import DataError
 from training.measure.calibration import CalibrationBin, CalibrationCounter
 from training.measure.drafts import Drafts
-from training.measure.evaluate import EvaluationResult, evaluate, rank_answers
+from training.measure.evaluate import EvaluationResult, evaluate
+from training.measure.ranking import rank_answers
 
 # Candidates per head that a profile covers: more than the largest tree takes of any.
 NUM_RANKS = 16
@@ -81,7 +82,7 @@ def _by_size(result: EvaluationResult, figure: str) -> dict[str, float]:
 
 
 def save_acceptance(directory: Path, found: Measurement, base_name: str, data_sha256: str) -> None:
-    """Write `acceptance.json` beside the heads, whole or not at all."""
+    """Write `acceptance.json` into the directory of the heads, whole or not at all."""
     tree = found.result.tree
     content = {
         "format": FORMAT,

@@ -53,7 +53,7 @@ def loss_curves(metrics: Sequence[Mapping[str, Any]]) -> str:
 
 
 def learning_rate(metrics: Sequence[Mapping[str, Any]]) -> str:
-    """The schedule as it was run."""
+    """Learning rate over the steps of a run."""
     figure, axes = new_figure("learning rate", "step", "learning rate")
     axes.plot([row["step"] for row in metrics], [row["learning_rate"] for row in metrics])
     return _svg(figure)

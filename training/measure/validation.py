@@ -7,7 +7,8 @@ from training.data.dataset import Corpus, Document
 from training.measure.acceptance import NUM_RANKS
 from training.measure.calibration import CalibrationCounter
 from training.measure.drafts import Drafts
-from training.measure.evaluate import measure_profile, rank_answers, walk
+from training.measure.evaluate import measure_profile, walk
+from training.measure.ranking import rank_answers
 
 TREE_SIZE = 16
 # Prompts included; so many are measured in seconds.

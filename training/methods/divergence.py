@@ -41,9 +41,9 @@ def frozen_divergence(hidden_ND: Tensor, teacher_hidden_ND: Tensor, rows_VD: Ten
     """Sum KL(teacher || ours) of the next token over all rows, in nats, in float32.
 
     Args:
-        hidden_ND: Last hidden states; get the gradient.
-        teacher_hidden_ND: The teacher's at the same positions; get none.
-        rows_VD: Unembedding of both, frozen, in the dtype of the hidden states.
+        hidden_ND: Last hidden states, which get the gradient.
+        teacher_hidden_ND: The teacher's states at the same positions, which get none.
+        rows_VD: Frozen unembedding of both, in the dtype of the hidden states.
     """
     total: Tensor = _FrozenDivergence.apply(  # type: ignore[no-untyped-call]
         hidden_ND, teacher_hidden_ND, rows_VD

@@ -21,7 +21,7 @@ from training.methods.mtp_unroll import unroll
 from training.states.encoded import EncodedDocument
 from training.states.hidden_states import HiddenStates
 
-# Of an MTP module that was never measured.
+# Depths of an MTP module that was never measured.
 _DEFAULT_DEPTHS = 4
 
 

@@ -1,8 +1,8 @@
 """Medusa-2: heads and a LoRA adapter of the backbone learn together.
 
 The loss is the heads' own plus the divergence of the adapted model from itself without the adapter,
-on the answers: the model moves to where its hidden states say more about the tokens to come, but
-what it says itself stays. Source: Medusa, arXiv:2401.10774, 2.2.2 and 2.3.2.
+on the answers: hidden states come to say more about the tokens that follow, while the model's own
+distribution stays as it is. Source: Medusa, arXiv:2401.10774, 2.2.2 and 2.3.2.
 
 Shape suffixes: N examples, M answer tokens, D model width, K draft heads, V vocabulary.
 """
@@ -40,11 +40,11 @@ class Medusa2Objective:
     """Sums the losses of the heads and, last, the divergence of the base, over whole documents.
 
     Args:
-        heads: Float32.
+        heads: Heads with float32 weights.
         base: Their adapted base model.
-        encoder: Of that model; it is run forwards and backwards.
-        unembedding_VD: Of that model.
-        compute_dtype: Of the heads' matrix products.
+        encoder: Runs that model, forwards and backwards.
+        unembedding_VD: That model's unembedding.
+        compute_dtype: Type of the heads' matrix products.
     """
 
     def __init__(

@@ -29,10 +29,10 @@ class MedusaObjective:
     """Computes the losses of heads in a given compute dtype.
 
     Args:
-        heads: Their draft vocabulary must not change any more; labels outside of it count for
-            nothing.
-        compute_dtype: Of the matrix products; the weights keep theirs.
-        kl_weight: As `DraftLoss` takes it.
+        heads: Heads whose draft vocabulary does not change any more; labels outside of it count
+            for nothing.
+        compute_dtype: Type of the matrix products; the weights keep theirs.
+        kl_weight: Share of the divergence in the loss, see `DraftLoss`.
     """
 
     def __init__(

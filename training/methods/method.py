@@ -1,4 +1,4 @@
-"""What a training method is, what it is given and what it makes of it.
+"""What a training method is, what it is given and what it returns.
 
 A method is a frozen dataclass whose fields are its own options:
 
@@ -101,7 +101,7 @@ class Method(Protocol):
     """A training method with its options.
 
     Attributes:
-        name: As `--method` has it.
+        name: What `--method` takes for it.
         is_base_frozen: Whether the base model stays as it is, so that it may be loaded with faster
             layers that have no gradients.
     """

@@ -1,8 +1,8 @@
 """The loss of an MTP module: that of its drafts at every depth of an unrolled pass.
 
 Shape suffixes: T flat tokens of one depth, N labelled ones, M tokens of all documents that any
-depth learns at, D model width, K depths, U draft
-vocabulary, V vocabulary.
+depth learns at, D model width, K depths,
+U draft vocabulary, V vocabulary.
 """
 
 import itertools
@@ -24,12 +24,12 @@ class MTPObjective:
     """Computes the losses of a module in a given compute dtype.
 
     Args:
-        module: Its draft vocabulary must not change any more; labels outside of it count for
-            nothing.
+        module: Module whose draft vocabulary does not change any more; labels outside of it count
+            for nothing.
         layer: Runs the module's layer.
         num_depths: Depths to unroll.
-        compute_dtype: Of the matrix products; the weights keep theirs.
-        kl_weight: As `DraftLoss` takes it.
+        compute_dtype: Type of the matrix products; the weights keep theirs.
+        kl_weight: Share of the divergence in the loss, see `DraftLoss`.
     """
 
     def __init__(

@@ -31,7 +31,7 @@ class DepthOutput:
 
     Attributes:
         states_TD: The module's output.
-        labels_T: Int64 id of the token after each one; `NO_LABEL` where nothing is learnt.
+        labels_T: Int64 id of the token after each row's own; `NO_LABEL` where nothing is learnt.
         positions: For each document the positions of its rows.
     """
 
@@ -46,9 +46,9 @@ def unroll(
     """Run the module over documents, depth by depth.
 
     Args:
-        module: Built around `layer.module`.
-        layer: Runs it.
-        batch: Documents; they do not see each other.
+        module: Module that is built around `layer.module`.
+        layer: Runs the module's decoder layer.
+        batch: Documents, which do not see each other.
         num_depths: Depths to yield; fewer come where no answer is long enough for more.
     """
     memory = Unroll()

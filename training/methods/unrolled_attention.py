@@ -28,6 +28,8 @@ class Unroll:
     """Keys, values and places of the depths that ran so far.
 
     Attributes:
+        keys: For each depth the keys HTC of its flat row.
+        values: For each depth the values HTC of its flat row.
         rows: For each depth and document the slice of the depth's flat row that is the document's.
         positions: For each depth the position of each flat token in its document, int64.
     """
@@ -51,8 +53,8 @@ def visible_keys(query_positions: Tensor, key_positions: Sequence[Tensor]) -> Te
     """Which keys the queries of the newest depth see, `[queries, keys of all depths]`.
 
     Args:
-        query_positions: Positions in the document.
-        key_positions: Of each depth, the newest last.
+        query_positions: Positions of the queries in the document.
+        key_positions: Positions of the keys of each depth, the newest depth last.
     """
     depth = len(key_positions)
     roots = query_positions.unsqueeze(1) - (depth - 1)

@@ -25,7 +25,8 @@ class EncodedDocument:
     """A document with the base model's hidden states.
 
     Attributes:
-        hidden_XD: Of every token but the last, after the final norm.
+        document: The document.
+        hidden_XD: Hidden state of every token but the last, after the final norm.
     """
 
     document: Document

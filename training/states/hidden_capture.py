@@ -1,6 +1,6 @@
 """Hidden states that the engine computes anyway while it writes answers, kept for training.
 
-They are those of teacher forcing up to floating point: other tokens stand beside them in a step.
+They are those of teacher forcing up to rounding, because other tokens are in the same step.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from training.states.document_states import DocumentStates
 
 
 class HiddenCapture:
-    """Between an engine, which knows requests, and states on disk, which are of documents."""
+    """Connects an engine, which knows requests, with states on disk, which belong to documents."""
 
     def __init__(self) -> None:
         self._taken: dict[tuple[int, ...], Tensor] = {}
@@ -22,7 +22,7 @@ class HiddenCapture:
         self._num_tokens = 0
 
     def take(self, token_ids: Sequence[int], hidden_XD: Tensor) -> None:
-        """Hold the states of a request that has ended; what `Engine` calls."""
+        """Hold the states of a request that has ended; an `Engine` calls this."""
         self._taken[tuple(token_ids)] = hidden_XD.to("cpu")
 
     def keep(self, conversation: DistilledConversation, kept: DocumentStates) -> None:
@@ -50,7 +50,7 @@ class HiddenCapture:
             self.flush(kept)
 
     def flush(self, kept: DocumentStates) -> None:
-        """Keep all that waits for a file to be full; see `keep`."""
+        """Keep all states that wait for a file to be full; see `keep`."""
         if self._documents:
             kept.add(self._documents, self._states)
         self._documents, self._states, self._num_tokens = [], [], 0

@@ -5,8 +5,8 @@
                                                    checksum of each
 
 A file is there whole or not at all, so a process that is killed loses at most the one that it was
-writing, and any number of processes may write into one directory. What a key means is the caller's
-affair.
+writing, and any number of processes may write into one directory. The caller decides what a key
+means.
 
 Shape suffixes: X tokens of one document, D model width.
 """
@@ -27,7 +27,7 @@ from training.errors import DataError, RunError
 
 _KIND = "euryale-hidden-states-1"
 _SUFFIX = ".safetensors"
-# Of a file whose bytes are not those that were written.
+# Errors of reading a file whose bytes are not those that were written.
 _ERRORS = (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError)
 
 
@@ -103,7 +103,7 @@ def _checksum(states_XD: Tensor) -> int:
 
 
 def _checksums(path: Path) -> Mapping[str, int]:
-    """Of each document in a file; reads its header alone."""
+    """The checksum of each document in a file; reads its header alone."""
     try:
         with safe_open(path, framework="pt") as file:
             return _header(path, file.metadata(), list(file.keys()))

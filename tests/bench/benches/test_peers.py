@@ -15,6 +15,8 @@ from server.config import SpeculationParams
 from server.engine.engine import Engine
 from tests.bench.fakes import fake_llama_server
 
+pytestmark = pytest.mark.slow
+
 
 def run_of(seconds: float, num_tokens: int = 10, token: int = 0) -> Run:
     return Run(Timing(num_tokens, seconds, seconds / 2), (token,) * num_tokens, num_tokens - 1)

@@ -16,6 +16,8 @@ from bench.load.reuse import PromptTime, Reuse
 from bench.load.rounds import Arm
 from server.config import SamplingParams, SpeculationParams
 
+pytestmark = pytest.mark.slow
+
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0)
 ARMS: tuple[Arm, ...] = ("auto", "off")
 

@@ -11,6 +11,8 @@ from bench.load.loops import LoadFigures, Percentiles
 from bench.load.rounds import ArmRun, Closed, Level, LoadRounds, Open, RoundPair
 from server.speculation.tree_sizes import Foresight
 
+pytestmark = pytest.mark.slow
+
 
 def figures_of(speed: float, itl: float, ttft: float = 10.0) -> LoadFigures:
     def around(p95: float) -> Percentiles:

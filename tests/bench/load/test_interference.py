@@ -107,7 +107,7 @@ def test_all_figures_are_positive_and_the_engine_is_idle_afterwards(cold: Engine
     assert not cold.has_unfinished
     assert cold.blocks.num_in_use == 0
     assert "schedule" not in vars(cold._scheduler)
-    assert "_prefill_budget" not in vars(cold._scheduler)
+    assert cold._scheduler.prompt_limit is None
 
 
 def test_no_part_of_a_long_prompt_is_cached(cold: Engine) -> None:

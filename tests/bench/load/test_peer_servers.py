@@ -21,6 +21,8 @@ from tests.bench.fakes import fake_llama_server
 from tests.bench.traces import make_conversation
 from tests.bench.traces import make_turn as turn_of
 
+pytestmark = pytest.mark.slow
+
 
 def test_llama_server_is_asked_for_token_ids(tmp_path: Path) -> None:
     program, port = fake_llama_server(tmp_path), free_port()

@@ -118,7 +118,7 @@ def test_the_open_loop_runs_in_every_round() -> None:
     assert all(pair.auto.foresight is None for pair in pairs)
 
 
-def test_what_the_planner_foretold_is_counted_run_by_run() -> None:
+def test_what_the_planner_predicted_is_counted_run_by_run() -> None:
     total = Foresight(100.0, 100.0, 100, 100.0)
 
     class Steps(NotedTarget):

@@ -320,6 +320,24 @@ class TestAdmit:
         assert {output.request_id for output in engine.step()} == {kept.request_id}
 
 
+def test_chunks_of_prompts_can_be_limited_for_a_while() -> None:
+    engine = make_engine(heads="none")
+    engine.limit_prompts(4)
+    engine.add_request(make_request(PROMPT, max_tokens=4, ignore_eos=True))
+    chunks = []
+    while not (outputs := engine.step()):
+        chunks.append(engine.trace.num_prompt_tokens)
+        engine.trace.clear()
+    assert chunks == [4, 4, 4]
+    assert len(outputs) == 1
+    engine.limit_prompts(None)
+    engine.add_request(make_request(random_prompt(3, 9), max_tokens=4, ignore_eos=True))
+    engine.trace.clear()
+    engine.step()
+    engine.step()
+    assert engine.trace.num_prompt_tokens == 9
+
+
 def test_a_trace_tells_where_the_time_of_steps_goes() -> None:
     engine = make_engine()
     engine.trace.clear()

@@ -103,7 +103,7 @@ def test_the_mtp_layer_of_a_base_becomes_heads_that_are_served(
     assert sum(c.stats.num_draft_tokens for c in drafted) > 0
 
 
-def test_a_base_without_an_mtp_layer_is_refused(
+def test_a_base_without_an_mtp_layer_is_an_error(
     model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert convert(model_dir, tmp_path / "heads", model_dir) == 2

@@ -125,7 +125,7 @@ def test_each_conversation_takes_one_of_the_temperatures(
     assert manifest.sampling.temperatures == (0.0, 1.5)
 
 
-def test_the_options_of_a_run_lie_beside_its_answers(
+def test_the_options_of_a_run_lie_next_to_its_answers(
     prompts_file: Path, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "two.jsonl"
@@ -223,7 +223,7 @@ def test_a_file_without_manifest_is_left_alone(
     assert output.read_text() == "precious"
 
 
-def test_a_compressed_output_is_refused(
+def test_a_compressed_output_is_an_error(
     prompts_file: Path, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert distill(prompts_file, tmp_path / "d.jsonl.gz", model_dir) == 2
@@ -269,7 +269,7 @@ def test_a_disk_that_fills_up_ends_the_run_and_keeps_what_is_whole(
     assert by_id(output) == by_id(distilled_file)
 
 
-def test_heads_that_change_the_model_are_refused(
+def test_heads_that_change_the_model_are_an_error(
     prompts_file: Path, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapter = save_tiny_adapter(model_dir, tmp_path / "adapter")

@@ -19,7 +19,7 @@ from training.__main__ import main
 from training.loop.metrics import read_metrics
 from training.measure.acceptance import load_acceptance
 
-# States are computed beside other documents, which rounds otherwise.
+# States are computed together with other documents, which rounds otherwise.
 RELATIVE_TOLERANCE = 1e-5
 # The cache of MTP modules in memory has eight bits.
 MEMORY_TOLERANCE = 1e-3

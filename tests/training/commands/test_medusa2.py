@@ -158,7 +158,7 @@ def test_medusa_goes_on_from_heads_too(
         (("--method", "medusa2", "--lora-targets", "nothing"), "lora targets are nothing"),
     ],
 )
-def test_options_that_do_not_go_together_are_refused(
+def test_options_that_do_not_go_together_are_an_error(
     distilled_file: Path,
     model_dir: Path,
     tmp_path: Path,

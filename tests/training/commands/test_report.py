@@ -57,7 +57,7 @@ def test_metrics_add_their_plots(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"format": "other"}'])
-def test_a_missing_damaged_or_foreign_measurement_is_refused(
+def test_a_missing_damaged_or_foreign_measurement_is_an_error(
     tmp_path: Path, content: str | None
 ) -> None:
     if content is not None:

@@ -81,7 +81,7 @@ def test_a_run_says_what_it_took(
     assert list(result(capsys)["seconds"]) == ["steps", "measuring"]
 
 
-def test_the_options_of_a_run_lie_beside_the_heads_and_begin_it_again(
+def test_the_options_of_a_run_lie_next_to_the_heads_and_begin_it_again(
     heads_dir: Path, distilled_file: Path, model_dir: Path, tmp_path: Path, loaded: LoadedModel
 ) -> None:
     config = heads_dir / "train.toml"
@@ -148,7 +148,7 @@ def test_overwriting_starts_over(
     assert len(first["accept_rates"]) == 3
 
 
-def test_a_killed_run_is_taken_up_with_the_same_options_only(
+def test_a_killed_run_is_resumed_with_the_same_options_only(
     distilled_file: Path,
     model_dir: Path,
     tmp_path: Path,
@@ -251,7 +251,7 @@ def test_evaluation_writes_the_profile_and_keeps_the_weights(
     assert saved["data_sha256"] == file_sha256(distilled_file)
 
 
-def test_data_of_another_base_is_refused_by_both_names(
+def test_data_of_another_base_is_an_error_with_both_names(
     distilled_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = save_tiny_model("llama", tmp_path / "other", seed=9)
@@ -261,7 +261,7 @@ def test_data_of_another_base_is_refused_by_both_names(
     assert str(other) in message
 
 
-def test_heads_of_another_base_are_refused(
+def test_heads_of_another_base_are_an_error(
     heads_dir: Path, distilled_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = save_tiny_model("llama", tmp_path / "other", seed=9)
@@ -296,7 +296,7 @@ def test_data_without_manifest_is_trained_on_with_a_note(
         ),
     ],
 )
-def test_unusable_data_is_refused_by_both_commands(
+def test_unusable_data_is_an_error_of_both_commands(
     lines: list[object],
     message: str,
     heads_dir: Path,

@@ -60,7 +60,7 @@ def test_one_file_has_its_own_digest_and_several_that_of_all_in_order(
     assert data_sha256([second, first]) != data_sha256([first, second])
 
 
-def test_a_conversation_that_is_there_twice_is_refused_by_both_places(
+def test_a_conversation_that_is_there_twice_is_an_error_with_both_places(
     distilled_file: Path, loaded: LoadedModel, tmp_path: Path
 ) -> None:
     a, b = two_parts(distilled_file, tmp_path)
@@ -73,7 +73,7 @@ def test_a_conversation_that_is_there_twice_is_refused_by_both_places(
     assert f"{a}, line 2;" in str(error.value)
 
 
-def test_the_same_file_twice_is_refused(distilled_file: Path, loaded: LoadedModel) -> None:
+def test_the_same_file_twice_is_an_error(distilled_file: Path, loaded: LoadedModel) -> None:
     with pytest.raises(DataError, match=r"line 1: conversation .* is also at .*line 1; give each"):
         load_answers([distilled_file, distilled_file], loaded)
 
@@ -144,7 +144,7 @@ def test_each_line_shows_by_its_fields_who_answered(
     assert document.token_ids_T[document.spans[0].start :].tolist() == eos
 
 
-def test_ids_are_unique_over_both_kinds_but_equal_lines_without_id_are_not_refused(
+def test_ids_are_unique_over_both_kinds_but_equal_lines_without_id_are_fine(
     loaded: LoadedModel, tmp_path: Path
 ) -> None:
     twice = write_lines(tmp_path / "twice.jsonl", [SUPERVISED[0], SUPERVISED[0]])
@@ -183,7 +183,7 @@ def test_conversations_longer_than_the_context_are_left_out_and_named(
         ('{"prompt": "Hi", "completion": "x y z"}\n[]', "line 2: expected an object"),
     ],
 )
-def test_a_broken_file_is_refused_by_file_and_line(
+def test_a_broken_file_is_an_error_with_file_and_line(
     content: str, message: str, loaded: LoadedModel, tmp_path: Path
 ) -> None:
     path = tmp_path / "broken.jsonl"

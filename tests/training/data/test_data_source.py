@@ -85,7 +85,7 @@ def test_anything_else_is_a_file() -> None:
 
 
 @pytest.mark.parametrize("text", ["hf:", "hf:owner/name", "hf:#train", "hf:o/n#", "hf:o:a:b#train"])
-def test_a_broken_name_is_refused_with_the_right_form(
+def test_a_broken_name_is_an_error_with_the_right_form(
     text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(DataError, match="is no name of a data set; give hf:NAME"):
@@ -104,12 +104,12 @@ def test_rows_are_those_of_a_file_without_what_is_null() -> None:
     assert messages[0]["name"] is None
 
 
-def test_a_table_without_rows_is_refused() -> None:
+def test_a_table_without_rows_is_an_error() -> None:
     with pytest.raises(DataError, match="hf:o/n#train has no rows"):
         list(table_rows([], "hf:o/n#train"))
 
 
-def test_columns_of_other_data_are_refused_by_name() -> None:
+def test_columns_of_other_data_are_an_error_that_names_them() -> None:
     with pytest.raises(DataError, match="has the columns text, label; expected messages, turns or"):
         check_columns(["text", "label"], "hf:o/n#train")
     check_columns(["text", "prompt"], "hf:o/n#train")
@@ -130,7 +130,7 @@ def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
         open_data(HubData("o/n", "train"))
 
 
-def test_a_library_that_runs_code_of_data_sets_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_that_runs_code_of_data_sets_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", Library(version="3.6.0"))
     with pytest.raises(DataError, match="is installed, which runs code of data sets"):
         open_data(HubData("o/n", "train"))

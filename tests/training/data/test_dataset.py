@@ -56,7 +56,7 @@ def test_a_file_becomes_documents_with_all_their_answers(distilled_file: Path) -
         assert answers == [answer for _, answer in conversation.turns]
 
 
-def test_a_token_beyond_the_vocabulary_is_refused_by_line_and_value() -> None:
+def test_a_token_beyond_the_vocabulary_is_an_error_with_line_and_value() -> None:
     with pytest.raises(DataError, match=f"line 7: conversation 'c' has token id {VOCAB_SIZE}"):
         build_corpus([turns(([1], [VOCAB_SIZE]))], VOCAB_SIZE)
 

@@ -66,7 +66,7 @@ def test_messages_hold_the_answered_part_of_the_dialogue() -> None:
         ({"id": "x", "turns": [TURN | {"token_ids": [True]}]}, r"token_ids is \[True\]"),
     ],
 )
-def test_a_line_of_another_format_is_refused_by_line_and_value(
+def test_a_line_of_another_format_is_an_error_with_line_and_value(
     tmp_path: Path, line: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(DataError, match=f"line 1: {message}"):
@@ -98,7 +98,7 @@ def test_a_damaged_manifest_is_an_error_that_names_the_file(tmp_path: Path, cont
         Manifest.load(tmp_path / "d.jsonl")
 
 
-def test_an_unknown_field_in_a_manifest_is_refused(tmp_path: Path) -> None:
+def test_an_unknown_field_in_a_manifest_is_an_error(tmp_path: Path) -> None:
     MANIFEST.save(tmp_path / "d.jsonl")
     path = manifest_path(tmp_path / "d.jsonl")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"surprise": 1}))

@@ -87,7 +87,7 @@ def test_an_earlier_run_may_have_answered_a_whole_category() -> None:
     assert len(list(order)) == 3
 
 
-def test_a_weight_of_an_unknown_category_is_refused_by_name() -> None:
+def test_a_weight_of_an_unknown_category_is_an_error_that_names_it() -> None:
     with pytest.raises(DataError, match=r"'lnog' has a weight, but no prompt is of it.*long"):
         check_weights({"lnog": 1.0}, prompts(1))
     check_weights({"long": 1.0}, prompts(1))

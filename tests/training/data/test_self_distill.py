@@ -63,7 +63,7 @@ def test_a_system_message_opens_every_prompt() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_answers_do_not_depend_on_what_runs_beside_them(temperature: float) -> None:
+def test_answers_do_not_depend_on_what_else_runs(temperature: float) -> None:
     sampling = Sampling(max_new_tokens=6, temperatures=(temperature,), stop_repeats=False)
     together = distill(prompts(5, num_turns=2), sampling, max_in_flight=5)
     alone = distill(reversed(prompts(5, num_turns=2)), sampling, max_in_flight=1)

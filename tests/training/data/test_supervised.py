@@ -115,7 +115,7 @@ def test_a_template_that_forgets_earlier_turns_gives_a_document_per_answer() -> 
     assert answers(second) == [ours.encode(f"Second.{EOS_TOKEN}")]
 
 
-def test_a_template_that_answers_otherwise_than_it_prompts_is_refused() -> None:
+def test_a_template_that_answers_otherwise_than_it_prompts_is_an_error() -> None:
     ours = tokenizer(
         "{% for m in messages %}{{ m['role'] + ':\\n' + m['content'] + eos_token }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant:\\n<think>' }}{% endif %}"
@@ -199,20 +199,20 @@ USER = {"role": "user", "content": "Hi"}
         ({"turns": ["Hi"]}, "has no answer"),
     ],
 )
-def test_a_line_that_cannot_be_learned_from_is_refused_by_line_and_value(
+def test_a_line_that_cannot_be_learned_from_is_an_error_with_line_and_value(
     value: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(DataError, match=f"d.jsonl, line 3: {message}"):
         tokenize_row(row(**value), tokenizer())
 
 
-def test_messages_that_the_template_refuses_are_named_by_line() -> None:
+def test_messages_that_the_template_rejects_are_named_by_line() -> None:
     picky = tokenizer("{{ raise_exception('no system role') }}")
     with pytest.raises(DataError, match=r"line 3: the model's chat template refuses.*no system"):
         tokenize_row(row(messages=say("Why?", "Because.")), picky)
 
 
-def test_a_model_without_chat_template_is_refused() -> None:
+def test_a_model_without_chat_template_is_an_error() -> None:
     plain = tiny_tokenizer()
     plain.chat_template = None
     with pytest.raises(DataError, match="line 3: the base model has no chat template"):

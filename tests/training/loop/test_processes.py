@@ -172,7 +172,7 @@ def test_a_batch_taken_in_parts_gives_the_same_losses(
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "4 accumulation steps.*--gradient-acc"),
     ],
 )
-def test_what_the_launcher_asks_for_in_vain_is_refused_by_name(
+def test_what_the_launcher_asks_for_in_vain_is_an_error_that_names_it(
     name: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, value)

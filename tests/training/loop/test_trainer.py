@@ -112,7 +112,7 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(
     assert logged[0] == logged[1]
 
 
-def test_a_finished_run_that_is_taken_up_trains_no_step(
+def test_a_finished_run_that_is_resumed_trains_no_step(
     loaded: LoadedModel, encoder: HiddenStateEncoder, tmp_path: Path
 ) -> None:
     make_trainer(loaded, encoder, tmp_path).train(lambda _: None)
@@ -122,7 +122,7 @@ def test_a_finished_run_that_is_taken_up_trains_no_step(
     again.train(lambda _: pytest.fail("a step was taken"))
 
 
-def test_a_run_with_other_options_is_not_taken_up(
+def test_a_run_with_other_options_is_not_resumed(
     loaded: LoadedModel, encoder: HiddenStateEncoder, tmp_path: Path
 ) -> None:
     make_trainer(loaded, encoder, tmp_path).train(lambda _: None)
@@ -309,7 +309,7 @@ class WithFurther:
         return torch.cat((losses_K, losses_K.new_tensor([4 * self._further])))
 
 
-def test_further_losses_are_weighed_and_reported_beside_those_of_the_depths(
+def test_further_losses_are_weighed_and_reported_after_those_of_the_depths(
     loaded: LoadedModel, encoder: HiddenStateEncoder, tmp_path: Path
 ) -> None:
     plan, heads = BatchPlan(16, 0), make_heads(loaded)

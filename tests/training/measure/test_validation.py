@@ -19,7 +19,8 @@ from training.loop.metrics import read_metrics
 from training.loop.run_state import STATE_FILE
 from training.measure.acceptance import NUM_RANKS
 from training.measure.calibration import CalibrationCounter
-from training.measure.evaluate import evaluate, rank_answers, walk
+from training.measure.evaluate import evaluate, walk
+from training.measure.ranking import rank_answers
 from training.measure.validation import TREE_SIZE, acceptance_length, sample
 from training.methods.drafts import MedusaDrafts
 from training.states.hidden_states import HiddenStateEncoder, KeptStates

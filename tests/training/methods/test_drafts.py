@@ -10,7 +10,7 @@ from tests.training.corpora import corpus, document
 from tests.training.mtp_modules import make_module
 from training.data.dataset import Corpus
 from training.measure.calibration import CalibrationCounter
-from training.measure.evaluate import UNRANKED, rank_answers
+from training.measure.ranking import UNRANKED, rank_answers
 from training.methods.drafts import MTPDrafts
 from training.methods.unrolled_attention import Unroll, UnrolledAttention
 from training.states.hidden_states import HiddenStateEncoder

@@ -89,7 +89,7 @@ def test_the_seed_gives_the_weights_and_leaves_the_callers_numbers_alone(model_d
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
-def test_layers_that_could_not_be_served_are_refused_at_once(tmp_path: Path, target: str) -> None:
+def test_layers_that_could_not_be_served_are_rejected_at_once(tmp_path: Path, target: str) -> None:
     # Untied, so that PEFT has nothing to warn of.
     model = save_tiny_model("qwen2", tmp_path)
     loaded = load_model(str(model), "cpu", "float32")

@@ -66,7 +66,7 @@ def test_documents_do_not_see_each_other_and_all_depths_get_gradients() -> None:
     assert all(bool(gradient.any()) for gradient in gradients)
 
 
-def test_what_it_cannot_do_is_refused() -> None:
+def test_what_it_cannot_do_is_an_error() -> None:
     attention, x = UnrolledAttention(), torch.zeros(1, 1, 4)
     with pytest.raises(ModelError, match="window of 7"):
         attention.forward(x, x, x, 0, 1.0, 7, Unroll())

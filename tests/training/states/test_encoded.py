@@ -61,7 +61,7 @@ def test_a_cache_changes_no_batch_and_epochs_differ(encoder: HiddenStateEncoder)
 
 @pytest.mark.parametrize("is_cached", [True, False])
 @pytest.mark.parametrize("first", [1, 3, 5])
-def test_an_epoch_taken_up_in_its_middle_goes_on_with_the_very_same_numbers(
+def test_an_epoch_resumed_in_its_middle_goes_on_with_the_very_same_numbers(
     encoder: HiddenStateEncoder, is_cached: bool, first: int
 ) -> None:
     whole = list(made(encoder, is_cached, corpus(12)).batches(1))

@@ -82,9 +82,7 @@ def test_the_order_is_that_of_seed_and_epoch(encoder: HiddenStateEncoder, is_cac
 
 
 @pytest.mark.parametrize("is_cached", [True, False])
-def test_an_epoch_can_be_taken_up_at_any_batch(
-    encoder: HiddenStateEncoder, is_cached: bool
-) -> None:
+def test_an_epoch_can_be_resumed_at_any_batch(encoder: HiddenStateEncoder, is_cached: bool) -> None:
     ours = source(encoder, BatchPlan(7, 0, is_cached, group_size=3))
     whole = [rows(batch) for batch in ours.batches(2)]
     for first in range(len(whole) + 1):

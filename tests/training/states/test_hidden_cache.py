@@ -173,7 +173,7 @@ def test_damage_is_found_when_states_are_read(
     assert equal(cache.encode_all(DOCUMENTS), encoder.encode_all(DOCUMENTS))
 
 
-def test_a_document_beyond_the_context_is_refused_by_name(
+def test_a_document_beyond_the_context_is_an_error_that_names_it(
     tmp_path: Path, loaded: LoadedModel, encoder: HiddenStateEncoder
 ) -> None:
     big = document(MAX_MODEL_LEN + 1, (2, 8), name="big")

@@ -13,7 +13,7 @@ from training.states.document_states import DocumentStates
 from training.states.hidden_capture import HiddenCapture
 from training.states.hidden_states import HiddenStateEncoder
 
-# A step of the engine computes other tokens beside, by another attention, and drops none.
+# A step of the engine computes other tokens too, by another attention, and drops none.
 TOLERANCE = 1e-3
 
 
@@ -109,7 +109,7 @@ def test_a_run_that_goes_on_adds_the_states_of_what_it_writes(
     assert len(list((tmp_path / "states").iterdir())) == 2
 
 
-def test_a_type_without_a_directory_is_refused(
+def test_a_type_without_a_directory_is_an_error(
     prompts_file: Path, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = ("--hidden-cache-dtype", "float16")

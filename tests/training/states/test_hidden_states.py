@@ -75,12 +75,14 @@ def test_no_gradient_is_kept(encoder: HiddenStateEncoder) -> None:
     assert hidden_ND.dtype == encoder.dtype
 
 
-def test_a_document_beyond_the_context_is_refused_by_name(encoder: HiddenStateEncoder) -> None:
+def test_a_document_beyond_the_context_is_an_error(
+    encoder: HiddenStateEncoder,
+) -> None:
     with pytest.raises(ModelError, match=f"'big' has {MAX_MODEL_LEN + 1} tokens"):
         encoder.encode([document(MAX_MODEL_LEN + 1, (2, 8), name="big")])
 
 
-def test_a_model_that_changes_hidden_states_before_its_unembedding_is_refused(
+def test_a_model_that_changes_hidden_states_before_its_unembedding_is_an_error(
     tmp_path: Path,
 ) -> None:
     model = load_model(str(save_tiny_model("llama", tmp_path)), "cpu", "float32")

@@ -128,13 +128,13 @@ def test_a_file_that_vanishes_is_named(tmp_path: Path) -> None:
         store.read(["00-00"])
 
 
-def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_a_directory_of_something_else_is_an_error(tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(DataError, match=r"model\.safetensors holds no hidden states; give a"):
         HiddenStore(tmp_path)
 
 
-def test_a_file_in_place_of_the_directory_is_refused(tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_directory_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "states"
     path.write_text("")
     with pytest.raises(RunError, match="states is no directory; give another --hidden-cache"):
