@@ -1,6 +1,8 @@
 """Fixtures that all tests may use."""
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch loads its OpenMP runtime: threads that spin while they wait make tests beside another
@@ -34,9 +36,23 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    """What a command line in the test's process sets up writes to a stream that ends with it."""
+    loggers = [logging.getLogger(), logging.getLogger("euryale")]
+    before = [(logger, logger.level, logger.handlers[:]) for logger in loggers]
+    yield
+    for logger, level, handlers in before:
+        logger.setLevel(level)
+        for handler in logger.handlers[:]:
+            if handler not in handlers:
+                logger.removeHandler(handler)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow files come first, or the last of them would run alone while other processes idle."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """Files with slow tests come first, or the last would run alone while other processes idle."""
+    slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
