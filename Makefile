@@ -7,8 +7,8 @@ PORT ?= 8000
 SERVE_ARGS ?=
 # Processes that run tests: one per core, each with one thread.
 WORKERS ?= logical --maxprocesses 4
-# A file stays in one process, which builds its models once.
-PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+# A file stays in one process, which builds its models once; tests/conftest.py orders the files.
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # What `make coverage` measured when it was last raised, in percent.
 COVERAGE_FLOOR := 0
 

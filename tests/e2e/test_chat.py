@@ -50,6 +50,7 @@ def test_text_parts_are_one_text(client: OpenAI, server: RunningServer) -> None:
     assert joined.usage.prompt_tokens == whole.usage.prompt_tokens
 
 
+@pytest.mark.slow
 def test_without_a_limit_an_answer_may_fill_the_context(
     client: OpenAI, server: RunningServer, oracle: Engine
 ) -> None:

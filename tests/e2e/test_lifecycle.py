@@ -17,6 +17,8 @@ from server.core.request import RequestOutput
 from server.engine.engine import Engine
 from tests.support.serving import DEADLINE_S, complete, running_server, wait_until
 
+pytestmark = pytest.mark.slow
+
 LONG = {"ignore_eos": True}
 ROOT = Path(__file__).parents[2]
 

@@ -8,6 +8,8 @@ from server.api.config import ServerConfig
 from server.engine.engine import Engine
 from tests.support.serving import RunningServer, chat, complete, running_server, wait_until
 
+pytestmark = pytest.mark.slow
+
 LONG = {"ignore_eos": True}
 
 

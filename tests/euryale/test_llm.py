@@ -156,6 +156,7 @@ def test_wrong_options_are_errors(model_dir: Path, heads_dir: Path, tmp_path: Pa
         LLM(str(other), str(heads_dir), **OPTIONS)
 
 
+@pytest.mark.slow
 def test_logging_is_left_to_the_program(model_dir: Path) -> None:
     code = (
         "import logging\nfrom euryale import LLM\n"

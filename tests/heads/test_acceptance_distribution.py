@@ -20,6 +20,8 @@ from heads.acceptance import AcceptedPaths, DrawNext, accept_exact
 from heads.candidates import DraftTokens, TreeBatch
 from tests.heads.trees import random_drafts
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 VOCAB_SIZE = 5
 FALSE_ALARM_ODDS = 1e-6

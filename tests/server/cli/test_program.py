@@ -209,8 +209,11 @@ def test_heads_of_another_model_are_exit_code_4(run: Run, heads_dir: Path, tmp_p
         (["--method", "magic"], "'magic'"),
     ],
 )
-def test_wrong_sampling_is_exit_code_2(run: Run, arguments: list[str], word: str) -> None:
-    result = run("generate", "hi", *arguments)
+def test_wrong_sampling_is_exit_code_2(
+    run: Run, model_dir: Path, arguments: list[str], word: str
+) -> None:
+    model = ("--model", str(model_dir), "--heads", "none", *TINY)
+    result = run("generate", "hi", *model, *arguments)
     assert result.exit_code == 2
     assert word in result.stderr
     assert "Traceback" not in result.stderr

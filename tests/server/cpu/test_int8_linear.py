@@ -224,6 +224,7 @@ def test_subclasses_of_linear_stay() -> None:
     assert type(model[0]) is DoubledLinear
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE"])
 def test_a_cpu_with_fewer_instructions_computes_the_same(isa: str) -> None:
     # Without VNNI a product of full codes overflows; oneDNN reads the limit once per process.

@@ -13,6 +13,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from random import Random
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,6 +32,8 @@ from tests.support.engine_tools import (
     make_engine,
     random_prompt,
 )
+
+pytestmark = pytest.mark.slow
 
 NUM_MIXES = 200
 MAX_STEPS = 2000

@@ -291,6 +291,7 @@ def test_a_hub_id_without_a_network_is_refused_with_a_remedy(
         load_model("euryale-tests/no-such-model", "cpu")
 
 
+@pytest.mark.slow
 def test_the_built_in_model_answers_a_question(smollm2_dir: Path) -> None:
     assert smollm2_dir.is_dir()
     loaded = load_model("smollm2", "cpu", "float32")

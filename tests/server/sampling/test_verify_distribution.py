@@ -28,6 +28,8 @@ from tests.support.logits_table import (
 )
 from tests.support.slow_sampling import filter_slowly
 
+pytestmark = pytest.mark.slow
+
 FALSE_ALARM = 1e-6
 NUM_SAMPLES = 20_480
 Verify = Callable[[Tensor, Sequence[StepEntry]], list[Verdict]]

@@ -40,6 +40,8 @@ from tests.support.slow_drafting import SlowDrafter, tiny_mtp, token_paths
 from tests.support.slow_sampling import filter_slowly
 from tests.support.tiny_models import TinyKind
 
+pytestmark = pytest.mark.slow
+
 # What `make_mtp` makes of the tests' profile and options.
 GROWTH = Growth(num_nodes=8, num_depths=NUM_HEADS)
 ORACLE = SlowModel()
