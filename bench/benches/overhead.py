@@ -20,8 +20,6 @@ from server.core.request import Request
 from server.engine.engine import Engine
 
 FORWARD, DRAFT, OTHER = "forward", "draft", "other"
-# A stage that another one, `launch`, contains.
-_IN_LAUNCH = "pack"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +85,7 @@ def time_steps(engine: Engine, request: Request) -> list[StepLap]:
         outputs = engine.step()
         step_s = time.perf_counter() - start
         if outputs and outputs[-1].is_verify_step:
-            parts_s = {name: own for name, own in trace.stage_s.items() if name != _IN_LAUNCH}
+            parts_s = dict(trace.stage_s)
             parts_s[OTHER] = step_s - sum(parts_s.values())
             laps.append(StepLap(step_s, parts_s))
     return laps

@@ -37,7 +37,7 @@ class RequestStats:
         num_cached_tokens: Prompt tokens whose KV came from the prefix cache.
         num_output_tokens: Tokens generated, those of the prefill included.
         method: Draft sources: `none`, `medusa`, `mtp`, `lookup`, `medusa+lookup`, `mtp+lookup`.
-        acceptance: Rule that ran: `exact` or `typical`.
+        acceptance: Rule that ran, such as `exact` or `typical`.
         num_steps: Verify steps.
         num_draft_tokens: Tree nodes below the roots.
         num_accepted_tokens: Draft tokens that were accepted and emitted.

@@ -58,8 +58,10 @@ class SpecDecodeCounters:
 class Sequence:
     """A request's tokens, KV blocks, drafts and counters.
 
-    Written by three modules: the scheduler (blocks, and what of them is computed), the engine's
-    commit (tokens, text, counters) and the draft sources (each its own entry of `drafting`).
+    Written by the scheduler (blocks, and what of them is computed), by `engine.commit` (tokens) and
+    `engine.output` (text, counters, tokens behind a stop string), by the engine (whether it is
+    prepared or has ended), by the speculator (proposal, calibration) and by the draft sources (each
+    its own entry of `drafting`; an MTP module also lengthens `block_table`).
 
     Attributes:
         text: Turns tokens into text, and looks for stop strings.

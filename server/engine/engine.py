@@ -6,7 +6,7 @@ whether it speculates. A step has four parts, the same on every device:
     land     wait for the step under way: accepted paths, drawn tokens, proposals
     commit   tokens, ends by token and by length, what was learned, trees for the next step
     launch   schedule the next step and send it off
-    finish   text, stop strings and outputs, while the device works
+    finish   text, stop strings and outputs; an executor may compute the next step meanwhile
 
 A stop string is thus found when its sequence takes part in the next step already; what that brings
 is dropped. Single-threaded; `AsyncEngine` runs it off the event loop.
@@ -186,11 +186,20 @@ class Engine:
         return self._finish(outcomes, emissions)
 
     def generate(self, requests: Seq[Request]) -> list[Completion]:
-        """Run requests to their end, together; in the order given."""
-        for request in requests:
-            self.limits.check(request)
-        for request in requests:
-            self.add_request(request)
+        """Run requests to their end, together; in the order given.
+
+        Raises:
+            InvalidRequestError: If one of them can never run; then none does.
+        """
+        added: list[Request] = []
+        try:
+            for request in requests:
+                self.add_request(request)
+                added.append(request)
+        except BaseException:
+            for request in added:
+                self.abort(request.request_id)
+            raise
         pieces: dict[str, list[RequestOutput]] = {r.request_id: [] for r in requests}
         while self.has_unfinished:
             for output in self.step():

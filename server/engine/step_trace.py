@@ -12,8 +12,7 @@ class StepTrace:
     """Seconds of the stages of all steps since it was made or cleared.
 
     `schedule` and `launch` prepare the next step; `pack`, `forward`, `verify`, `compact` and
-    `draft` are the executor's; `commit`, `propose` and `finish` take up what landed. On a GPU
-    `finish` runs while the next step does.
+    `draft` are the executor's; `commit`, `propose` and `finish` take up what landed.
 
     Attributes:
         stage_s: Seconds by stage.

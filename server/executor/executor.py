@@ -1,12 +1,15 @@
-"""The seam to the device: the engine holds no tensor, and an executor holds no request.
+"""The seam to the device: the engine plans on the host, an executor computes.
 
     launch(step) -> Flight      packs the step and sends it off
     Flight.land() -> Landing    waits for it: host values only
 
-A host executor, one of CUDA graphs and a tensor-parallel one are three implementations. Between
-launch and landing the engine finishes the step before: text, stop strings and outputs. A flight
-may be dropped without landing where nobody is left who waits for it; what it writes lies in slots
-that nobody has computed yet.
+`server.executor.host` is the member there is; one of CUDA graphs or a tensor-parallel one would be
+another. Between launch and landing the engine finishes the step before: text, stop strings and
+outputs. A flight may be dropped without landing where nobody is left who waits for it; what it
+writes lies in slots that nobody has computed yet.
+
+A step refers to its sequences, whose logit processors and draft sources keep tensors of their own;
+an executor in another process must have them there.
 """
 
 from collections.abc import Sequence as Seq
@@ -88,7 +91,7 @@ class Drafting:
     """A sequence that a device draft source drafts for, or follows, after a step.
 
     Attributes:
-        sequence: As it was before the step; read only.
+        sequence: As it was before the step; read only but for the source's own state.
         new_ids: Tokens that the step adds, the next step's root last; none for a prompt that goes
             on.
         num_computed_tokens: Tokens whose KV is computed after the step.

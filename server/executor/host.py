@@ -1,7 +1,8 @@
 """Runs steps on one device from this process: packing, forward pass, verification, drafting.
 
-Nothing runs before a flight lands. So whatever the engine does between launch and landing delays
-no output on a CPU, where waiting and computing are the same.
+Nothing runs before a flight lands: where waiting and computing are the same, work that is done at
+launch would only delay the outputs of the step before. So a sequence that a stop string has ended
+since costs nothing either.
 
 Shapes: S rows of logits of the step, B sequences, D model width.
 """
@@ -43,7 +44,7 @@ class HostExecutor:
         self._device = create_device(layout.device)
 
     def launch(self, step: Step) -> "HostFlight":
-        """Pack the step."""
+        """Keep the step until it lands."""
         return HostFlight(self, step)
 
     def hidden_states(self, block_table: Seq[int], count: int) -> Tensor:
@@ -82,26 +83,32 @@ class HostExecutor:
 
 
 class HostFlight:
-    """A packed step."""
+    """A step that is computed when it lands; sequences that have ended by then are left out."""
 
     def __init__(self, executor: HostExecutor, step: Step) -> None:
-        started_s = time.perf_counter()
         self._executor = executor
         self._step = step
-        self._batch = build_batch(step.entries, executor.layout)
-        self._stage_s = {"pack": time.perf_counter() - started_s}
+        self._stage_s: dict[str, float] = {}
+        # Row of the root's logits of each entry that takes part and is verified, by its index.
+        self._first_rows: dict[int, int] = {}
 
     @torch.inference_mode()
     def land(self) -> Landing:
         """Compute the step, and everything that follows from it."""
-        runner, entries = self._executor.runner, self._step.entries
+        runner, layout = self._executor.runner, self._executor.layout
+        entries = self._step.entries
+        taking_part = [i for i, entry in enumerate(entries) if not entry.sequence.is_ended]
         started_s = time.perf_counter()
-        target = runner.run(self._batch)
+        batch = build_batch([entries[index] for index in taking_part], layout)
+        rows = zip(taking_part, batch.first_rows, strict=True)
+        self._first_rows = {index: row for index, row in rows if row >= 0}
+        started_s = self._note("pack", started_s)
+        target = runner.run(batch)
         started_s = self._note("forward", started_s)
         landed = self._verify(target)
         started_s = self._note("verify", started_s)
         verdicts = [one.verdict for one in landed]
-        runner.compact(*_moves(entries, verdicts, self._executor.layout))
+        runner.compact(*_moves(entries, verdicts, layout))
         started_s = self._note("compact", started_s)
         step_s = sum(self._stage_s.values())
         proposals: list[list[Proposal]] = [[] for _ in entries]
@@ -121,11 +128,10 @@ class HostFlight:
     def _verify(self, target: TargetOutput) -> list[Landed]:
         """Verdicts and log-probabilities of all entries."""
         landed = [Landed()] * len(self._step.entries)
-        verified = [i for i, entry in enumerate(self._step.entries) if entry.is_verified]
-        if not verified:
+        if not self._first_rows:
             return landed
+        verified, rows = list(self._first_rows), list(self._first_rows.values())
         entries = [self._step.entries[index] for index in verified]
-        rows = [self._batch.first_rows[index] for index in verified]
         verdicts = verify(target.logits_SV, entries, rows)
         for index, entry, row, verdict in zip(verified, entries, rows, verdicts, strict=True):
             logprobs = token_logprobs(target.logits_SV, entry, row, verdict)
@@ -145,13 +151,12 @@ class HostFlight:
         for index in ask.rooted:
             entry, verdict = self._step.entries[index], verdicts[index]
             if verdict is None:
-                raise AssertionError("an entry without a root cannot be drafted for")
+                continue  # it has ended
             drafting = _drafting(entry, verdict)
-            has_ended = entry.sequence.is_ended
-            if not has_ended and entry.sequence.end_among(drafting.new_ids)[1] is None:
+            if entry.sequence.end_among(drafting.new_ids)[1] is None:
                 asked.append(index)
                 rooted.append(drafting)
-                rows.append(self._batch.first_rows[index] + verdict.path[-1])
+                rows.append(self._first_rows[index] + verdict.path[-1])
         following = [
             _drafting(entry, None)
             for entry in (self._step.entries[index] for index in ask.following)
@@ -184,7 +189,7 @@ def _moves(
     sources: list[int] = []
     targets: list[int] = []
     for entry, verdict in zip(entries, verdicts, strict=True):
-        if verdict is None or entry.sequence.is_ended:
+        if verdict is None:
             continue
         table, root = entry.sequence.block_table, entry.root_position
         for index, node in enumerate(verdict.path):

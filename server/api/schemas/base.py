@@ -15,6 +15,8 @@ from pydantic_core import PydanticCustomError
 from starlette.responses import Response
 
 _MAX_SHOWN = 80
+# A field that holds fields of the body around it, and that clients never write.
+GATHERED = "acceptance_options"
 _UNSUPPORTED = "unsupported_option"
 _UNSUPPORTED_VALUE = "unsupported_value"
 
@@ -137,6 +139,8 @@ def _path(loc: tuple[str | int, ...]) -> str:
     """A place in the body as OpenAI writes it: `messages[0].content`."""
     path = ""
     for part in loc:
+        if part == GATHERED:
+            continue
         path += f"[{part}]" if isinstance(part, int) else f".{part}"
     return path.removeprefix(".")
 

@@ -7,7 +7,12 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from server.api.schemas.base import RequestBody, UnicodeText, invalid_value
+from server.api.schemas.base import (
+    RequestBody,
+    UnicodeText,
+    invalid_value,
+    unsupported_option,
+)
 from server.api.schemas.text_parts import TextPart, joined_text
 from server.config import SamplingParams, SpeculationParams
 from server.errors import InvalidRequestError
@@ -74,6 +79,8 @@ class SpeculationOptions(RequestBody):
     def _gather_acceptance_options(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
+        if "acceptance_options" in data:
+            raise unsupported_option("acceptance_options", data["acceptance_options"])
         names = acceptance_options()
         kept = {name: value for name, value in data.items() if name not in names}
         given = {name: data[name] for name in names if data.get(name) is not None}

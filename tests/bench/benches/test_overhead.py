@@ -17,6 +17,7 @@ PROMPT = (5, 6, 7)
 PARTS = {
     "schedule",
     "launch",
+    "pack",
     FORWARD,
     "verify",
     "compact",

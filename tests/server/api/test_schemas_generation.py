@@ -3,6 +3,7 @@ import math
 import pytest
 from pydantic import ValidationError
 
+from server.api.schemas.base import describe_validation_error
 from server.api.schemas.completions import CompletionRequest
 from server.api.schemas.generation import GenerationRequest, SpeculationOptions
 from server.config import SamplingParams, SpeculationParams
@@ -146,8 +147,16 @@ def test_a_wrong_speculation_value_is_named_with_its_path() -> None:
     with pytest.raises(InvalidRequestError, match=r"speculation\.max_nodes is 99") as caught:
         SpeculationOptions(max_nodes=99).params()
     assert caught.value.param == "speculation.max_nodes"
-    with pytest.raises(ValidationError):
+    with pytest.raises(ValidationError) as refused:
         body(speculation={"epsilon": "much"})
+    (error,) = refused.value.errors()
+    problem = describe_validation_error({**error, "loc": ("body", *error["loc"])})
+    assert problem.param == "speculation.epsilon"
+    with pytest.raises(ValidationError) as refused:
+        body(speculation={"acceptance_options": {"epsilon": 0.1}})
+    (error,) = refused.value.errors()
+    problem = describe_validation_error({**error, "loc": ("body", *error["loc"])})
+    assert problem.code == "unsupported_option"
     with pytest.raises(ValidationError, match="Extra inputs"):
         body(speculation={"metod": "none"})
 
