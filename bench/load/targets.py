@@ -88,7 +88,7 @@ class HttpTarget(Target):
             "temperature": 0.0,
             "stream": True,
             "stream_options": {"include_usage": True},
-            "speculation": asdict(speculation),
+            "speculation": _body_of(speculation),
         }
         arrived_s = perf_counter()
         texts: list[tuple[float, str]] = []
@@ -146,3 +146,10 @@ async def http_target(engine: Engine) -> AsyncIterator[Target]:
         finally:
             server.should_exit = True
             await serving
+
+
+def _body_of(speculation: SpeculationParams) -> dict[str, object]:
+    """The `speculation` of a request's body, in which a rule's options are fields of their own."""
+    body = asdict(speculation)
+    options: dict[str, object] = body.pop("acceptance_options")
+    return body | options
