@@ -8,6 +8,7 @@ import pytest
 
 from heads.files import file_sha256
 from server.model.loading import LoadedModel
+from tests.support.log_lines import LogLines
 from tests.support.tiny_models import MAX_MODEL_LEN
 from tests.training.corpora import write_lines
 from training.data.answers import check_base, data_sha256, load_answers
@@ -127,17 +128,17 @@ SUPERVISED: list[dict[str, Any]] = [
 
 
 def test_each_line_shows_by_its_fields_who_answered(
-    distilled_file: Path, loaded: LoadedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    distilled_file: Path, loaded: LoadedModel, tmp_path: Path, log: LogLines
 ) -> None:
     supervised = write_lines(tmp_path / "s.jsonl", SUPERVISED)
     alone = load_answers([supervised], loaded).corpus
-    assert "manifest" not in capsys.readouterr().err
+    assert "manifest" not in " ".join(log.take())
     mixed = tmp_path / "mixed.jsonl"
     mixed.write_bytes(supervised.read_bytes() + distilled_file.read_bytes())
     distilled = load_answers([distilled_file], loaded).corpus
     found = load_answers([mixed], loaded).corpus
     assert found.num_answer_tokens == alone.num_answer_tokens + distilled.num_answer_tokens
-    assert capsys.readouterr().err.split().count("manifest:") == 1
+    assert " ".join(log.take()).split().count("manifest:") == 1
     eos = loaded.tokenizer.encode("Eight.<|endoftext|>")
     document = alone.documents[1]
     assert document.conversation_id == "arms"
@@ -157,18 +158,18 @@ def test_ids_are_unique_over_both_kinds_but_equal_lines_without_id_are_fine(
 
 
 def test_conversations_longer_than_the_context_are_left_out_and_named(
-    loaded: LoadedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    loaded: LoadedModel, tmp_path: Path, log: LogLines
 ) -> None:
     long = {"prompt": "word " * 900, "completion": "Too long."}
     few = write_lines(tmp_path / "few.jsonl", [long, *SUPERVISED, long])
     assert len(load_answers([few], loaded).corpus.documents) == 2
-    noted = " ".join(capsys.readouterr().err.split())
+    noted = " ".join(log.take())
     assert f"left out 2 conversations longer than the context of {MAX_MODEL_LEN} tokens" in noted
     assert "few.jsonl, line 1 (" in noted
     assert "few.jsonl, line 4 (" in noted
     many = write_lines(tmp_path / "many.jsonl", [SUPERVISED[0], *[long] * 7])
     load_answers([many], loaded)
-    noted = " ".join(capsys.readouterr().err.split())
+    noted = " ".join(log.take())
     assert noted.count("many.jsonl") == 5
     assert noted.endswith("and so on")
     with pytest.raises(DataError, match="fits the context of 512"):
