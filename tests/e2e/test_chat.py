@@ -9,6 +9,8 @@ from server.core.request import Request
 from server.engine.engine import Engine
 from tests.support.serving import RunningServer, chat
 
+pytestmark = pytest.mark.slow
+
 USER = {"role": "user", "content": "Hello, who are you?"}
 LONG = {"ignore_eos": True}
 

@@ -8,6 +8,8 @@ from server.core.request import Request
 from server.engine.engine import Engine
 from tests.support.serving import RunningServer, complete
 
+pytestmark = pytest.mark.slow
+
 LONG = {"ignore_eos": True}
 
 

@@ -7,6 +7,8 @@ import pytest
 from server.engine.engine import Engine
 from tests.support.serving import RunningServer, running_server, wait_until
 
+pytestmark = pytest.mark.slow
+
 USER = {"role": "user", "content": "hi"}
 LONG = {"max_tokens": 1500, "ignore_eos": True}
 

@@ -9,6 +9,8 @@ from server.api.config import ApiConfig
 from server.engine.engine import Engine
 from tests.support.serving import RunningServer, running_server
 
+pytestmark = pytest.mark.slow
+
 USER = {"role": "user", "content": "hi"}
 
 

@@ -12,6 +12,8 @@ from server.config import EngineConfig
 from server.engine.engine import Engine
 from tests.support.serving import RunningServer, chat, complete, running_server
 
+pytestmark = pytest.mark.slow
+
 NUM_TOKENS = 60
 # Characters that the tiny tokenizer never joins, so that an answer's tokens are those of its text.
 LETTERS = "BCDFGHJKLMNOPQRSUVXYZ0123456789"

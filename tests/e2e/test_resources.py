@@ -5,6 +5,8 @@ from server.api.config import installed_version
 from server.engine.engine import Engine
 from tests.support.serving import RunningServer, complete
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_served_model_is_listed_and_described(client: OpenAI, server: RunningServer) -> None:
     [model] = client.models.list()

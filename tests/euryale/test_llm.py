@@ -20,6 +20,8 @@ from server.engine.engine import Engine
 from tests.support.tiny_heads import save_tiny_heads
 from tests.support.tiny_models import save_tiny_model
 
+pytestmark = pytest.mark.slow
+
 OPTIONS: dict[str, Any] = {
     "device": "cpu",
     "dtype": "float32",

@@ -20,6 +20,8 @@ from server.config import SamplingParams, SpeculationParams
 from server.engine.engine import Engine
 from tests.bench.traces import make_trace, make_turn
 
+pytestmark = pytest.mark.slow
+
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0)
 CONVERSATIONS = load_workload(None, limit=4).conversations
 

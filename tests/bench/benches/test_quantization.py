@@ -18,6 +18,8 @@ from bench.benches.quantization import (
 from bench.measure.reference import ReferenceModel
 from server.engine.engine import Engine
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def quantized(engine: Engine) -> Engine:

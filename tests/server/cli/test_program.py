@@ -17,6 +17,8 @@ from server.engine.engine import Engine
 from tests.support.tiny_heads import save_tiny_heads
 from tests.support.tiny_models import save_tiny_model
 
+pytestmark = pytest.mark.slow
+
 TINY = ["--device", "cpu", "--dtype", "float32", "--num-threads", "1", "--num-blocks", "64"]
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 

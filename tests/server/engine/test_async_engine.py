@@ -237,6 +237,7 @@ class TestCancellation:
 
 
 class TestAdmission:
+    @pytest.mark.slow
     def test_beyond_its_capacity_the_queue_is_full_until_a_request_ends(self) -> None:
         async def test() -> None:
             engine = slow_engine(max_num_seqs=1)

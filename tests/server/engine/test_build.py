@@ -30,6 +30,8 @@ from tests.support.native_checkpoints import NativeName, save_native
 from tests.support.tiny_heads import save_tiny_heads
 from tests.support.tiny_models import save_tiny_model
 
+pytestmark = pytest.mark.slow
+
 # Layers x keys and values x KV heads x channels x tokens of a block x bytes of a float32.
 BLOCK_BYTES = 3 * 2 * 2 * 8 * 4 * 4
 

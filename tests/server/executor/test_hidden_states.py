@@ -13,6 +13,8 @@ from tests.support.engine_tools import make_engine, make_request, tiny_loaded, t
 from tests.support.slow_drafting import tiny_mtp
 from tests.support.tiny_models import TINY_KINDS, TinyKind
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [[1, *range(20, 20 + length)] for length in (3, 9, 9, 17, 30)]
 
 

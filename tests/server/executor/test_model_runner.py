@@ -31,6 +31,8 @@ from tests.support.engine_tools import (
 )
 from tests.support.tiny_models import SLIDING_WINDOW, TINY_KINDS, TinyKind
 
+pytestmark = pytest.mark.slow
+
 MAX_NEW_TOKENS = 24
 PROMPTS = tuple(random_prompt(seed, length) for seed, length in enumerate((1, 7, 19, 30)))
 assert max(map(len, PROMPTS)) > 2 * SLIDING_WINDOW

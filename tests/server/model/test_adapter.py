@@ -18,6 +18,8 @@ from tests.support.tiny_adapters import adapted, save_adapted_heads, save_tiny_a
 from tests.support.tiny_heads import save_tiny_heads
 from tests.support.tiny_models import save_tiny_model
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.arange(3, 60).unsqueeze(0)
 
 

@@ -22,6 +22,8 @@ from tests.support.tiny_models import (
     tiny_tokenizer,
 )
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.arange(3, 60).unsqueeze(0)
 
 

@@ -23,6 +23,8 @@ from tests.support.native_checkpoints import (
 from tests.support.tiny_models import VOCAB_SIZE, save_tiny_model
 from training.methods.unrolled_attention import Unroll, UnrolledAttention
 
+pytestmark = pytest.mark.slow
+
 LENGTH = 12
 # Norms of small vectors blow float noise up; a swapped half or norm shows at 1.
 TOLERANCE = 1e-3

@@ -14,6 +14,8 @@ from server.speculation.cost_model import CostModel, Probes
 from tests.support.engine_tools import make_engine
 from tests.support.log_lines import LogLines
 
+pytestmark = pytest.mark.slow
+
 STEP_S = 0.01
 COSTS = CostModel((1, 2, 4), (STEP_S, 0.011, 0.012), 0.003, 16, 0.001, 0.002, 0.0001)
 KEY: dict[str, object] = {"model": {"samples": [0.1, 0.2]}, "threads": 2}

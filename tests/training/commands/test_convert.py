@@ -15,6 +15,8 @@ from server.model.native_mtp import load_native_mtp
 from tests.support.native_checkpoints import NATIVE_NAMES, NativeName, save_native
 from training.__main__ import main
 
+pytestmark = pytest.mark.slow
+
 
 def original_heads(directory: Path, loaded: LoadedModel, shared: bool) -> Path:
     """Two heads of one layer in the original layout, some of whose drafts are accepted."""

@@ -17,6 +17,8 @@ from training.measure.acceptance import (
 from training.measure.calibration import CalibrationCounter
 from training.measure.evaluate import EvaluationResult, TreeResult
 
+pytestmark = pytest.mark.slow
+
 
 class Tags(HTMLParser):
     def __init__(self, page: str) -> None:

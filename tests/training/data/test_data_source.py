@@ -21,6 +21,8 @@ from training.data.data_source import (
 from training.data.distilled import Manifest, read_distilled
 from training.errors import DataError
 
+pytestmark = pytest.mark.slow
+
 NAME = "hf:someone/questions:hard@v2#train"
 
 

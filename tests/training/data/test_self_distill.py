@@ -12,6 +12,8 @@ from training.data.distilled import DistilledConversation, Sampling
 from training.data.prompts import Prompts
 from training.data.self_distill import MIN_REPEATED_TOKENS, SelfDistiller
 
+pytestmark = pytest.mark.slow
+
 SHORT = Sampling(max_new_tokens=6, stop_repeats=False)
 
 

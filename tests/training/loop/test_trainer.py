@@ -23,6 +23,8 @@ from training.methods.medusa_objective import MedusaObjective, medusa_groups
 from training.states.examples import Examples, ExampleSource
 from training.states.hidden_states import HiddenStateEncoder
 
+pytestmark = pytest.mark.slow
+
 CONFIG = TrainConfig(epochs=3, save_interval=4, log_interval=2)
 OPTIONS: dict[str, object] = {"model": "tiny"}
 # What no two runs have in common.
